@@ -1,0 +1,30 @@
+//! Whatever crosses a socket or outlives a process: the `nave.v1` messages, the ids, the manifest, and the
+//! vocabulary that hub, agent and person share. Every other crate depends on this one and it on none of them.
+//! Without the `grpc` feature it links no tokio and no tonic, which is how the cores and the keeper use it.
+
+pub mod ids;
+
+/// The messages and, with `grpc`, the client and server stubs of `nave.v1`, as compiled from `nave/v1/*.proto`.
+pub mod pb {
+    #![allow(
+        clippy::all,
+        clippy::disallowed_types,
+        clippy::allow_attributes,
+        missing_docs,
+        missing_debug_implementations,
+        unreachable_pub,
+        rustdoc::all,
+        reason = "generated"
+    )]
+    include!(concat!(env!("OUT_DIR"), "/nave.v1.rs"));
+}
+
+/// The compiled file descriptors of `nave.v1`, for server reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nave.v1.bin"));
+
+/// The command format that this build writes into the log; it rises when a new command number is added.
+/// A member that meets a command it does not know stops and names both formats (see `command.proto`).
+pub const COMMAND_FORMAT: u32 = 1;
+
+/// The layout version of data directories (member and agent). A directory with a greater one is refused.
+pub const DATA_FORMAT: u32 = 1;
