@@ -1,1 +1,14 @@
-//! tests
+//! The harness: starts real members, keepers and agents as processes on loopback, breaks them on purpose, and asks
+//! them through the binary a person would use. Used by `e2e/` (one file per promise) and `bench/`.
+//! It ends only processes that it started, by pid; a cluster that goes out of scope takes its processes with it.
+
+pub mod api;
+pub mod cluster;
+pub mod machine;
+pub mod nave;
+pub mod process;
+pub mod wait;
+
+pub use cluster::{Cluster, Setup};
+pub use nave::Output;
+pub use wait::{eventually, eventually_some};

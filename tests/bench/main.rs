@@ -1,0 +1,45 @@
+//! Measurements on real processes, printed as the tables of docs/performance.md. Not part of `make test`: a figure is
+//! no pass or fail. `nave-bench all`, or one of the names below.
+#![expect(clippy::print_stdout, reason = "its product is what it prints")]
+
+mod etcd;
+mod failover;
+mod idle;
+mod load;
+mod start;
+mod throughput;
+
+use anyhow::bail;
+
+fn main() -> anyhow::Result<()> {
+    let what = std::env::args().nth(1).unwrap_or_else(|| "all".to_owned());
+    let all = what == "all";
+    machine();
+    let mut known = false;
+    let rooms: [(&str, fn() -> anyhow::Result<()>); 5] = [
+        ("start", start::run),
+        ("idle", idle::run),
+        ("throughput", throughput::run),
+        ("etcd", etcd::run),
+        ("failover", failover::run),
+    ];
+    for (name, run) in rooms {
+        if all || what == name {
+            known = true;
+            println!("\n## {name}\n");
+            run()?;
+        }
+    }
+    if !known {
+        bail!("{what:?} is none of: all, start, idle, throughput, etcd, failover");
+    }
+    Ok(())
+}
+
+fn machine() {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    println!("machine: {model}, {cores} cores, Linux {}", kernel.trim());
+}

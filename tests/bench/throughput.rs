@@ -1,0 +1,77 @@
+//! Writes and linearizable reads per second through the gRPC API of a three-member cluster, fsync on, TLS on.
+//! A write is the apply of a distinct service with count 0; a read asks for one service linearizably.
+
+use std::sync::Arc;
+
+use nave_proto::pb;
+use nave_proto::pb::service_service_client::ServiceServiceClient;
+use nave_tests::api::{Api, idle_manifest};
+use nave_tests::{Cluster, Setup};
+
+use crate::load::{HEAD, closed_loop, connections, row, runtime};
+
+pub fn run() -> anyhow::Result<()> {
+    println!("{HEAD}");
+    for clients in [1, 64, 512] {
+        let cluster = Cluster::start(&Setup { members: 3, agents: 0 });
+        let leader = cluster.wait_for_leader();
+        let runtime = runtime()?;
+        let apis = {
+            let _inside = runtime.enter();
+            let all: anyhow::Result<Vec<Api>> = (0..connections(clients)).map(|_| Api::open(&cluster.context())).collect();
+            Arc::new(all?)
+        };
+        let before = counters(&cluster);
+        let writing = apis.clone();
+        let writes = runtime.block_on(closed_loop(clients, move |client, n| {
+            write(writing[client % writing.len()].services(leader), format!("w-{client}-{n}"))
+        }));
+        let after = counters(&cluster);
+        println!("{}", row("write", clients, &writes, &per_fsync(&before, &after)));
+        let reads = runtime.block_on(closed_loop(clients, move |client, _| {
+            read(apis[client % apis.len()].services(leader), format!("w-{client}-1"))
+        }));
+        println!("{}", row("linearizable read", clients, &reads, ""));
+    }
+    Ok(())
+}
+
+async fn write(mut client: ServiceServiceClient<tonic::transport::Channel>, name: String) -> bool {
+    let request = pb::ApplyServiceRequest { manifest: Some(idle_manifest_named(name)), ..Default::default() };
+    client.apply_service(request).await.is_ok()
+}
+
+async fn read(mut client: ServiceServiceClient<tonic::transport::Channel>, name: String) -> bool {
+    client.get_service(pb::GetServiceRequest { name, linearizable: true }).await.is_ok()
+}
+
+/// The parser's work is not measured: a client parses its own manifests.
+fn idle_manifest_named(name: String) -> pb::Manifest {
+    static SHAPE: std::sync::OnceLock<pb::Manifest> = std::sync::OnceLock::new();
+    let shape = SHAPE.get_or_init(|| idle_manifest("shape"));
+    pb::Manifest { name, ..shape.clone() }
+}
+
+/// Entries appended and fsyncs made so far, per member, from their `/metrics`.
+fn counters(cluster: &Cluster) -> Vec<(f64, f64)> {
+    (0..3u16).map(|k| scrape(cluster.base_port + 20 + k)).collect()
+}
+
+fn scrape(port: u16) -> (f64, f64) {
+    use std::io::{Read as _, Write as _};
+    let mut text = String::new();
+    if let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) {
+        let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let _ = stream.read_to_string(&mut text);
+    }
+    let value = |part: &str| {
+        let line = text.lines().find(|line| !line.starts_with('#') && line.contains(part));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
+    };
+    (value("entries_appended_total"), value("fsyncs_total"))
+}
+
+fn per_fsync(before: &[(f64, f64)], after: &[(f64, f64)]) -> String {
+    let each = before.iter().zip(after).map(|(b, a)| format!("{:.1}", (a.0 - b.0) / (a.1 - b.1).max(1.0)));
+    format!("entries per fsync by member: {}", each.collect::<Vec<_>>().join(" "))
+}

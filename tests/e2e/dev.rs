@@ -1,0 +1,89 @@
+//! Promise: `nave dev` is a whole cluster in one command: ready, used, killed and adopted, and gone without a trace.
+
+use std::path::Path;
+use std::process::Command;
+
+use nave_tests::cluster::{SOON, processes_of};
+use nave_tests::machine::free_ports;
+use nave_tests::nave::{Output, binary, run};
+use nave_tests::process::{Process, alive};
+use nave_tests::{eventually, eventually_some};
+
+use crate::manifests::sleeper;
+
+fn dev(dir: &Path, port: u16) -> Process {
+    let mut command = Command::new(binary());
+    command
+        .args(["dev", "--members", "3", "--agents", "1", "--port", &port.to_string(), "--data-dir"])
+        .arg(dir.join("data"))
+        .env_remove("NAVE_CONTEXT");
+    Process::start("dev", &mut command, &dir.join("said")).expect("dev starts")
+}
+
+fn said(dir: &Path) -> String {
+    std::fs::read_to_string(dir.join("said")).unwrap_or_default()
+}
+
+fn wait_ready(dir: &Path, times: usize) {
+    eventually("dev says that it is ready", SOON, || {
+        said(dir).lines().filter(|line| line.starts_with("nave dev: ready")).count() == times
+    });
+}
+
+fn nave(dir: &Path, args: &[&str]) -> Output {
+    run(Some(&dir.join("data/client.toml")), args, None)
+}
+
+fn pid(path: &Path) -> Option<u32> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[test]
+fn ready_used_killed_adopted_and_gone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (dir, port) = (folder.path(), free_ports());
+    let mut first = dev(dir, port);
+    wait_ready(dir, 1);
+    run(Some(&dir.join("data/client.toml")), &["apply", "-f", "-", "--wait"], Some(&sleeper("sleeper", 2))).expect(0);
+    let data = dir.join("data/agent-1");
+    let before = eventually_some("two processes", SOON, || {
+        Some(processes_of(&data)).filter(|pids| pids.len() == 2)
+    });
+
+    // A member that dies is started again.
+    let member = pid(&dir.join("data/member-1/nave.pid")).expect("member-1 has a pid file");
+    nave_tests::process::send(member, nix::sys::signal::Signal::SIGKILL);
+    eventually("member-1 is back", SOON, || {
+        pid(&dir.join("data/member-1/nave.pid")).is_some_and(|now| now != member && alive(now))
+    });
+
+    // A second one on the same folder is told who is there.
+    let refused = Command::new(binary()).args(["dev", "--data-dir"]).arg(dir.join("data")).output().expect("it runs");
+    assert_eq!(refused.status.code(), Some(1));
+
+    first.kill();
+    assert!(before.iter().all(|pid| alive(*pid)), "services outlive dev");
+    let mut second = dev(dir, port);
+    wait_ready(dir, 2);
+    assert_eq!(processes_of(&data), before, "and are adopted");
+    assert_eq!(nave(dir, &["ps", "sleeper"]).expect(0).stdout.matches("running").count(), 2);
+
+    let roles: Vec<u32> = ["member-1/nave.pid", "member-2/nave.pid", "member-3/nave.pid", "agent-1/nave.pid", "agent-1/keeper.pid"]
+        .iter()
+        .map(|name| pid(&dir.join("data").join(name)).expect("every role has a pid file"))
+        .collect();
+    second.terminate();
+    eventually("nothing is left", SOON, || {
+        processes_of(&data).is_empty() && roles.iter().chain(&before).all(|pid| !alive(*pid))
+    });
+}
+
+#[test]
+fn a_port_that_is_taken_is_named_before_anything_starts() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let port = free_ports();
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", port + 1)).expect("free");
+    let mut process = dev(folder.path(), port);
+    assert_eq!(process.wait(), Some(1));
+    assert!(said(folder.path()).contains(&(port + 1).to_string()), "{}", said(folder.path()));
+}

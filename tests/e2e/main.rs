@@ -1,0 +1,18 @@
+//! What Nave promises, proved on real members, keepers and agents: one file per promise.
+
+mod agent_killed;
+mod all_members_killed;
+mod bad_input;
+mod bad_manifests;
+mod deploy_and_serve;
+mod dev;
+mod full_disk;
+mod hub_away;
+mod keeper_killed;
+mod leader_killed_under_writes;
+mod leader_restarted_at_once;
+mod logs;
+mod manifests;
+mod quorum_lost;
+mod rolling;
+mod strangers;

@@ -1,0 +1,319 @@
+//! A real cluster on loopback: `nave init`, members and agents as processes, each with a folder of its own below one
+//! temporary folder. At most two clusters run at a time, since the machines that run the tests have two cores.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::nave::{self, Output};
+use crate::process::{self, Process};
+use crate::wait::{eventually, eventually_some, pause};
+use crate::machine;
+
+/// Generous: a slow, noisy machine with two cores and two clusters at once.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub members: usize,
+    pub agents: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { members: 3, agents: 1 }
+    }
+}
+
+/// A running cluster. Dropping it ends everything that it started.
+#[derive(Debug)]
+pub struct Cluster {
+    dir: TempDir,
+    pub base_port: u16,
+    pub members: Vec<Role>,
+    pub agents: Vec<Role>,
+    _turn: Turn,
+}
+
+/// One member or one agent: its folder, and its process while it runs.
+#[derive(Debug)]
+pub struct Role {
+    pub name: String,
+    pub dir: PathBuf,
+    pub port: u16,
+    verb: &'static str,
+    config: PathBuf,
+    process: Option<Process>,
+}
+
+impl Role {
+    /// Starts it. Its log goes to `<dir>/log`.
+    pub fn start(&mut self) {
+        let mut command = Command::new(nave::binary());
+        command.arg(self.verb).arg("--config").arg(&self.config).env("NAVE_LOG", "info");
+        let log = self.dir.join("log");
+        self.process = Some(Process::start(&self.name, &mut command, &log).expect("a role starts"));
+    }
+
+    /// The process the harness started: a member's own, or an agent's keeper.
+    pub fn process(&mut self) -> &mut Process {
+        self.process.as_mut().expect("the role is running")
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(|process| process.ended().is_none())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn terminate(&mut self) -> Option<i32> {
+        self.process.take().and_then(|mut process| process.terminate())
+    }
+
+    /// The pid in a pid file of this role: `nave.pid` or `keeper.pid`.
+    pub fn pid_file(&self, name: &str) -> Option<u32> {
+        let data = std::fs::read_to_string(self.dir.join("data").join(name)).ok()?;
+        data.trim().parse().ok()
+    }
+
+    /// The agent's own process, once it runs.
+    pub fn agent_pid(&self) -> u32 {
+        eventually_some("the agent writes its pid", SOON, || self.pid_file("nave.pid").filter(|pid| process::alive(*pid)))
+    }
+
+    /// All it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+}
+
+impl Cluster {
+    /// Starts a cluster and waits until it has a leader and all agents are connected.
+    pub fn start(setup: &Setup) -> Self {
+        let mut cluster = Self::prepare(setup).expect("a cluster can be prepared");
+        cluster.members.iter_mut().for_each(Role::start);
+        cluster.wait_for_leader();
+        cluster.agents.iter_mut().for_each(Role::start);
+        cluster.wait_for_agents(setup.agents);
+        cluster
+    }
+
+    /// Files and folders only; nothing runs yet.
+    pub fn prepare(setup: &Setup) -> anyhow::Result<Self> {
+        let turn = Turn::take();
+        let dir = tempfile::Builder::new().prefix("nave-").tempdir_in("/tmp").context("make a folder")?;
+        let base_port = machine::free_ports();
+        let port = |n: usize| base_port + u16::try_from(n).expect("few roles");
+        let addresses: Vec<String> = (0..setup.members).map(|k| format!("127.0.0.1:{}", port(k))).collect();
+        let init = dir.path().join("init");
+        nave::run(None, &["init", "--members", &addresses.join(","), "--out", path(&init)], None).expect(0);
+        let members = (0..setup.members)
+            .map(|k| member(&init, k, port(k), port(20 + k)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let agents = (0..setup.agents)
+            .map(|k| agent(dir.path(), &init, &addresses, k, port(10 + k), port(30 + k)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self { dir, base_port, members, agents, _turn: turn })
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn context(&self) -> PathBuf {
+        self.dir.path().join("init/client.toml")
+    }
+
+    /// Runs `nave` as the operator.
+    pub fn nave(&self, args: &[&str]) -> Output {
+        nave::run(Some(&self.context()), args, None)
+    }
+
+    /// Runs `nave … -o json`.
+    ///
+    /// # Panics
+    /// When it fails or prints no JSON.
+    #[track_caller]
+    pub fn json(&self, args: &[&str]) -> Value {
+        let all: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
+        let output = self.nave(&all).expect(0);
+        serde_json::from_str(&output.stdout).unwrap_or_else(|e| panic!("no JSON ({e}): {}", output.stdout))
+    }
+
+    /// The same, none when the command fails: for polling through faults.
+    pub fn try_json(&self, args: &[&str]) -> Option<Value> {
+        let all: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
+        let output = self.nave(&all);
+        (output.code == 0).then(|| serde_json::from_str(&output.stdout).ok()).flatten()
+    }
+
+    /// Applies a manifest given as text.
+    pub fn apply(&self, manifest: &str, more: &[&str]) -> Output {
+        let args: Vec<&str> = ["apply", "-f", "-"].into_iter().chain(more.iter().copied()).collect();
+        nave::run(Some(&self.context()), &args, Some(manifest))
+    }
+
+    /// Rows of `nave ps`.
+    pub fn ps(&self, service: &str) -> Vec<Value> {
+        self.try_json(&["ps", service]).and_then(|rows| rows.as_array().cloned()).unwrap_or_default()
+    }
+
+    /// Waits until a service has exactly `count` instances, all ready, and returns their rows.
+    #[track_caller]
+    pub fn wait_ready(&self, service: &str, count: usize) -> Vec<Value> {
+        eventually_some(&format!("{count} ready instances of {service}"), SOON, || {
+            let rows = self.ps(service);
+            (rows.len() == count && rows.iter().all(|row| row["ready"] == true)).then_some(rows)
+        })
+    }
+
+    /// Name of the leader that all reachable members agree on.
+    pub fn leader(&self) -> Option<usize> {
+        let status = self.try_json(&["cluster", "status"])?;
+        let name = status["leader"].as_str().filter(|name| !name.is_empty())?;
+        self.members.iter().position(|member| member.name == name)
+    }
+
+    #[track_caller]
+    pub fn wait_for_leader(&self) -> usize {
+        eventually_some("a leader", SOON, || self.leader())
+    }
+
+    #[track_caller]
+    pub fn wait_for_agents(&self, count: usize) {
+        eventually(&format!("{count} connected agents"), SOON, || {
+            self.try_json(&["hosts"]).and_then(|hosts| hosts.as_array().cloned()).is_some_and(|hosts| {
+                hosts.iter().filter(|host| host["status"] == "connected").count() == count
+            })
+        });
+    }
+
+    /// Stops agents with their services, then members, and returns the members' data folders, quiet on disk.
+    pub fn stop_members(&mut self) -> Vec<PathBuf> {
+        self.members.iter_mut().for_each(|member| {
+            member.terminate();
+        });
+        self.members.iter().map(|member| member.dir.join("data")).collect()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() && std::env::var_os("NAVE_KEEP").is_some() {
+            let kept = std::mem::replace(&mut self.dir, TempDir::new().expect("a folder")).keep();
+            eprintln_kept(&kept);
+        }
+        for agent in &mut self.agents {
+            end_services(agent);
+        }
+        self.members.iter_mut().for_each(Role::kill);
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "says where a failed test left its files")]
+fn eprintln_kept(dir: &Path) {
+    eprintln!("kept for inspection: {}", dir.display());
+}
+
+/// Ends an agent, its keeper and every process in its cgroup or below its keeper.
+fn end_services(agent: &mut Role) {
+    let data = agent.dir.join("data");
+    agent.kill();
+    for name in ["keeper.pid", "nave.pid"] {
+        if let Some(pid) = agent.pid_file(name).filter(|pid| belongs_to(*pid, &agent.dir)) {
+            process::send(pid, Signal::SIGKILL);
+        }
+    }
+    for pid in processes_of(&data) {
+        process::send(pid, Signal::SIGKILL);
+    }
+}
+
+/// Whether a pid still is a `nave` started with this role's folder.
+fn belongs_to(pid: u32, dir: &Path) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline"))
+        .is_ok_and(|line| String::from_utf8_lossy(&line).contains(&*dir.to_string_lossy()))
+}
+
+/// Service processes of an agent: those whose standard output is a FIFO below its data folder.
+pub fn processes_of(data: &Path) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
+        .filter(|pid| std::fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|out| out.starts_with(data)))
+        .filter(|pid| !is_nave(*pid))
+        .collect()
+}
+
+fn is_nave(pid: u32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == nave::binary())
+}
+
+fn member(init: &Path, k: usize, port: u16, metrics: u16) -> anyhow::Result<Role> {
+    let name = format!("member-{}", k + 1);
+    let dir = init.join(&name);
+    let config = dir.join("member.toml");
+    let text = std::fs::read_to_string(&config).with_context(|| format!("read {}", config.display()))?;
+    let mut table: toml::Table = text.parse()?;
+    table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
+    table.insert("data_dir".into(), path(&dir.join("data")).into());
+    std::fs::write(&config, table.to_string())?;
+    Ok(Role { name, dir, port, verb: "orchestrator", config, process: None })
+}
+
+fn agent(root: &Path, init: &Path, members: &[String], k: usize, port: u16, metrics: u16) -> anyhow::Result<Role> {
+    let name = format!("agent-{}", k + 1);
+    let dir = root.join(&name);
+    std::fs::create_dir_all(&dir)?;
+    let config = dir.join("agent.toml");
+    let mut table = toml::Table::new();
+    table.insert("data_dir".into(), path(&dir.join("data")).into());
+    table.insert("join".into(), members.to_vec().into());
+    table.insert("token_file".into(), path(&init.join("join-token")).into());
+    table.insert("name".into(), name.clone().into());
+    table.insert("listen".into(), format!("127.0.0.1:{port}").into());
+    table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
+    table.insert("address_prefix".into(), format!("127.{}", 88 + k).into());
+    std::fs::write(&config, table.to_string())?;
+    Ok(Role { name, dir, port, verb: "agent", config, process: None })
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("test folders have plain names")
+}
+
+/// A turn to run a cluster: at most two at a time.
+#[derive(Debug)]
+struct Turn;
+
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+const AT_ONCE: usize = 2;
+
+impl Turn {
+    fn take() -> Self {
+        while RUNNING.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < AT_ONCE).then_some(n + 1)).is_err() {
+            pause(Duration::from_millis(50));
+        }
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        RUNNING.fetch_sub(1, Ordering::SeqCst);
+    }
+}

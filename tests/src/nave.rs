@@ -1,0 +1,87 @@
+//! Runs the binary as a person would, and keeps what it said.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What one run of `nave` did.
+#[derive(Debug)]
+pub struct Output {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+    pub took: std::time::Duration,
+}
+
+impl Output {
+    /// Both streams, for messages and searches.
+    pub fn text(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
+    }
+
+    /// The output, when the run ended with `code`.
+    ///
+    /// # Panics
+    /// With all that was said when it ended otherwise.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+}
+
+/// The folder of built programs: the one this test was built into, so that profiles are never mixed.
+pub fn target_dir() -> PathBuf {
+    let me = std::env::current_exe().expect("/proc is mounted");
+    let dir = me.parent().expect("a program lives in a folder");
+    if dir.ends_with("deps") { dir.parent().expect("deps has a parent").to_owned() } else { dir.to_owned() }
+}
+
+/// The `nave` under test.
+pub fn binary() -> PathBuf {
+    existing("nave")
+}
+
+/// The example service.
+pub fn hello() -> PathBuf {
+    existing("hello")
+}
+
+fn existing(name: &str) -> PathBuf {
+    let path = target_dir().join(name);
+    assert!(path.exists(), "{} is missing: run `make build` first", path.display());
+    path
+}
+
+/// Runs `nave` with a client file.
+pub fn run(context: Option<&Path>, args: &[&str], input: Option<&str>) -> Output {
+    let mut command = Command::new(binary());
+    command.args(args).env_remove("NAVE_CONTEXT").env("NO_COLOR", "1").env("HOME", "/nonexistent");
+    if let Some(context) = context {
+        command.env("NAVE_CONTEXT", context);
+    }
+    run_command(command, input)
+}
+
+/// Runs a prepared command to its end.
+pub fn run_command(mut command: Command, input: Option<&str>) -> Output {
+    use std::io::Write as _;
+    use std::process::Stdio;
+    let began = tokio::time::Instant::now();
+    let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
+    let mut child = command
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program under test can be started");
+    if let (Some(text), Some(mut pipe)) = (input, child.stdin.take()) {
+        pipe.write_all(text.as_bytes()).expect("the program reads its input");
+    }
+    let output = child.wait_with_output().expect("the program under test ends");
+    Output {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        took: began.elapsed(),
+    }
+}
