@@ -1,0 +1,139 @@
+//! `nave hosts`.
+
+use nave_proto::pb;
+use serde::Serialize;
+
+use crate::args::Listing;
+use crate::client::{Hub, note_age};
+use crate::failure::Failure;
+use crate::out::{self, Tone};
+use crate::table::{Cell, Table};
+use crate::{clock, when};
+
+#[derive(Debug, Serialize)]
+struct HostRow<'a> {
+    id: &'a str,
+    name: &'a str,
+    address: &'a str,
+    status: &'a str,
+    draining: bool,
+    instances: u32,
+    cpu_millicores: u64,
+    cpu_reserved_millicores: u64,
+    memory_bytes: u64,
+    memory_reserved_bytes: u64,
+    labels: &'a std::collections::BTreeMap<String, String>,
+    capabilities: &'a [String],
+    lacks: &'a [String],
+    address_prefix: &'a str,
+    os: &'a str,
+    arch: &'a str,
+    kernel: &'a str,
+    agent_version: &'a str,
+    last_heard: String,
+    revision: u64,
+}
+
+impl<'a> HostRow<'a> {
+    fn new(host: &'a pb::Host, facts: &'a pb::HostFacts) -> Self {
+        Self {
+            id: &host.id,
+            name: &host.name,
+            address: &host.address,
+            status: &host.status,
+            draining: host.draining,
+            instances: host.instances,
+            cpu_millicores: facts.cpu_millicores,
+            cpu_reserved_millicores: host.cpu_reserved_millicores,
+            memory_bytes: facts.memory_bytes,
+            memory_reserved_bytes: host.memory_reserved_bytes,
+            labels: &facts.labels,
+            capabilities: &facts.capabilities,
+            lacks: &facts.lacks,
+            address_prefix: &facts.address_prefix,
+            os: &facts.os,
+            arch: &facts.arch,
+            kernel: &facts.kernel,
+            agent_version: &facts.agent_version,
+            last_heard: when::rfc3339(when::timestamp(host.last_heard.as_ref())),
+            revision: host.revision,
+        }
+    }
+}
+
+pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+    let listed = hub
+        .read(|mut member| async move { member.hosts.list_hosts(pb::ListHostsRequest::default()).await })
+        .await?;
+    note_age(listed.freshness.as_ref());
+    let unknown = pb::HostFacts::default();
+    if args.json() {
+        let rows = listed.hosts.iter().map(|host| HostRow::new(host, host.facts.as_ref().unwrap_or(&unknown)));
+        out::json(&rows.collect::<Vec<_>>());
+        return Ok(());
+    }
+    if listed.hosts.is_empty() {
+        out::aside("no hosts have joined yet");
+        out::hint("`nave token create`, then on the host: nave agent --join ADDR --token-file FILE --data-dir DIR");
+        return Ok(());
+    }
+    let now = clock::now();
+    let mut table = Table::new(["ID", "NAME", "STATUS", "INSTANCES", "CPU", "MEMORY", "ADDRESS", "HEARD"]);
+    for host in &listed.hosts {
+        let facts = host.facts.as_ref().unwrap_or(&unknown);
+        table.row([
+            host.id.as_str().into(),
+            host.name.as_str().into(),
+            status(host),
+            host.instances.to_string().into(),
+            format!("{}/{}", cores(host.cpu_reserved_millicores), cores(facts.cpu_millicores)).into(),
+            format!("{}/{}", bytes(host.memory_reserved_bytes), bytes(facts.memory_bytes)).into(),
+            host.address.as_str().into(),
+            when::age(when::timestamp(host.last_heard.as_ref()), now).into(),
+        ]);
+    }
+    table.print();
+    for host in &listed.hosts {
+        for lack in host.facts.iter().flat_map(|facts| &facts.lacks) {
+            out::line(out::paint(Tone::Dim, &format!("{}: {lack}", host.name)));
+        }
+    }
+    Ok(())
+}
+
+fn status(host: &pb::Host) -> Cell {
+    let tone = match host.status.as_str() {
+        "connected" => Tone::Good,
+        "lost" => Tone::Bad,
+        _ => Tone::Warning,
+    };
+    let text = if host.draining { format!("{}, draining", host.status) } else { host.status.clone() };
+    Cell::new(text, tone)
+}
+
+/// `1500` thousandths: `1.5`.
+fn cores(millicores: u64) -> String {
+    let text = format!("{}.{:03}", millicores / 1000, millicores % 1000);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+/// `512M`, `1.5G`: at most one digit after the point.
+fn bytes(bytes: u64) -> String {
+    const UNITS: [(&str, u64); 4] = [("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)];
+    let Some((unit, size)) = UNITS.into_iter().find(|(_, size)| bytes >= *size) else {
+        return bytes.to_string();
+    };
+    let (whole, tenth) = (bytes / size, bytes % size * 10 / size);
+    if tenth == 0 || whole >= 100 { format!("{whole}{unit}") } else { format!("{whole}.{tenth}{unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_short() {
+        assert_eq!([0, 500, 1500, 2000].map(cores), ["0", "0.5", "1.5", "2"]);
+        assert_eq!([0, 1023, 1 << 20, 3 << 29, 300 << 20].map(bytes), ["0", "1023", "1M", "1.5G", "300M"]);
+    }
+}

@@ -1,0 +1,246 @@
+//! `nave logs`: the hub merges the output of all instances on all hosts; here it gets its prefixes and colours.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+use serde::Serialize;
+use tonic::Code;
+
+use crate::args::{Logs, Stream};
+use crate::client::Hub;
+use crate::failure::Failure;
+use crate::out::{self, Tone};
+use crate::when;
+
+#[derive(Debug, Serialize)]
+struct LineRow {
+    time: String,
+    service: String,
+    instance: String,
+    host: String,
+    stream: &'static str,
+    text: String,
+    partial: bool,
+    epoch: u64,
+}
+
+/// Between tries when a followed stream broke.
+const PAUSE: Duration = Duration::from_millis(500);
+
+pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
+    if let Some(id) = &args.instance
+        && let Err(error) = id.parse::<InstanceId>()
+    {
+        return Err(Failure::usage(error.to_string()).next(format!("`nave ps {}` lists them", args.service)));
+    }
+    let mut printer = Printer::new(args);
+    let mut since = args.since;
+    let mut tail = args.tail.unwrap_or(0);
+    let mut tries = 0;
+    if args.tail == Some(0) {
+        if !args.follow {
+            return Ok(());
+        }
+        since = Some(crate::clock::now());
+    }
+    loop {
+        let request = pb::ReadLogsRequest {
+            service: args.service.clone(),
+            instance_id: args.instance.clone().unwrap_or_default(),
+            follow: args.follow,
+            tail_lines: tail,
+            since: since.map(|time| prost_types::Timestamp { seconds: time.as_second(), nanos: time.subsec_nanosecond() }),
+        };
+        let trouble = match hub.read_status(|mut member| {
+            let request = request.clone();
+            async move { member.services.read_logs(request).await }
+        }).await? {
+            Ok(mut stream) => loop {
+                match stream.message().await {
+                    Ok(Some(response)) => {
+                        tries = 0;
+                        printer.print(&response);
+                    }
+                    Ok(None) => {
+                        printer.end();
+                        return Ok(());
+                    }
+                    Err(status) => break status,
+                }
+            },
+            Err(status) if status.code() == Code::NotFound && args.instance.is_none() => {
+                return Err(super::about_service(hub, &args.service, &status).await);
+            }
+            Err(status) => return Err(Failure::from_status(&status)),
+        };
+        if !args.follow || !crate::client::passes_over(&trouble) {
+            printer.end();
+            return Err(Failure::from_status(&trouble));
+        }
+        if tries == 0 {
+            out::note(format_args!("{}; asking another member", crate::client::reason(&trouble)));
+        }
+        tries += 1;
+        hub.pass_over();
+        // From the last line seen, so that nothing is skipped; what is shown twice is left out by the printer.
+        since = printer.newest().or(since);
+        tail = 0;
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+struct Printer<'a> {
+    args: &'a Logs,
+    /// A colour for each instance, in the order in which they spoke.
+    sources: BTreeMap<String, usize>,
+    width: usize,
+    /// The newest line of each stream of an instance, so that a resumed stream repeats none.
+    newest: BTreeMap<(String, bool), i64>,
+    resumed_at: BTreeMap<(String, bool), i64>,
+    rows: Vec<LineRow>,
+}
+
+impl<'a> Printer<'a> {
+    fn new(args: &'a Logs) -> Self {
+        Self {
+            args,
+            sources: BTreeMap::new(),
+            width: 0,
+            newest: BTreeMap::new(),
+            resumed_at: BTreeMap::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    fn print(&mut self, response: &pb::ReadLogsResponse) {
+        if !response.warning.is_empty() {
+            out::note(&response.warning);
+        }
+        for line in &response.lines {
+            self.line(line);
+        }
+        if self.args.follow {
+            out::flush();
+        }
+    }
+
+    fn line(&mut self, line: &pb::LogLine) {
+        let wanted = match self.args.stream {
+            Stream::All => true,
+            Stream::Stdout => !line.stderr,
+            Stream::Stderr => line.stderr,
+        };
+        let source = (line.instance_id.clone(), line.stderr);
+        let seen = self.resumed_at.get(&source).is_some_and(|&at| line.unix_ns <= at);
+        if seen {
+            return;
+        }
+        self.newest.insert(source, line.unix_ns);
+        if !wanted {
+            return;
+        }
+        if self.args.listing.json() {
+            let row = row(line);
+            if self.args.follow { out::json_line(&row) } else { self.rows.push(row) }
+            return;
+        }
+        let mut bytes = self.prefix(line).into_bytes();
+        bytes.extend_from_slice(&line.text);
+        bytes.push(b'\n');
+        out::raw(&bytes);
+    }
+
+    /// `i-4 host | `; nothing when there can only be one source, and red before what went to stderr.
+    fn prefix(&mut self, line: &pb::LogLine) -> String {
+        let mut prefix = String::new();
+        if self.args.timestamps {
+            prefix = format!("{} ", out::paint(Tone::Dim, &when::rfc3339(time(line.unix_ns))));
+        }
+        if self.args.instance.is_some() {
+            return prefix;
+        }
+        let next = self.sources.len();
+        let number = *self.sources.entry(line.instance_id.clone()).or_insert(next);
+        let name = format!("{} {}", line.instance_id, line.host);
+        self.width = self.width.max(name.chars().count());
+        let name = format!("{name:width$}", width = self.width);
+        let bar = out::paint(if line.stderr { Tone::Bad } else { Tone::Dim }, "|");
+        format!("{prefix}{} {bar} ", out::paint(Tone::Source(number), &name))
+    }
+
+    /// Where to go on; from here on lines up to what has been shown of each source are left out.
+    fn newest(&mut self) -> Option<Timestamp> {
+        self.resumed_at.clone_from(&self.newest);
+        self.newest.values().min().and_then(|&at| time(at))
+    }
+
+    fn end(&mut self) {
+        if self.args.listing.json() && !self.args.follow {
+            out::json(&self.rows);
+        } else if self.newest.is_empty() && !self.args.follow {
+            out::aside(format_args!("{} has written nothing{}", self.args.service, match self.args.since {
+                Some(_) => " since then",
+                None => " yet",
+            }));
+        }
+    }
+}
+
+fn time(unix_ns: i64) -> Option<Timestamp> {
+    Timestamp::from_nanosecond(i128::from(unix_ns)).ok()
+}
+
+fn row(line: &pb::LogLine) -> LineRow {
+    LineRow {
+        time: time(line.unix_ns).map_or_else(String::new, |time| format!("{time:.9}")),
+        service: line.service.clone(),
+        instance: line.instance_id.clone(),
+        host: line.host.clone(),
+        stream: if line.stderr { "stderr" } else { "stdout" },
+        text: String::from_utf8_lossy(&line.text).into_owned(),
+        partial: line.partial,
+        epoch: line.epoch,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> Logs {
+        use clap::Parser as _;
+        match crate::args::Cli::parse_from(["nave", "logs", "web"]).verb {
+            crate::args::Verb::Logs(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn line(instance: &str, host: &str, unix_ns: i64) -> pb::LogLine {
+        pb::LogLine { instance_id: instance.into(), host: host.into(), unix_ns, ..Default::default() }
+    }
+
+    #[test]
+    fn prefixes_line_up_and_vanish_for_one_instance() {
+        let mut args = args();
+        {
+            let mut printer = Printer::new(&args);
+            assert_eq!(printer.prefix(&line("i-10", "alpha", 0)), "i-10 alpha | ");
+            assert_eq!(printer.prefix(&line("i-2", "b", 0)), "i-2 b      | ");
+        }
+        args.instance = Some("i-2".into());
+        assert_eq!(Printer::new(&args).prefix(&line("i-2", "b", 0)), "");
+    }
+
+    #[test]
+    fn a_resumed_stream_goes_on_from_the_source_that_is_furthest_behind() {
+        let args = args();
+        let mut printer = Printer::new(&args);
+        printer.newest.insert(("i-1".into(), false), 5_000);
+        printer.newest.insert(("i-2".into(), false), 3_000);
+        assert_eq!(printer.newest().unwrap().as_nanosecond(), 3_000);
+        assert_eq!(printer.resumed_at[&("i-1".to_owned(), false)], 5_000);
+    }
+}

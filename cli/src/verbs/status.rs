@@ -1,0 +1,177 @@
+//! `nave status SERVICE`: the page a person opens when something is odd.
+
+use nave_proto::pb;
+use serde::Serialize;
+
+use super::events::{self, EventRow};
+use super::ps::{self, InstanceRow};
+use super::ready_of;
+use super::services::{ServiceRow, deployment_word};
+use crate::args::OfService;
+use crate::client::{Hub, note_age};
+use crate::failure::Failure;
+use crate::out::{self, Tone};
+use crate::{clock, when};
+
+#[derive(Debug, Serialize)]
+struct StatusPage<'a> {
+    service: ServiceRow<'a>,
+    instances: Vec<InstanceRow<'a>>,
+    events: Vec<EventRow<'a>>,
+}
+
+/// So many of the last events fit below the rest on one screen.
+const EVENTS: usize = 8;
+
+pub(super) async fn run(args: &OfService, hub: &Hub) -> Result<(), Failure> {
+    let request = pb::GetServiceRequest { name: args.service.clone(), linearizable: false };
+    let got = hub
+        .read_status(|mut member| {
+            let request = request.clone();
+            async move { member.services.get_service(request).await }
+        })
+        .await?;
+    let mut got = match got {
+        Ok(got) => got,
+        Err(status) => return Err(super::about_service(hub, &args.service, &status).await),
+    };
+    note_age(got.freshness.as_ref());
+    // The hub sends the newest first; a page reads better downwards.
+    got.events.reverse();
+    let Some(service) = &got.service else {
+        return Err(Failure::refused("the hub's answer has no service in it"));
+    };
+    if args.listing.json() {
+        // An array, like every list; it has one page.
+        out::json(&StatusPage {
+            service: service.into(),
+            instances: got.instances.iter().map(InstanceRow::from).collect(),
+            events: got.events.iter().map(EventRow::from).collect(),
+        });
+        return Ok(());
+    }
+    print(service, &got.instances, &got.events);
+    Ok(())
+}
+
+fn print(service: &pb::Service, instances: &[pb::Instance], all_events: &[pb::Event]) {
+    let now = clock::now();
+    let created = when::age(when::timestamp(service.created.as_ref()), now);
+    let stable = match service.stable_version {
+        0 => "none stable yet".to_owned(),
+        stable if stable == service.version => "stable".to_owned(),
+        stable => format!("last stable {stable}"),
+    };
+    out::line(format_args!(
+        "{}  version {} ({stable}), created {created} ago",
+        out::paint(Tone::Bold, &service.name),
+        service.version
+    ));
+    let ready = ready_of(service.ready, service.desired);
+    out::line(format_args!("  ready       {}, {} running", ready.painted(), service.running));
+    out::line(format_args!("  deployment  {}", deployment(service, now)));
+    if let Some(manifest) = &service.manifest {
+        out::line(format_args!("  command     {}", command(&manifest.command)));
+        if !manifest.needs.is_empty() {
+            out::line(format_args!("  needs       {}", manifest.needs.join(", ")));
+        }
+    }
+    for reason in &service.unplaced {
+        out::line(format_args!("  missing     {}", out::paint(Tone::Bad, reason)));
+    }
+    if !instances.is_empty() {
+        out::line("\ninstances");
+        ps::table(instances, false, 2).print();
+    }
+    if !all_events.is_empty() {
+        out::line("\nlast events");
+        for event in &all_events[all_events.len().saturating_sub(EVENTS)..] {
+            out::line(format_args!("  {}", events::text(event, now, false)));
+        }
+    }
+    if let Some(next) = next(service, instances) {
+        out::hint(next);
+    }
+}
+
+fn deployment(service: &pb::Service, now: jiff::Timestamp) -> String {
+    if service.deleting {
+        return out::paint(Tone::Warning, "being deleted");
+    }
+    let Some(deployment) = &service.deployment else { return "none".to_owned() };
+    let word = deployment_word(Some(deployment));
+    let tone = match word {
+        "failed" => Tone::Bad,
+        "successful" => Tone::Good,
+        _ => Tone::Warning,
+    };
+    let at = if deployment.ended_unix_ns == 0 { deployment.started_unix_ns } else { deployment.ended_unix_ns };
+    let at = jiff::Timestamp::from_nanosecond(i128::from(at)).ok();
+    let mut text = format!("{} {} ago", out::paint(tone, word), when::age(at, now));
+    if deployment.from_version != 0 {
+        text.push_str(&format!(", from version {}", deployment.from_version));
+    }
+    if deployment.reverted_to != 0 {
+        text.push_str(&format!(", reverted as version {}", deployment.reverted_to));
+    }
+    if !deployment.reason.is_empty() {
+        text.push_str(&format!(": {}", deployment.reason));
+    }
+    text
+}
+
+/// The arguments as a shell would take them, short enough for a line.
+fn command(arguments: &[String]) -> String {
+    const CHARACTERS_MAX: usize = 100;
+    let quoted: Vec<String> = arguments
+        .iter()
+        .map(|argument| {
+            let plain = !argument.is_empty() && !argument.contains([' ', '\'', '"', '\n', '\t', ';', '&', '|']);
+            if plain { argument.clone() } else { format!("'{}'", argument.replace('\n', "⏎")) }
+        })
+        .collect();
+    let line = quoted.join(" ");
+    if line.chars().count() <= CHARACTERS_MAX {
+        return line;
+    }
+    line.chars().take(CHARACTERS_MAX).chain(['…']).collect()
+}
+
+/// What a person in this situation does next.
+fn next(service: &pb::Service, instances: &[pb::Instance]) -> Option<String> {
+    let name = &service.name;
+    if service.deleting {
+        return None;
+    }
+    if let Some(bad) = instances.iter().find(|instance| matches!(instance.observed.as_str(), "failed" | "backing_off")) {
+        return Some(format!("`nave logs {name} --instance {} --tail 50`", bad.id));
+    }
+    if !service.unplaced.is_empty() {
+        return Some("`nave hosts` shows what the hosts have left".to_owned());
+    }
+    if deployment_word(service.deployment.as_ref()) == "failed" && service.stable_version != 0 {
+        return Some(format!("`nave rollback {name}` goes back to version {}", service.stable_version));
+    }
+    Some(format!("`nave logs {name} -f`, `nave events --service {name}`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_reads_as_in_a_shell() {
+        let words = ["sh", "-c", "echo hello; sleep 1"].map(str::to_owned);
+        assert_eq!(command(&words), "sh -c 'echo hello; sleep 1'");
+        assert_eq!(command(&["x".repeat(200)]).chars().count(), 101);
+    }
+
+    #[test]
+    fn the_next_command_fits_the_trouble() {
+        let mut service = pb::Service { name: "web".into(), ..Default::default() };
+        let bad = pb::Instance { id: "i-4".into(), observed: "failed".into(), ..Default::default() };
+        assert_eq!(next(&service, &[bad]).as_deref(), Some("`nave logs web --instance i-4 --tail 50`"));
+        service.unplaced.push("no host has 4 cores left".into());
+        assert!(next(&service, &[]).unwrap().contains("nave hosts"));
+    }
+}

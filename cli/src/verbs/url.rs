@@ -1,0 +1,129 @@
+//! `nave url SERVICE [PORT]`: the address that clients on this machine use, from the service's suffix and the local
+//! agent's prefix.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use nave_proto::pb;
+
+use crate::args::Url;
+use crate::client::{Hub, note_age};
+use crate::failure::Failure;
+use crate::out;
+
+/// An agent's prefix unless it is told another.
+const PREFIX: &str = "127.88";
+/// A local address answers at once or not at all.
+const LOOK: Duration = Duration::from_millis(300);
+
+pub(super) async fn run(args: &Url, hub: &Hub) -> Result<(), Failure> {
+    let request = pb::GetServiceRequest { name: args.service.clone(), linearizable: false };
+    let got = hub
+        .read_status(|mut member| {
+            let request = request.clone();
+            async move { member.services.get_service(request).await }
+        })
+        .await?;
+    let got = match got {
+        Ok(got) => got,
+        Err(status) => return Err(super::about_service(hub, &args.service, &status).await),
+    };
+    note_age(got.freshness.as_ref());
+    let service = got.service.unwrap_or_default();
+    let manifest = service.manifest.clone().unwrap_or_default();
+    let port = choose(&manifest, args.port.as_deref())?;
+    let hosts = hub
+        .read(|mut member| async move { member.hosts.list_hosts(pb::ListHostsRequest::default()).await })
+        .await?;
+    let address = address(prefix(&hosts.hosts, &this_host()), service.address_suffix);
+    let Some(address) = address else {
+        return Err(Failure::refused(format!("{} has no address yet", args.service)));
+    };
+    out::line(text(port, address));
+    let port = u16::try_from(port.service_port).unwrap_or(0);
+    let dialled = tokio::net::TcpStream::connect(SocketAddr::from((address, port)));
+    if !matches!(tokio::time::timeout(LOOK, dialled).await, Ok(Ok(_))) {
+        out::note(format_args!(
+            "nothing answers there from this machine now; `nave endpoints {}` lists the instances' own ports",
+            args.service
+        ));
+    }
+    Ok(())
+}
+
+fn choose<'a>(manifest: &'a pb::Manifest, wanted: Option<&str>) -> Result<&'a pb::Port, Failure> {
+    let names = || manifest.ports.keys().cloned().collect::<Vec<_>>().join(", ");
+    match wanted {
+        Some(name) => manifest.ports.get(name).ok_or_else(|| {
+            Failure::refused(format!("{} has no port {name:?}", manifest.name)).next(match manifest.ports.len() {
+                0 => "it has none at all".to_owned(),
+                _ => format!("it has {}", names()),
+            })
+        }),
+        None => match manifest.ports.len() {
+            0 => Err(Failure::refused(format!("{} has no ports", manifest.name))),
+            1 => Ok(manifest.ports.values().next().expect("there is one")),
+            _ => Err(Failure::usage(format!("{} has several ports: name one of {}", manifest.name, names()))),
+        },
+    }
+}
+
+/// The prefix of the agent on this machine, else of the first.
+fn prefix<'a>(hosts: &'a [pb::Host], here: &str) -> &'a str {
+    let own = hosts.iter().find(|host| host.name == here).or(hosts.first());
+    own.and_then(|host| host.facts.as_ref())
+        .map(|facts| facts.address_prefix.as_str())
+        .filter(|prefix| !prefix.is_empty())
+        .unwrap_or(PREFIX)
+}
+
+fn this_host() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}
+
+fn address(prefix: &str, suffix: u32) -> Option<Ipv4Addr> {
+    let suffix = u16::try_from(suffix).ok().filter(|suffix| *suffix != 0)?;
+    let [high, low] = suffix.to_be_bytes();
+    format!("{prefix}.{high}.{low}").parse().ok()
+}
+
+/// With the scheme where the protocol has one.
+fn text(port: &pb::Port, address: Ipv4Addr) -> String {
+    let scheme = match port.protocol() {
+        pb::Protocol::Http | pb::Protocol::Http2 if port.service_port == 443 => "https://",
+        pb::Protocol::Http | pb::Protocol::Http2 => "http://",
+        pb::Protocol::Grpc | pb::Protocol::Tcp | pb::Protocol::Unspecified => "",
+    };
+    format!("{scheme}{address}:{}", port.service_port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_is_prefix_and_suffix() {
+        assert_eq!(address("127.88", 5), Some(Ipv4Addr::new(127, 88, 0, 5)));
+        assert_eq!(address("127.89", 0x1234), Some(Ipv4Addr::new(127, 89, 0x12, 0x34)));
+        assert_eq!(address("127.88", 0), None);
+    }
+
+    #[test]
+    fn a_scheme_where_the_protocol_has_one() {
+        let port = |protocol: pb::Protocol, service_port| pb::Port { protocol: protocol.into(), service_port, port: 0 };
+        let at = Ipv4Addr::new(127, 88, 0, 5);
+        assert_eq!(text(&port(pb::Protocol::Http, 80), at), "http://127.88.0.5:80");
+        assert_eq!(text(&port(pb::Protocol::Tcp, 5432), at), "127.88.0.5:5432");
+    }
+
+    #[test]
+    fn several_ports_need_a_name() {
+        let mut manifest = pb::Manifest { name: "web".into(), ..Default::default() };
+        assert!(choose(&manifest, None).unwrap_err().to_string().contains("no ports"));
+        manifest.ports.insert("http".into(), pb::Port::default());
+        choose(&manifest, None).unwrap();
+        manifest.ports.insert("admin".into(), pb::Port::default());
+        assert!(choose(&manifest, None).unwrap_err().to_string().contains("admin, http"));
+        assert!(choose(&manifest, Some("x")).unwrap_err().to_string().contains("it has admin, http"));
+    }
+}

@@ -1,0 +1,371 @@
+//! Waiting for a deployment to end, or for a service to be gone. A watch only wakes; what counts is a linearizable
+//! read, so that a success is one, whichever member is asked. On a terminal one line per service is kept up to date.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use nave_proto::pb;
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use super::observed_text;
+use super::services::deployment_word;
+use crate::client::Hub;
+use crate::failure::{Exit, Failure};
+use crate::out::{self, Tone};
+use crate::progress::Progress;
+
+/// The watch tells at once; this is for when it is broken.
+const ASK_AT_LEAST_EVERY: Duration = Duration::from_millis(500);
+/// Changes come in bursts; one read answers for a burst.
+const BURST: Duration = Duration::from_millis(15);
+
+/// One service that is waited for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) service: String,
+    pub(super) goal: Goal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// This version is fully ready.
+    Ready { version: u64 },
+    /// No instance is left.
+    Gone,
+}
+
+/// Where a target stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Going(String),
+    Done(String),
+    Failed { reason: String, details: Vec<String> },
+    /// A newer version is there: it must be asked why.
+    Superseded { by: u64 },
+}
+
+/// Returns when all targets are reached; the first failure ends the wait with its reason.
+pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let deadline = begun + timeout;
+    let mut progress = Progress::new(targets.iter().map(|target| target.service.clone()));
+    let mut open: Vec<usize> = (0..targets.len()).collect();
+    let mut failures: Vec<Failure> = Vec::new();
+    let mut last: Vec<Option<pb::GetServiceResponse>> = vec![None; targets.len()];
+    let mut wake = Wake::new(hub, targets);
+    while !open.is_empty() {
+        let asked = open.iter().map(|&index| ask(hub, &targets[index]));
+        let answers = match tokio::time::timeout_at(deadline, join_all(asked)).await {
+            Ok(answers) => answers,
+            Err(_) => break,
+        };
+        let mut still = Vec::new();
+        for (index, answer) in open.into_iter().zip(answers) {
+            let target = &targets[index];
+            let verdict = match &answer {
+                Ok(answer) => judge(target, answer),
+                Err(failure) => Verdict::Going(format!("waiting: {}", first_line(failure))),
+            };
+            match verdict {
+                Verdict::Going(text) => {
+                    progress.set(index, Tone::Warning, &text);
+                    still.push(index);
+                }
+                Verdict::Done(text) => {
+                    let took = begun.elapsed().as_secs_f32();
+                    progress.finish(index, Tone::Good, &format!("{text} after {took:.1} s"));
+                }
+                Verdict::Failed { reason, details } => {
+                    progress.finish(index, Tone::Bad, "failed");
+                    failures.push(failed(target, &reason, details));
+                }
+                Verdict::Superseded { by } => {
+                    progress.finish(index, Tone::Bad, "failed");
+                    let events = answer.ok().and_then(Result::ok).map(|answer| answer.events).unwrap_or_default();
+                    failures.push(superseded(hub, target, by, &events).await);
+                    continue;
+                }
+            }
+            if let Ok(Ok(answer)) = answer {
+                last[index] = Some(answer);
+            }
+        }
+        open = still;
+        if open.is_empty() || Instant::now() >= deadline {
+            break;
+        }
+        wake.next(deadline).await;
+    }
+    for index in open {
+        progress.finish(index, Tone::Bad, "timed out");
+        failures.push(timed_out(&targets[index], last[index].as_ref(), timeout));
+    }
+    progress.end();
+    merge(failures)
+}
+
+type Answer = Result<Result<pb::GetServiceResponse, Status>, Failure>;
+
+async fn ask(hub: &Hub, target: &Target) -> Answer {
+    let request = pb::GetServiceRequest { name: target.service.clone(), linearizable: true };
+    hub.read_status(|mut member| {
+        let request = request.clone();
+        async move { member.services.get_service(request).await }
+    })
+    .await
+}
+
+fn judge(target: &Target, answer: &Result<pb::GetServiceResponse, Status>) -> Verdict {
+    let response = match answer {
+        Ok(response) => response,
+        Err(status) if status.code() == Code::NotFound && target.goal == Goal::Gone => {
+            return Verdict::Done("gone".to_owned());
+        }
+        Err(status) if status.code() == Code::NotFound => {
+            return fail("it was deleted while it was waited for".to_owned());
+        }
+        Err(status) => return fail(first_line(&Failure::from_status(status))),
+    };
+    let Some(service) = &response.service else { return fail("the hub's answer has no service in it".to_owned()) };
+    match target.goal {
+        Goal::Gone => Verdict::Going(format!("stopping, {} left", super::count(response.instances.len(), "instance"))),
+        Goal::Ready { version } => judge_version(version, service, &response.instances),
+    }
+}
+
+fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]) -> Verdict {
+    if service.deleting {
+        return fail("it is being deleted".to_owned());
+    }
+    if service.version != version {
+        return Verdict::Superseded { by: service.version };
+    }
+    let wanted: Vec<&pb::Instance> =
+        instances.iter().filter(|instance| instance.version == version && instance.desired == "run").collect();
+    let ready = wanted.iter().filter(|instance| instance.ready).count();
+    let ready = u32::try_from(ready).unwrap_or(u32::MAX);
+    let of = format!("{ready} of {} ready", service.desired);
+    let word = deployment_word(service.deployment.as_ref());
+    let reason = service.deployment.as_ref().map_or("", |deployment| deployment.reason.as_str());
+    match word {
+        "failed" | "cancelled" => Verdict::Failed {
+            reason: if reason.is_empty() { format!("the deployment {word}") } else { reason.to_owned() },
+            details: why_not(service, &wanted),
+        },
+        "successful" if ready >= service.desired => Verdict::Done(format!("version {version}, {of}")),
+        _ => {
+            let mut text = format!("version {version}, {of}");
+            if let Some(why) = why_not(service, &wanted).first() {
+                text = format!("{text}: {why}");
+            }
+            Verdict::Going(text)
+        }
+    }
+}
+
+fn fail(reason: String) -> Verdict {
+    Verdict::Failed { reason, details: Vec::new() }
+}
+
+/// A sentence for each thing that is missing.
+fn why_not(service: &pb::Service, instances: &[&pb::Instance]) -> Vec<String> {
+    let missing = instances.iter().filter(|instance| !instance.ready).map(|instance| {
+        let reason = if instance.reason.is_empty() { String::new() } else { format!(": {}", instance.reason) };
+        format!("{} on {} is {}{reason}", instance.id, instance.host, observed_text(instance))
+    });
+    service.unplaced.iter().cloned().chain(missing).collect()
+}
+
+fn failed(target: &Target, reason: &str, details: Vec<String>) -> Failure {
+    let details = details.into_iter().filter(|detail| !reason.contains(detail.as_str()));
+    Failure::refused(format!("{}: {reason}", target.service)).details(details).next(look(target))
+}
+
+/// Says what took the place of the version that was waited for: a revert is a failure with a reason of its own.
+async fn superseded(hub: &Hub, target: &Target, by: u64, events: &[pb::Event]) -> Failure {
+    let Goal::Ready { version } = target.goal else { unreachable!("only versions are superseded") };
+    let request = pb::ListServiceVersionsRequest { name: target.service.clone(), linearizable: true };
+    let versions = hub
+        .read(|mut member| {
+            let request = request.clone();
+            async move { member.services.list_service_versions(request).await }
+        })
+        .await;
+    let next = versions.ok().and_then(|listed| {
+        listed.versions.into_iter().filter(|record| record.version > version).min_by_key(|record| record.version)
+    });
+    let Some(next) = next else {
+        return failed(target, &format!("version {by} took the place of version {version}"), Vec::new());
+    };
+    if let Some(to) = next.cause.strip_prefix("auto-revert to ") {
+        let why = events.iter().find(|event| event.kind == "deployment_failed").map(|event| event.message.clone());
+        let reason = format!("version {version} failed and was reverted to version {to} (as version {})", next.version);
+        return failed(target, &reason, why.into_iter().collect());
+    }
+    let reason = format!("version {} ({} by {}) took the place of version {version}", next.version, next.cause, next.actor);
+    failed(target, &reason, Vec::new())
+}
+
+fn timed_out(target: &Target, last: Option<&Result<pb::GetServiceResponse, Status>>, timeout: Duration) -> Failure {
+    let within = crate::when::exact(timeout);
+    match (target.goal, last) {
+        (Goal::Ready { version }, Some(Ok(response))) => {
+            let service = response.service.clone().unwrap_or_default();
+            let wanted: Vec<_> = response
+                .instances
+                .iter()
+                .filter(|instance| instance.version == version && instance.desired == "run")
+                .collect();
+            let ready = wanted.iter().filter(|instance| instance.ready).count();
+            let reason = format!("not ready within {within}: {ready} of {}; it goes on", service.desired);
+            failed(target, &reason, why_not(&service, &wanted))
+        }
+        (Goal::Gone, Some(Ok(response))) => {
+            let left = super::count(response.instances.len(), "instance");
+            failed(target, &format!("not gone within {within}: {left} left; it goes on"), Vec::new())
+        }
+        // Not one answer in all that time: nobody knows.
+        _ => Failure { exit: Exit::Unknown, ..failed(target, &format!("no answer within {within}"), Vec::new()) },
+    }
+}
+
+fn look(target: &Target) -> String {
+    format!("`nave status {0}`, `nave logs {0}`", target.service)
+}
+
+fn first_line(failure: &Failure) -> String {
+    failure.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+/// One failure as it is; of several, each but the last is printed now.
+fn merge(mut failures: Vec<Failure>) -> Result<(), Failure> {
+    let Some(last) = failures.pop() else { return Ok(()) };
+    for failure in failures {
+        out::error(&failure);
+    }
+    Err(last)
+}
+
+/// Wakes when something changes, and every half second anyway.
+struct Wake {
+    member: crate::client::Member,
+    request: pb::WatchRequest,
+    stream: Option<tonic::Streaming<pb::WatchResponse>>,
+}
+
+impl Wake {
+    fn new(hub: &Hub, targets: &[Target]) -> Self {
+        let service = match targets {
+            [only] => only.service.clone(),
+            _ => String::new(),
+        };
+        let request = pb::WatchRequest { service, ..Default::default() };
+        Self { member: hub.member(), request, stream: None }
+    }
+
+    async fn next(&mut self, deadline: Instant) {
+        let until = deadline.min(Instant::now() + ASK_AT_LEAST_EVERY);
+        let woken = tokio::time::timeout_at(until, self.changed()).await;
+        if woken == Ok(true) {
+            let settled = tokio::time::timeout(BURST, async { while self.changed().await {} });
+            // Either way it is time to ask.
+            drop(settled.await);
+        } else {
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
+    /// False when there is no stream to hear from.
+    async fn changed(&mut self) -> bool {
+        if self.stream.is_none() {
+            match self.member.services.watch(self.request.clone()).await {
+                Ok(stream) => self.stream = Some(stream.into_inner()),
+                Err(_) => return false,
+            }
+        }
+        let Some(stream) = &mut self.stream else { return false };
+        match stream.message().await {
+            Ok(Some(_)) => true,
+            Ok(None) | Err(_) => {
+                self.stream = None;
+                false
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(version: u64, status: pb::DeploymentStatus) -> pb::Service {
+        pb::Service {
+            name: "web".into(),
+            version,
+            desired: 2,
+            deployment: Some(pb::Deployment {
+                version,
+                status: status.into(),
+                reason: "i-2 exited with 1".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn instance(id: &str, version: u64, ready: bool) -> pb::Instance {
+        pb::Instance {
+            id: id.into(),
+            version,
+            ready,
+            desired: "run".into(),
+            observed: "running".into(),
+            host: "a".into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn ready_means_all_of_the_new_version_and_a_deployment_that_ended_well() {
+        let both = [instance("i-1", 2, true), instance("i-2", 2, true)];
+        let successful = service(2, pb::DeploymentStatus::Successful);
+        assert_eq!(judge_version(2, &successful, &both), Verdict::Done("version 2, 2 of 2 ready".into()));
+        let going = service(2, pb::DeploymentStatus::Running);
+        assert!(matches!(judge_version(2, &going, &both), Verdict::Going(_)));
+        let old = [instance("i-1", 2, true), instance("i-2", 1, true)];
+        assert!(matches!(judge_version(2, &successful, &old), Verdict::Going(_)));
+    }
+
+    #[test]
+    fn what_is_missing_is_said_while_waiting() {
+        let going = service(2, pb::DeploymentStatus::Running);
+        let some = [instance("i-1", 2, true), instance("i-2", 2, false)];
+        assert_eq!(
+            judge_version(2, &going, &some),
+            Verdict::Going("version 2, 1 of 2 ready: i-2 on a is running, not ready".into())
+        );
+    }
+
+    #[test]
+    fn a_failed_deployment_fails_with_the_hubs_reason() {
+        let verdict = judge_version(2, &service(2, pb::DeploymentStatus::Failed), &[]);
+        assert_eq!(verdict, Verdict::Failed { reason: "i-2 exited with 1".into(), details: Vec::new() });
+    }
+
+    #[test]
+    fn a_newer_version_ends_the_wait() {
+        assert_eq!(
+            judge_version(2, &service(3, pb::DeploymentStatus::Successful), &[]),
+            Verdict::Superseded { by: 3 }
+        );
+    }
+
+    #[test]
+    fn not_found_is_what_a_deletion_waits_for() {
+        let gone = Err(Status::not_found("no such service"));
+        let target = |goal| Target { service: "web".into(), goal };
+        assert_eq!(judge(&target(Goal::Gone), &gone), Verdict::Done("gone".into()));
+        assert!(matches!(judge(&target(Goal::Ready { version: 1 }), &gone), Verdict::Failed { .. }));
+    }
+}
