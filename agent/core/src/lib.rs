@@ -1,1 +1,16 @@
-//! core
+//! What an agent decides, without doing any of it: the life of each instance ([`Supervisor`]), the wanted set as a
+//! whole ([`Reconciler`]), ports, and the environment of a process. Pure and deterministic: the time and randomness
+//! are arguments; no tokio, no files, no clock. The crate `nave-agent` performs the actions and feeds results back.
+
+#![warn(clippy::wildcard_enum_match_arm)]
+
+pub mod address;
+pub mod env;
+mod monotonic;
+pub mod ports;
+mod reconciler;
+pub mod supervisor;
+
+pub use monotonic::{Monotonic, WallOffset};
+pub use reconciler::{NeedWhole, Order, Reconciler, StaleWanted};
+pub use supervisor::{Action, Input, ProcessKey, Supervisor};

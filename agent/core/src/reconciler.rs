@@ -1,0 +1,387 @@
+//! The wanted set of this host and the supervisors that make it true. Level-triggered: the hub sends what it wants,
+//! whole or as a delta on top of a known generation, and this goes there from wherever it is; an older generation
+//! never moves it back. Without a hub the set on disk is enough to keep running, restarting and stopping.
+//!
+//! The agent's main task owns one, feeds it what keeper, probes, hub and timer say, and performs the [`Order`]s in
+//! the order given. Nothing is started or signalled before the keeper's first list.
+
+mod restore;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+use rand::Rng;
+
+use crate::monotonic::{Monotonic, WallOffset};
+use crate::supervisor::{Action, Input, ProcessKey, SpawnErrorKind, Supervisor, unwanted};
+
+/// An action and the instance it is for; 0 for [`Action::AcknowledgeExits`], which is for none.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Order {
+    pub instance: InstanceId,
+    pub action: Action,
+}
+
+/// A wanted set older than the one in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("wanted generation {given} is older than {known}")]
+pub struct StaleWanted {
+    pub given: u64,
+    pub known: u64,
+}
+
+/// A delta that does not fit on what is in force: the whole set is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the delta does not continue generation {generation} of incarnation {incarnation}")]
+pub struct NeedWhole {
+    pub incarnation: u64,
+    pub generation: u64,
+}
+
+/// All instances of this host.
+#[derive(Debug, Clone)]
+pub struct Reconciler {
+    boot_id: String,
+    incarnation: u64,
+    generation: u64,
+    supervisors: BTreeMap<InstanceId, Supervisor>,
+    /// The keeper has listed what it runs, on the connection in use.
+    keeper_known: bool,
+    /// Newest exit record taken, and newest acknowledged to the keeper.
+    exits_taken: u64,
+    exits_acknowledged: u64,
+    changed: BTreeSet<InstanceId>,
+}
+
+impl Reconciler {
+    /// With nothing wanted yet. `boot_id` as in /proc/sys/kernel/random/boot_id.
+    #[must_use]
+    pub fn new(boot_id: &str) -> Self {
+        Self {
+            boot_id: boot_id.to_owned(),
+            incarnation: 0,
+            generation: 0,
+            supervisors: BTreeMap::new(),
+            keeper_known: false,
+            exits_taken: 0,
+            exits_acknowledged: 0,
+            changed: BTreeSet::new(),
+        }
+    }
+
+    /// Incarnation and generation in force, for `Hello` and `Acknowledge`; zeros: none.
+    #[must_use]
+    pub fn generation(&self) -> (u64, u64) {
+        (self.incarnation, self.generation)
+    }
+
+    /// The whole truth from the hub. Instances it does not name are stopped and forgotten. When it returns `Ok`, the
+    /// caller makes `LedgerRecord.wanted` durable, performs the orders, and acknowledges the generation.
+    ///
+    /// # Errors
+    /// When it is older than what is in force; nothing has changed then.
+    pub fn apply_wanted<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        set: pb::WantedSet,
+    ) -> Result<Vec<Order>, StaleWanted> {
+        if set.incarnation == self.incarnation && set.generation < self.generation {
+            return Err(StaleWanted { given: set.generation, known: self.generation });
+        }
+        (self.incarnation, self.generation) = (set.incarnation, set.generation);
+        let named: BTreeSet<_> = set.instances.iter().map(|wanted| InstanceId(wanted.instance_id)).collect();
+        let mut orders = Vec::new();
+        let unnamed: Vec<_> = self.supervisors.keys().filter(|id| !named.contains(id)).copied().collect();
+        for instance in unnamed {
+            self.step(now, rng, instance, Input::Forget, &mut orders);
+        }
+        for wanted in set.instances {
+            self.put(now, rng, wanted, &mut orders);
+        }
+        Ok(orders)
+    }
+
+    /// What has changed since the generation in force. As for [`Reconciler::apply_wanted`], with `LedgerRecord.delta`.
+    ///
+    /// # Errors
+    /// When it does not continue the generation in force; nothing has changed then.
+    pub fn apply_delta<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        delta: pb::WantedDelta,
+    ) -> Result<Vec<Order>, NeedWhole> {
+        if !self.continues(&delta) {
+            return Err(NeedWhole { incarnation: self.incarnation, generation: self.generation });
+        }
+        self.generation = delta.to_generation;
+        let mut orders = Vec::new();
+        for id in delta.removed {
+            self.step(now, rng, InstanceId(id), Input::Forget, &mut orders);
+        }
+        for wanted in delta.put {
+            self.put(now, rng, wanted, &mut orders);
+        }
+        Ok(orders)
+    }
+
+    fn continues(&self, delta: &pb::WantedDelta) -> bool {
+        delta.incarnation == self.incarnation
+            && delta.from_generation == self.generation
+            && delta.to_generation >= delta.from_generation
+    }
+
+    fn put<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        wanted: pb::WantedInstance,
+        orders: &mut Vec<Order>,
+    ) {
+        let instance = InstanceId(wanted.instance_id);
+        match self.supervisors.get(&instance) {
+            Some(known) if !known.is_forgotten() && *known.wanted() == wanted => {}
+            Some(_) => self.step(now, rng, instance, Input::Wanted(wanted), orders),
+            None => {
+                self.supervisors.insert(instance, Supervisor::new(wanted, &self.boot_id, now));
+                // It is new here, so a keeper that has listed what it runs does not run it.
+                let input = if self.keeper_known { Input::Absent { fresh: true } } else { Input::Tick };
+                self.step(now, rng, instance, input, orders);
+            }
+        }
+    }
+
+    /// One input for one instance; ignored when there is no such instance (an exit is acknowledged all the same).
+    /// Answers to orders must be given in the order in which the keeper gave them.
+    pub fn input<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        instance: InstanceId,
+        input: Input,
+    ) -> Vec<Order> {
+        if let Input::SpawnFailed { error, .. } = &input
+            && error.kind == SpawnErrorKind::Unavailable
+        {
+            self.keeper_known = false;
+        }
+        if let Input::Exited(exit) = &input {
+            self.exits_taken = self.exits_taken.max(exit.sequence);
+        }
+        let mut orders = Vec::new();
+        self.step(now, rng, instance, input, &mut orders);
+        self.acknowledge_exits(&mut orders);
+        orders
+    }
+
+    /// An exit record from the keeper: a new one, or one repeated after a hello.
+    pub fn exited<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        exit: pb::ExitRecord,
+    ) -> Vec<Order> {
+        self.input(now, rng, InstanceId(exit.instance_id), Input::Exited(exit))
+    }
+
+    /// The connection to the keeper is lost: what it does from now on is known only from its next list.
+    pub fn keeper_lost(&mut self) {
+        self.keeper_known = false;
+    }
+
+    /// Whether the keeper has listed what it runs on the connection in use.
+    #[must_use]
+    pub fn is_keeper_known(&self) -> bool {
+        self.keeper_known
+    }
+
+    /// All that the keeper runs: after every hello (and after the exits it repeats then), and as the answer to
+    /// [`Action::ListProcesses`]. Processes of nobody, or of an older placement, are stopped.
+    pub fn keeper_processes<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        list: &[pb::KeptProcess],
+    ) -> Vec<Order> {
+        let fresh = !self.keeper_known;
+        self.keeper_known = true;
+        let mut kept: BTreeMap<InstanceId, Vec<&pb::KeptProcess>> = BTreeMap::new();
+        for process in list {
+            kept.entry(InstanceId(process.instance_id)).or_default().push(process);
+        }
+        for (&instance, processes) in &kept {
+            let epoch = processes.iter().map(|process| process.epoch).max().unwrap_or_default();
+            let boot_id = &self.boot_id;
+            self.supervisors
+                .entry(instance)
+                .or_insert_with(|| Supervisor::stray(unwanted(instance, epoch), boot_id, now));
+        }
+        let mut orders = Vec::new();
+        let instances: Vec<_> = self.supervisors.keys().copied().collect();
+        for instance in instances {
+            let mut processes = kept.remove(&instance).unwrap_or_default();
+            // The newest first: an older one beside it is the one too many.
+            processes.sort_by_key(|process| std::cmp::Reverse(key(process)));
+            for input in told_by(&processes, fresh) {
+                self.step(now, rng, instance, input, &mut orders);
+            }
+        }
+        self.acknowledge_exits(&mut orders);
+        orders
+    }
+
+    /// Everything that is due.
+    pub fn tick<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R) -> Vec<Order> {
+        let due = |supervisor: &Supervisor| supervisor.next_wake().is_some_and(|at| at <= now);
+        let instances: Vec<_> =
+            self.supervisors.iter().filter(|(_, supervisor)| due(supervisor)).map(|(&id, _)| id).collect();
+        let mut orders = Vec::new();
+        for instance in instances {
+            self.step(now, rng, instance, Input::Tick, &mut orders);
+        }
+        orders
+    }
+
+    /// When [`Reconciler::tick`] is to be called next; `None`: not until something happens.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Monotonic> {
+        self.supervisors.values().filter_map(Supervisor::next_wake).min()
+    }
+
+    fn step<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        instance: InstanceId,
+        input: Input,
+        orders: &mut Vec<Order>,
+    ) {
+        let Some(supervisor) = self.supervisors.get_mut(&instance) else { return };
+        for action in supervisor.step(now, rng, input) {
+            match action {
+                Action::Report | Action::Gone => {
+                    self.changed.insert(instance);
+                }
+                Action::WakeAt(_) => {}
+                Action::PickPorts { .. }
+                | Action::Spawn(_)
+                | Action::Signal { .. }
+                | Action::SweepCgroup { .. }
+                | Action::StartProbe(_)
+                | Action::StopProbes
+                | Action::ListProcesses
+                | Action::Persist(_)
+                | Action::Forget { .. }
+                | Action::AcknowledgeExits { .. }
+                | Action::ForgetLedger
+                | Action::Log { .. } => orders.push(Order { instance, action }),
+            }
+        }
+    }
+
+    /// Records taken before the keeper's list are only remembered, not yet in the ledger; so not acknowledged.
+    fn acknowledge_exits(&mut self, orders: &mut Vec<Order>) {
+        if !self.keeper_known || self.exits_taken <= self.exits_acknowledged {
+            return;
+        }
+        self.exits_acknowledged = self.exits_taken;
+        let action = Action::AcknowledgeExits { up_to_sequence: self.exits_taken };
+        orders.push(Order { instance: InstanceId(0), action });
+    }
+
+    /// Reports that have changed since the last call, the newest of each instance. Lost ones are made good by
+    /// [`Reconciler::full_report`] in the next session.
+    pub fn take_reports(&mut self, wall: WallOffset) -> Vec<pb::InstanceReport> {
+        let mut reports = Vec::new();
+        let supervisors = &self.supervisors;
+        self.changed.retain(|instance| match supervisors.get(instance) {
+            None => false,
+            Some(supervisor) if supervisor.can_report() => {
+                reports.push(supervisor.report(wall));
+                false
+            }
+            Some(_) => true,
+        });
+        reports
+    }
+
+    /// Whether [`Reconciler::take_reports`] has anything.
+    #[must_use]
+    pub fn has_reports(&self) -> bool {
+        self.changed.iter().any(|id| self.supervisors.get(id).is_some_and(Supervisor::can_report))
+    }
+
+    /// Every instance, for the first report of a session. `None` until the keeper's list has shown what is true.
+    pub fn full_report(&mut self, wall: WallOffset) -> Option<Vec<pb::InstanceReport>> {
+        if !self.supervisors.values().all(Supervisor::can_report) {
+            return None;
+        }
+        self.changed.clear();
+        Some(self.supervisors.values().map(|supervisor| supervisor.report(wall)).collect())
+    }
+
+    /// Instances stopped and cleaned up, for `Report.gone`; until acknowledged, each time.
+    #[must_use]
+    pub fn gone(&self) -> Vec<InstanceId> {
+        self.supervisors.values().filter(|one| one.is_gone()).map(Supervisor::instance).collect()
+    }
+
+    /// The hub has committed a report with these in `gone`.
+    pub fn acknowledge_gone(&mut self, gone: &[InstanceId]) -> Vec<Order> {
+        let mut orders = Vec::new();
+        for &instance in gone {
+            if self.supervisors.get(&instance).is_some_and(Supervisor::is_gone) {
+                self.supervisors.remove(&instance);
+                self.changed.remove(&instance);
+                orders.push(Order { instance, action: Action::ForgetLedger });
+            }
+        }
+        orders
+    }
+
+    /// One instance.
+    #[must_use]
+    pub fn supervisor(&self, instance: InstanceId) -> Option<&Supervisor> {
+        self.supervisors.get(&instance)
+    }
+
+    /// All instances, by id.
+    pub fn supervisors(&self) -> impl Iterator<Item = &Supervisor> {
+        self.supervisors.values()
+    }
+
+    /// Ports that instances hold or have been given, so that none is given twice.
+    #[must_use]
+    pub fn ports_in_use(&self) -> BTreeSet<u16> {
+        self.supervisors
+            .values()
+            .filter(|supervisor| !supervisor.is_gone())
+            .flat_map(|supervisor| supervisor.ports().values().copied())
+            .collect()
+    }
+}
+
+fn key(process: &pb::KeptProcess) -> ProcessKey {
+    ProcessKey { epoch: process.epoch, attempt: process.attempt }
+}
+
+/// What the keeper's list says of one instance: leftovers first, so that nothing is started beside them.
+fn told_by(processes: &[&pb::KeptProcess], fresh: bool) -> Vec<Input> {
+    let leftovers = processes.iter().filter(|process| process.leftover);
+    let mut inputs: Vec<_> = leftovers.map(|process| Input::Leftover { key: key(process) }).collect();
+    let mut alive = processes.iter().filter(|process| !process.leftover).peekable();
+    if alive.peek().is_none() {
+        inputs.push(Input::Absent { fresh });
+    }
+    inputs.extend(alive.map(|process| Input::Adopted {
+        key: key(process),
+        process: process.process.clone().unwrap_or_default(),
+        started_unix_ns: process.started_unix_ns,
+    }));
+    inputs
+}
+
+#[cfg(test)]
+mod tests;

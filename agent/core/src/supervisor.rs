@@ -1,0 +1,223 @@
+//! The life of one instance on this host: start it, watch it, start it again, stop it. Pure: inputs in, actions
+//! out, `now` and randomness as arguments, so that every rule is a table and every failure replays.
+//!
+//! Two halves. An input changes the state by what happened; then [`Supervisor::step`] looks only at where the state
+//! is and where it should be, and takes the next step towards it. So it does not matter in which order a stop, an
+//! exit and a restart of the agent come. Called by the [`Reconciler`](crate::Reconciler); knows no sockets, files or
+//! clocks.
+
+mod action;
+mod advance;
+mod events;
+mod health;
+mod input;
+mod ledger;
+mod report;
+mod restart;
+mod state;
+mod stop;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+use rand::Rng;
+
+pub use action::{Action, Level, ProbeOrder, SignalScope, SpawnOrder};
+pub use health::{Health, LIVE_FAILURES_MAX, LIVE_GRACE, READY_FAILURES_MAX};
+pub use input::{
+    Input, Notification, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
+};
+pub use ledger::unwanted;
+pub use restart::{
+    BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, READY_FOR_RESET, RestartMemory,
+    UPTIME_FOR_RESTART_AT_ONCE, describe, signal_name,
+};
+pub use state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping};
+pub use stop::{DRAIN_WAIT, GRACE, KILL_WAIT, Sweep};
+
+use crate::monotonic::Monotonic;
+
+/// A process that ends sooner may have met a port that somebody else took.
+const QUICK_EXIT: Duration = Duration::from_secs(5);
+
+type Ports = BTreeMap<String, u16>;
+
+/// One instance's state machine.
+#[derive(Debug, Clone)]
+pub struct Supervisor {
+    instance: InstanceId,
+    boot_id: String,
+    wanted: pb::WantedInstance,
+    /// The hub no longer knows it.
+    forget: bool,
+    /// Of the newest process; behind `wanted.epoch` while that one is stopped.
+    epoch: u64,
+    /// Processes ordered in `epoch`.
+    attempt: u32,
+    ports: Ports,
+    /// The next start takes other ports.
+    pick_ports: bool,
+    memory: RestartMemory,
+    last_exit: Option<pb::ExitRecord>,
+    /// Ended processes whose cgroup is not known to be empty. Nothing starts while there is one.
+    sweeps: BTreeMap<ProcessKey, Sweep>,
+    state: State,
+    persisted: Option<pb::InstanceLedger>,
+    reported: Option<pb::InstanceReport>,
+    wake: Option<Monotonic>,
+}
+
+/// Where the hub wants it to go, seen from the process there may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Goal {
+    Run,
+    Stop,
+    /// Placed anew: end what runs for the older epoch, then begin again.
+    Replace,
+}
+
+impl Supervisor {
+    /// An instance nothing is known of yet. Nothing is done before the keeper's word.
+    #[must_use]
+    pub fn new(wanted: pb::WantedInstance, boot_id: &str, now: Monotonic) -> Self {
+        Self {
+            instance: InstanceId(wanted.instance_id),
+            boot_id: boot_id.to_owned(),
+            epoch: wanted.epoch,
+            wanted,
+            forget: false,
+            attempt: 0,
+            ports: Ports::new(),
+            pick_ports: false,
+            memory: RestartMemory::default(),
+            last_exit: None,
+            sweeps: BTreeMap::new(),
+            state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
+            persisted: None,
+            reported: None,
+            wake: None,
+        }
+    }
+
+    /// A process that the keeper runs and nobody wants: to be stopped and forgotten.
+    #[must_use]
+    pub fn stray(wanted: pb::WantedInstance, boot_id: &str, now: Monotonic) -> Self {
+        Self::new(wanted, boot_id, now).forgotten()
+    }
+
+    /// The same, no longer known to the hub.
+    #[must_use]
+    pub(crate) fn forgotten(mut self) -> Self {
+        self.forget = true;
+        self
+    }
+
+    /// Takes one input and returns what is to be done, in order. Never fails: what does not fit is ignored, and said
+    /// in the log when a person would wonder.
+    pub fn step<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, input: Input) -> Vec<Action> {
+        let mut out = Vec::new();
+        self.take(now, rng, input, &mut out);
+        self.advance(now, &mut out);
+        self.sweep_again(now, &mut out);
+        self.persist(&mut out);
+        self.publish_report(&mut out);
+        let wake = self.next_wake();
+        if wake != self.wake {
+            self.wake = wake;
+            out.extend(wake.map(Action::WakeAt));
+        }
+        out
+    }
+
+    fn take<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, input: Input, out: &mut Vec<Action>) {
+        match input {
+            Input::Wanted(wanted) => self.want(now, wanted, out),
+            Input::Forget => self.forget = true,
+            Input::PortsPicked { ports } => self.ports_picked(now, rng, ports, out),
+            Input::PortClash { message } => self.port_clash(now, rng, message, out),
+            Input::Spawned { key, process, started_unix_ns } => {
+                self.spawned(now, key, process, started_unix_ns, out)
+            }
+            Input::SpawnFailed { key, error } => self.spawn_failed(now, rng, key, &error, out),
+            Input::Exited(exit) => self.exited(now, rng, exit, out),
+            Input::Adopted { key, process, started_unix_ns } => {
+                self.adopted(now, rng, key, process, started_unix_ns, out);
+            }
+            Input::Leftover { key } => self.leftover(now, key, out),
+            Input::Absent { fresh } => self.absent(now, rng, fresh, out),
+            Input::ProbeResult { key, probe, outcome } if key == self.key() => {
+                self.probed(now, probe, &outcome, out);
+            }
+            Input::Notify { key, message } if key == self.key() => self.notified(now, &message),
+            Input::SignalFailed { key, error } => self.signal_failed(key, error, out),
+            Input::CgroupEmpty { key } => {
+                self.sweeps.remove(&key);
+            }
+            Input::ProbeResult { .. } | Input::Notify { .. } | Input::Tick => {}
+        }
+    }
+
+    /// The newest process, running or not.
+    #[must_use]
+    pub fn key(&self) -> ProcessKey {
+        ProcessKey { epoch: self.epoch, attempt: self.attempt }
+    }
+
+    #[must_use]
+    pub fn instance(&self) -> InstanceId {
+        self.instance
+    }
+
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    #[must_use]
+    pub fn wanted(&self) -> &pb::WantedInstance {
+        &self.wanted
+    }
+
+    #[must_use]
+    pub fn ports(&self) -> &BTreeMap<String, u16> {
+        &self.ports
+    }
+
+    /// Stopped and cleaned up, and still meant to be.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self.state, State::Gone)
+    }
+
+    /// The hub no longer knows it.
+    #[must_use]
+    pub fn is_forgotten(&self) -> bool {
+        self.forget
+    }
+
+    fn goal(&self) -> Goal {
+        if self.forget || self.wanted.desired() == pb::Desired::Stop {
+            Goal::Stop
+        } else if self.wanted.epoch > self.epoch {
+            Goal::Replace
+        } else {
+            Goal::Run
+        }
+    }
+
+    /// Writes the ledger record when it has changed; called before each side effect that must not be forgotten.
+    fn persist(&mut self, out: &mut Vec<Action>) {
+        let ledger = self.ledger();
+        if self.persisted.as_ref() != Some(&ledger) {
+            out.push(Action::Persist(Box::new(ledger.clone())));
+            self.persisted = Some(ledger);
+        }
+    }
+}
+
+/// A duration of a manifest; `None` when unset, zero or negative.
+fn duration<D: Copy + TryInto<Duration>>(duration: Option<&D>) -> Option<Duration> {
+    duration.and_then(|&duration| duration.try_into().ok()).filter(|duration| !duration.is_zero())
+}

@@ -1,0 +1,190 @@
+//! From where the state is towards where the hub wants it, by what time it is: the half of a step that does not
+//! care what happened.
+
+use std::time::Duration;
+
+use nave_proto::pb;
+use rand::Rng;
+
+use super::action::{Action, Level, SpawnOrder};
+use super::restart::{Verdict, policy};
+use super::state::{Starting, State, StopCause};
+use super::{Goal, Ports, Supervisor};
+use crate::monotonic::Monotonic;
+
+impl Supervisor {
+    /// Takes every step that is due now.
+    pub(super) fn advance(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        loop {
+            match (&self.state, self.goal()) {
+                // The keeper speaks first, or the spawn's outcome comes first.
+                (State::Pending(_) | State::Starting(Starting::Spawning), _) => return,
+                (State::Running(_), Goal::Run) => return,
+                (State::Running(running), Goal::Stop | Goal::Replace) => {
+                    let running = running.clone();
+                    self.begin_stop(now, running, StopCause::Told, out);
+                }
+                (State::Stopping(_), _) => return self.climb(now, out),
+                (State::Gone, Goal::Stop) => return,
+                (State::Gone, Goal::Run | Goal::Replace) => {
+                    self.memory = super::RestartMemory::default();
+                    self.state = State::due(now);
+                }
+                (State::Starting(Starting::PickingPorts), Goal::Stop | Goal::Replace) => {
+                    self.state = State::due(now);
+                }
+                (State::Starting(Starting::PickingPorts), Goal::Run) => return,
+                (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, _)
+                    if !self.sweeps.is_empty() =>
+                {
+                    return;
+                }
+                (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, Goal::Stop) => {
+                    self.clean_up(out);
+                }
+                (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, Goal::Replace) => {
+                    self.begin_epoch(now, out);
+                }
+                (State::BackingOff { until, .. }, Goal::Run) if now < *until => return,
+                (State::BackingOff { .. }, Goal::Run) => return self.start(out),
+                (State::Exited { .. } | State::Failed { .. }, Goal::Run) => return,
+            }
+        }
+    }
+
+    /// When [`Supervisor::advance`] will have something to do, if nothing happens before.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Monotonic> {
+        let own = match &self.state {
+            State::BackingOff { until, .. } => self.sweeps.is_empty().then_some(*until),
+            State::Stopping(stopping) => Some(match stopping.step {
+                super::StopStep::Draining { until } => until,
+                super::StopStep::Terminating => stopping.kill_at,
+                super::StopStep::Killing { next, .. } => next,
+            }),
+            State::Pending(_)
+            | State::Starting(_)
+            | State::Running(_)
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => None,
+        };
+        own.into_iter().chain(self.sweeps.values().map(|sweep| sweep.next)).min()
+    }
+
+    fn clean_up(&mut self, out: &mut Vec<Action>) {
+        out.push(Action::Forget { epoch: self.epoch });
+        if self.wanted.epoch > self.epoch {
+            self.reset_epoch();
+        }
+        self.state = State::Gone;
+        out.push(Action::Gone);
+    }
+
+    /// The hub placed the instance here once more; nothing of the older placement runs any longer.
+    fn begin_epoch(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.attempt > 0 {
+            out.push(Action::Forget { epoch: self.epoch });
+        }
+        self.reset_epoch();
+        self.state = State::due(now);
+    }
+
+    fn reset_epoch(&mut self) {
+        self.epoch = self.wanted.epoch;
+        self.attempt = 0;
+        self.memory = super::RestartMemory::default();
+        self.last_exit = None;
+        self.ports.clear();
+        self.pick_ports = false;
+    }
+
+    fn start(&mut self, out: &mut Vec<Action>) {
+        let Some(manifest) = &self.wanted.manifest else {
+            self.state = State::Failed { reason: "the hub sent no manifest".to_owned() };
+            return;
+        };
+        if !self.pick_ports && ports_fit(manifest, &self.ports) {
+            return self.spawn(out);
+        }
+        let (fixed, dynamic): (Vec<_>, Vec<_>) = manifest.ports.iter().partition(|(_, port)| port.port != 0);
+        out.push(Action::PickPorts {
+            fixed: fixed
+                .into_iter()
+                .filter_map(|(name, port)| Some((name.clone(), u16::try_from(port.port).ok()?)))
+                .collect(),
+            dynamic: dynamic.into_iter().map(|(name, _)| name.clone()).collect(),
+        });
+        self.state = State::Starting(Starting::PickingPorts);
+    }
+
+    /// The attempt is on disk before the order is given, so that no number is ever used twice.
+    pub(super) fn spawn(&mut self, out: &mut Vec<Action>) {
+        self.attempt = self.attempt.saturating_add(1);
+        self.state = State::Starting(Starting::Spawning);
+        self.persist(out);
+        let order = SpawnOrder { key: self.key(), wanted: self.wanted.clone(), ports: self.ports.clone() };
+        out.push(Action::Spawn(Box::new(order)));
+    }
+
+    /// After a process ended that should have run on.
+    pub(super) fn decide<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        failed: bool,
+        uptime: Duration,
+        why: String,
+        out: &mut Vec<Action>,
+    ) {
+        if self.goal() != Goal::Run {
+            self.state = State::due(now);
+            return;
+        }
+        let restart = self.wanted.manifest.as_ref().and_then(|manifest| manifest.restart.as_ref());
+        self.state = match self.memory.decide(now, rng, restart, failed, uptime, &why) {
+            Verdict::StartAt(until) => {
+                let wait = until.since(now).as_millis();
+                out.push(Action::Log {
+                    level: Level::Warn,
+                    message: format!("{why}; starts again in {wait} ms"),
+                });
+                State::BackingOff { until, why }
+            }
+            Verdict::Rest => {
+                out.push(Action::Log { level: Level::Info, message: format!("{why}; not started again") });
+                State::Exited { why }
+            }
+            Verdict::GiveUp(reason) => give_up(reason, out),
+        };
+    }
+
+    /// A start that came to nothing. No policy calls that a success.
+    pub(super) fn start_failed<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        why: String,
+        out: &mut Vec<Action>,
+    ) {
+        let restart = self.wanted.manifest.as_ref().and_then(|manifest| manifest.restart.as_ref());
+        if policy(restart) == pb::RestartPolicy::Never && self.goal() == Goal::Run {
+            self.state = give_up(why, out);
+        } else {
+            self.decide(now, rng, true, Duration::ZERO, why, out);
+        }
+    }
+}
+
+pub(super) fn give_up(reason: String, out: &mut Vec<Action>) -> State {
+    out.push(Action::Log { level: Level::Error, message: reason.clone() });
+    State::Failed { reason }
+}
+
+/// Whether these are the manifest's ports, each fixed one with its number.
+pub(super) fn ports_fit(manifest: &pb::Manifest, ports: &Ports) -> bool {
+    manifest.ports.len() == ports.len()
+        && manifest.ports.iter().all(|(name, port)| {
+            ports.get(name).is_some_and(|&have| port.port == 0 || port.port == u32::from(have))
+        })
+}

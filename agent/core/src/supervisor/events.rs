@@ -1,0 +1,421 @@
+//! What happened, written into the state: the half of a step that does not care what is wanted.
+
+use std::time::Duration;
+
+use nave_proto::pb;
+use rand::Rng;
+
+use super::action::{Action, Level};
+use super::advance::{give_up, ports_fit};
+use super::health::{self, Health};
+use super::input::{Notification, ProbeKind, ProbeOutcome, ProcessKey, SpawnError, SpawnErrorKind};
+use super::restart::{cannot_heal, describe, hints_at_port, is_failure};
+use super::state::{Pending, Running, Starting, State, StopCause};
+use super::{Ports, QUICK_EXIT, Supervisor};
+use crate::monotonic::Monotonic;
+
+impl Supervisor {
+    /// A newer wish. A manifest that differs in the same epoch is a live change: the process stays.
+    pub(super) fn want(&mut self, now: Monotonic, mut wanted: pb::WantedInstance, out: &mut Vec<Action>) {
+        if wanted.epoch < self.wanted.epoch {
+            let message =
+                format!("ignored a wish for epoch {}, older than {}", wanted.epoch, self.wanted.epoch);
+            out.push(Action::Log { level: Level::Warn, message });
+            return;
+        }
+        if wanted.manifest.is_none() {
+            wanted.manifest = self.wanted.manifest.take();
+        }
+        self.forget = false;
+        let before = std::mem::replace(&mut self.wanted, wanted);
+        let health = |wanted: &pb::WantedInstance| wanted.manifest.as_ref().and_then(|m| m.health.clone());
+        if before.epoch != self.wanted.epoch || health(&before) == health(&self.wanted) {
+            return;
+        }
+        let key = self.key();
+        if let (State::Running(running), Some(manifest)) = (&mut self.state, &self.wanted.manifest) {
+            running.health.respecify(now, manifest);
+            out.push(Action::StopProbes);
+            health::start_probes(key, manifest, &self.ports, out);
+        }
+    }
+
+    pub(super) fn ports_picked<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        ports: Ports,
+        out: &mut Vec<Action>,
+    ) {
+        if self.state != State::Starting(Starting::PickingPorts) {
+            return;
+        }
+        if self.wanted.manifest.as_ref().is_some_and(|manifest| ports_fit(manifest, &ports)) {
+            self.ports = ports;
+            self.pick_ports = false;
+            self.spawn(out);
+        } else {
+            self.start_failed(now, rng, "the ports changed while they were picked".to_owned(), out);
+        }
+    }
+
+    pub(super) fn port_clash<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        message: String,
+        out: &mut Vec<Action>,
+    ) {
+        if self.state == State::Starting(Starting::PickingPorts) {
+            self.pick_ports = true;
+            self.start_failed(now, rng, message, out);
+        }
+    }
+
+    pub(super) fn spawned(
+        &mut self,
+        now: Monotonic,
+        key: ProcessKey,
+        process: pb::ProcessIdentity,
+        started_unix_ns: i64,
+        out: &mut Vec<Action>,
+    ) {
+        let current = key == self.key();
+        match &self.state {
+            State::Starting(Starting::Spawning) if current => self.run(now, process, started_unix_ns, out),
+            // The keeper's list will say.
+            State::Pending(_) => {}
+            State::Running(_) | State::Stopping(_) if current => {}
+            State::Starting(_)
+            | State::Running(_)
+            | State::Stopping(_)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => {
+                // Its exit may have been told first.
+                if !self.has_ended(key) {
+                    self.kill_duplicate(now, key, out);
+                }
+            }
+        }
+    }
+
+    /// A process of ours runs: exec has succeeded.
+    fn run(
+        &mut self,
+        now: Monotonic,
+        process: pb::ProcessIdentity,
+        started_unix_ns: i64,
+        out: &mut Vec<Action>,
+    ) {
+        self.memory.exec_failures = 0;
+        let unknown = pb::Manifest::default();
+        let manifest = self.wanted.manifest.as_ref().unwrap_or(&unknown);
+        health::start_probes(self.key(), manifest, &self.ports, out);
+        let health = Health::begin(manifest, now);
+        out.push(Action::Log { level: Level::Info, message: format!("process {} runs", process.pid) });
+        self.state = State::Running(Running { process, started_unix_ns, since: now, health });
+    }
+
+    pub(super) fn spawn_failed<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        key: ProcessKey,
+        error: &SpawnError,
+        out: &mut Vec<Action>,
+    ) {
+        if self.state != State::Starting(Starting::Spawning) || key != self.key() {
+            return;
+        }
+        match error.kind {
+            SpawnErrorKind::Unavailable => {
+                let recalled = Box::new(State::Starting(Starting::Spawning));
+                self.state = State::Pending(Pending { recalled, exit: None });
+            }
+            SpawnErrorKind::Busy => {
+                let until = now + self.memory.next_delay(rng, Duration::ZERO);
+                self.state = State::BackingOff { until, why: error.message.clone() };
+                out.push(Action::ListProcesses);
+            }
+            SpawnErrorKind::Exec | SpawnErrorKind::Invalid | SpawnErrorKind::System => {
+                let hopeless = match error.kind {
+                    SpawnErrorKind::Exec => cannot_heal(error.errno),
+                    SpawnErrorKind::Invalid => true,
+                    SpawnErrorKind::System | SpawnErrorKind::Busy | SpawnErrorKind::Unavailable => false,
+                };
+                let exit = self.exec_error(error);
+                self.never_ran(now, rng, exit, hopeless, out);
+            }
+        }
+    }
+
+    fn never_ran<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        exit: pb::ExitRecord,
+        hopeless: bool,
+        out: &mut Vec<Action>,
+    ) {
+        let why = if exit.message.is_empty() { describe(&exit) } else { exit.message.clone() };
+        self.last_exit = Some(exit);
+        if hopeless && self.memory.exec_failed() {
+            self.state = give_up(why, out);
+        } else {
+            self.start_failed(now, rng, why, out);
+        }
+    }
+
+    /// Our own note of a failed start; the keeper's record replaces it when it comes.
+    fn exec_error(&self, error: &SpawnError) -> pb::ExitRecord {
+        pb::ExitRecord {
+            cause: pb::ExitCause::ExecError.into(),
+            errno: error.errno,
+            message: error.message.clone(),
+            ..self.exit_note()
+        }
+    }
+
+    fn exit_note(&self) -> pb::ExitRecord {
+        pb::ExitRecord {
+            instance_id: self.instance.0,
+            service: self.wanted.manifest.as_ref().map_or_else(String::new, |manifest| manifest.name.clone()),
+            epoch: self.epoch,
+            attempt: self.attempt,
+            process: self.state.process().cloned(),
+            ..pb::ExitRecord::default()
+        }
+    }
+
+    /// An exit record, perhaps not for the first time, perhaps of an older process.
+    pub(super) fn exited<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        exit: pb::ExitRecord,
+        out: &mut Vec<Action>,
+    ) {
+        let key = ProcessKey { epoch: exit.epoch, attempt: exit.attempt };
+        if key != self.key() {
+            return;
+        }
+        match &mut self.state {
+            State::Pending(pending) => pending.exit = Some(Box::new(exit)),
+            State::Starting(Starting::Spawning) if exit.cause() == pb::ExitCause::ExecError => {
+                let hopeless = cannot_heal(exit.errno);
+                self.never_ran(now, rng, exit, hopeless, out);
+            }
+            State::Starting(Starting::Spawning) | State::Running(_) | State::Stopping(_) => {
+                self.ended(now, rng, exit, out);
+            }
+            State::Starting(Starting::PickingPorts)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => {
+                // Better than our own note of the same end.
+                if !self.last_exit.as_ref().is_some_and(|known| is_of(known, key) && known.sequence != 0) {
+                    self.last_exit = Some(exit);
+                }
+            }
+        }
+    }
+
+    /// The current process is no more.
+    fn ended<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        exit: pb::ExitRecord,
+        out: &mut Vec<Action>,
+    ) {
+        let (running, cause) = match std::mem::replace(&mut self.state, State::due(now)) {
+            State::Running(running) => (Some(running), None),
+            State::Stopping(stopping) => (Some(stopping.running), Some(stopping.cause)),
+            State::Starting(_) => {
+                self.memory.exec_failures = 0;
+                (None, None)
+            }
+            State::Pending(_)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => unreachable!("only a state with a process can see it end"),
+        };
+        if cause.is_none() && running.is_some() {
+            out.push(Action::StopProbes);
+        }
+        self.sweep(now, self.key(), out);
+        let uptime = match (exit.ran_ms, &running) {
+            (0, Some(running)) => now.since(running.since),
+            (ran_ms, _) => Duration::from_millis(ran_ms),
+        };
+        if let Some(ready) = running.and_then(|running| running.health.ready_since) {
+            self.memory.was_ready(now.since(ready));
+        }
+        let failed = is_failure(&exit);
+        if !self.ports.is_empty() && (hints_at_port(&exit) || (failed && uptime < QUICK_EXIT)) {
+            self.pick_ports = true;
+        }
+        let what = format!("process {}", describe(&exit));
+        self.last_exit = Some(exit);
+        match cause {
+            None => self.decide(now, rng, failed, uptime, what, out),
+            Some(StopCause::Probe(why)) => self.decide(now, rng, true, uptime, why, out),
+            Some(StopCause::Told) => out.push(Action::Log { level: Level::Info, message: what }),
+        }
+    }
+
+    fn has_ended(&self, key: ProcessKey) -> bool {
+        self.last_exit.as_ref().is_some_and(|exit| is_of(exit, key))
+    }
+
+    pub(super) fn probed(
+        &mut self,
+        now: Monotonic,
+        kind: ProbeKind,
+        outcome: &ProbeOutcome,
+        out: &mut Vec<Action>,
+    ) {
+        let State::Running(running) = &mut self.state else { return };
+        let Some(spec) = self.wanted.manifest.as_ref().and_then(|manifest| health::probe(manifest, kind))
+        else {
+            return;
+        };
+        let what = health::describe(spec, &self.ports);
+        match kind {
+            ProbeKind::Ready => {
+                let was = running.health.ready_since.is_some();
+                let ended = running.health.ready_result(now, outcome, &what);
+                if was != running.health.ready_since.is_some() {
+                    let message =
+                        if was { format!("not ready: {}", running.health.why_not) } else { "ready".into() };
+                    out.push(Action::Log { level: if was { Level::Warn } else { Level::Info }, message });
+                }
+                self.memory.was_ready(ended.unwrap_or_default());
+            }
+            ProbeKind::Live => {
+                let interval = health::interval(spec);
+                if !running.health.live_result(now, running.since, outcome, interval) {
+                    return;
+                }
+                let why = match outcome {
+                    ProbeOutcome::Failed(why) => format!("liveness probe failed: {what}: {why}"),
+                    ProbeOutcome::Passed => return,
+                };
+                out.push(Action::Log { level: Level::Warn, message: why.clone() });
+                let running = running.clone();
+                self.begin_stop(now, running, StopCause::Probe(why), out);
+            }
+        }
+    }
+
+    pub(super) fn notified(&mut self, now: Monotonic, message: &Notification) {
+        let unknown = pb::Manifest::default();
+        let manifest = self.wanted.manifest.as_ref().unwrap_or(&unknown);
+        if let State::Running(running) = &mut self.state {
+            let ended = running.health.notified(now, message, manifest);
+            self.memory.was_ready(ended.unwrap_or_default());
+        }
+    }
+}
+
+/// The keeper's list.
+impl Supervisor {
+    pub(super) fn adopted<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        key: ProcessKey,
+        process: pb::ProcessIdentity,
+        started_unix_ns: i64,
+        out: &mut Vec<Action>,
+    ) {
+        let restored = self.recall(now, rng, out);
+        if self.has_ended(key) {
+            return; // the list is older than the exit
+        }
+        let current = key == self.key();
+        let manifest = self.wanted.manifest.as_ref();
+        match &mut self.state {
+            State::Running(running) if current => {
+                running.process = process;
+                if let (true, Some(manifest)) = (restored, manifest) {
+                    running.health.respecify(now, manifest);
+                    health::start_probes(key, manifest, &self.ports, out);
+                }
+            }
+            State::Stopping(stopping) if current => stopping.running.process = process,
+            State::Starting(Starting::Spawning) if current => self.run(now, process, started_unix_ns, out),
+            State::Running(_) | State::Stopping(_) | State::Starting(_) => self.kill_duplicate(now, key, out),
+            State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. } | State::Gone => {
+                if self.attempt != 0 && key < self.key() {
+                    return self.kill_duplicate(now, key, out);
+                }
+                self.epoch = key.epoch;
+                self.attempt = key.attempt;
+                self.run(now, process, started_unix_ns, out);
+            }
+            State::Pending(_) => unreachable!("recall() has ended it"),
+        }
+    }
+
+    /// Others than the main process are left. `Absent` follows.
+    pub(super) fn leftover(&mut self, now: Monotonic, key: ProcessKey, out: &mut Vec<Action>) {
+        let spared = match &self.state {
+            State::Running(_) | State::Stopping(_) => key.epoch == self.epoch,
+            State::Starting(Starting::Spawning) => key.epoch == self.epoch && key != self.key(),
+            State::Pending(_)
+            | State::Starting(Starting::PickingPorts)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => false,
+        };
+        if !spared {
+            self.sweep(now, key, out);
+        }
+    }
+
+    pub(super) fn absent<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        fresh: bool,
+        out: &mut Vec<Action>,
+    ) {
+        let restored = self.recall(now, rng, out);
+        match &self.state {
+            State::Running(_) | State::Stopping(_) => {
+                let message = "process ended while nobody watched; how is not known".to_owned();
+                let exit = pb::ExitRecord { message, ..self.exit_note() };
+                self.ended(now, rng, exit, out);
+            }
+            // The order never reached the keeper: it counts for nothing.
+            State::Starting(Starting::Spawning) if fresh || restored => self.state = State::due(now),
+            State::Starting(_)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => {}
+            State::Pending(_) => unreachable!("recall() has ended it"),
+        }
+    }
+
+    /// The keeper has spoken: what was remembered is what we go on from. True when we were waiting for it.
+    fn recall<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, out: &mut Vec<Action>) -> bool {
+        let State::Pending(pending) = &mut self.state else { return false };
+        let exit = pending.exit.take();
+        self.state = std::mem::replace(&mut *pending.recalled, State::Gone);
+        if let Some(exit) = exit {
+            self.exited(now, rng, *exit, out);
+        }
+        true
+    }
+}
+
+fn is_of(exit: &pb::ExitRecord, key: ProcessKey) -> bool {
+    exit.epoch == key.epoch && exit.attempt == key.attempt
+}

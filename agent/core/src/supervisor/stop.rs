@@ -1,0 +1,196 @@
+//! The stop ladder (orchestration.md 4.14): draining, stop signal, grace, SIGKILL, cgroup kill, and again with
+//! back-off, loudly, for as long as it takes. It ends with the real exit, never with the request. Beside it the
+//! sweep: whatever an ended process left in its cgroup is killed before anything else is started there.
+
+use std::time::Duration;
+
+use nave_proto::pb;
+
+use super::Supervisor;
+use super::action::{Action, Level, SignalScope};
+use super::input::{ProcessKey, SignalError};
+use super::restart::signal_name;
+use super::state::{Running, State, StopCause, StopStep, Stopping};
+use crate::monotonic::Monotonic;
+
+/// How long callers get to acknowledge that an endpoint drains, before the stop signal. Zero until agents
+/// acknowledge: the report still goes first.
+pub const DRAIN_WAIT: Duration = Duration::ZERO;
+pub const GRACE: Duration = Duration::from_secs(10);
+/// From SIGKILL of the process and its group to that of the cgroup.
+pub const KILL_WAIT: Duration = Duration::from_secs(15);
+const KILL_RETRY_FIRST: Duration = Duration::from_secs(5);
+const KILL_RETRY_MAX: Duration = Duration::from_secs(120);
+/// SIGKILLs after which it is a matter for a person.
+const KILL_TRIES_QUIET: u32 = 5;
+
+const SIGKILL: i32 = 9;
+pub(super) const SIGTERM: i32 = 15;
+const SIGCONT: i32 = 18;
+
+/// Processes left in the cgroup of one that ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sweep {
+    pub tries: u32,
+    pub next: Monotonic,
+}
+
+/// 5 s, 20 s, 80 s, then every 120 s.
+fn retry_after(tries: u32) -> Duration {
+    let quadruplings = tries.saturating_sub(1).min(4);
+    (KILL_RETRY_FIRST * 4_u32.pow(quadruplings)).min(KILL_RETRY_MAX)
+}
+
+/// The manifest's stop signal and grace, or the defaults.
+fn rules(manifest: Option<&pb::Manifest>) -> (i32, Duration) {
+    let stop = manifest.and_then(|manifest| manifest.stop.as_ref());
+    let signal = stop.map_or(0, |stop| stop.signal);
+    let grace = stop.and_then(|stop| stop.grace.as_ref());
+    let grace = grace.map_or(GRACE, |grace| Duration::try_from(*grace).unwrap_or_default());
+    (if signal > 0 { signal } else { SIGTERM }, grace)
+}
+
+impl Supervisor {
+    /// The first rung. The deadline of the last is fixed, and stored, before any signal.
+    pub(super) fn begin_stop(
+        &mut self,
+        now: Monotonic,
+        running: Running,
+        cause: StopCause,
+        out: &mut Vec<Action>,
+    ) {
+        let (signal, grace) = rules(self.wanted.manifest.as_ref());
+        let drained = now + DRAIN_WAIT;
+        let step = StopStep::Draining { until: drained };
+        self.state = State::Stopping(Stopping { running, cause, signal, step, kill_at: drained + grace });
+        out.push(Action::StopProbes);
+        self.publish_report(out);
+        self.persist(out);
+    }
+
+    /// Climbs as far as the time allows.
+    pub(super) fn climb(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        loop {
+            let key = self.key();
+            let hub = self.signal_cause();
+            let State::Stopping(stopping) = &mut self.state else { return };
+            match stopping.step {
+                StopStep::Draining { until } if now < until => return,
+                StopStep::Draining { .. } => {
+                    let signal = stopping.signal;
+                    stopping.step = StopStep::Terminating;
+                    out.push(signal_process(key, signal, SignalScope::Process, hub));
+                    // A stopped process would not see the signal.
+                    out.push(signal_process(key, SIGCONT, SignalScope::Process, pb::ExitCause::Unspecified));
+                }
+                StopStep::Terminating if now < stopping.kill_at => return,
+                StopStep::Terminating => stopping.step = StopStep::Killing { tries: 0, next: now },
+                StopStep::Killing { next, .. } if now < next => return,
+                StopStep::Killing { tries, .. } => {
+                    let signal = stopping.signal;
+                    let wait = if tries == 0 { KILL_WAIT } else { retry_after(tries) };
+                    stopping.step = StopStep::Killing { tries: tries.saturating_add(1), next: now + wait };
+                    kill(key, tries, signal, hub, out);
+                }
+            }
+        }
+    }
+
+    fn signal_cause(&self) -> pb::ExitCause {
+        match &self.state {
+            State::Stopping(Stopping { cause: StopCause::Probe(_), .. }) => pb::ExitCause::Probe,
+            State::Stopping(_)
+            | State::Pending(_)
+            | State::Starting(_)
+            | State::Running(_)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => pb::ExitCause::Hub,
+        }
+    }
+
+    /// A signal was not delivered. The ladder's next rung is the retry; what the keeper does not know needs its list.
+    pub(super) fn signal_failed(&mut self, key: ProcessKey, error: SignalError, out: &mut Vec<Action>) {
+        match error {
+            SignalError::Gone if key == self.key() && self.state.process().is_some() => {
+                out.push(Action::ListProcesses);
+            }
+            SignalError::Gone | SignalError::Unavailable | SignalError::System => {}
+        }
+    }
+
+    /// Kills what is left beside a process that is not, or no longer, ours to keep.
+    pub(super) fn sweep(&mut self, now: Monotonic, key: ProcessKey, out: &mut Vec<Action>) {
+        self.sweeps.insert(key, Sweep { tries: 1, next: now + retry_after(1) });
+        out.push(Action::SweepCgroup { key });
+    }
+
+    /// Sweeps that nobody has answered in time are ordered again.
+    pub(super) fn sweep_again(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        for (&key, sweep) in &mut self.sweeps {
+            if now < sweep.next {
+                continue;
+            }
+            sweep.tries = sweep.tries.saturating_add(1);
+            sweep.next = now + retry_after(sweep.tries);
+            out.push(Action::SweepCgroup { key });
+            if sweep.tries == KILL_TRIES_QUIET {
+                let message =
+                    "processes left in the cgroup do not die from SIGKILL; nothing is started until \
+                               they have ended"
+                        .to_owned();
+                out.push(Action::Log { level: Level::Error, message });
+            }
+        }
+    }
+
+    /// A second process of the instance, which must not be: killed without ceremony.
+    pub(super) fn kill_duplicate(&mut self, now: Monotonic, key: ProcessKey, out: &mut Vec<Action>) {
+        let message =
+            format!("found another process of this instance (epoch {}, attempt {})", key.epoch, key.attempt);
+        out.push(Action::Log { level: Level::Warn, message: format!("{message}; it is killed") });
+        out.push(signal_process(key, SIGKILL, SignalScope::Process, pb::ExitCause::Hub));
+        if key.epoch != self.epoch || self.state.process().is_none() {
+            self.sweep(now, key, out);
+        }
+    }
+}
+
+/// Why a stop takes so long, when it does.
+pub(super) fn stuck(stopping: &Stopping) -> Option<String> {
+    match stopping.step {
+        StopStep::Killing { tries, .. } if tries > 1 => Some(format!(
+            "pid {} does not die from SIGKILL, sent {tries} times",
+            stopping.running.process.pid
+        )),
+        StopStep::Killing { .. } | StopStep::Draining { .. } | StopStep::Terminating => None,
+    }
+}
+
+/// One turn of the last rung: the process and its group first, the cgroup from the second time on.
+fn kill(key: ProcessKey, tries: u32, stop_signal: i32, cause: pb::ExitCause, out: &mut Vec<Action>) {
+    let scopes: &[SignalScope] = if tries == 0 {
+        &[SignalScope::Process, SignalScope::Group]
+    } else {
+        &[SignalScope::Process, SignalScope::Cgroup]
+    };
+    for &scope in scopes {
+        out.push(signal_process(key, SIGKILL, scope, cause));
+    }
+    if tries == 0 {
+        let message = format!("not ended by {} within its grace; SIGKILL", signal_name(stop_signal));
+        out.push(Action::Log { level: Level::Warn, message });
+    }
+    if tries == KILL_TRIES_QUIET {
+        let message =
+            "cannot be killed: SIGKILL has no effect, most likely it hangs in the kernel (see its state \
+                       and stack in /proc)"
+                .to_owned();
+        out.push(Action::Log { level: Level::Error, message });
+    }
+}
+
+fn signal_process(key: ProcessKey, signal: i32, scope: SignalScope, cause: pb::ExitCause) -> Action {
+    Action::Signal { key, signal, scope, cause }
+}
