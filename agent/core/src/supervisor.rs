@@ -7,6 +7,7 @@
 //! clocks.
 
 mod action;
+mod adopt;
 mod advance;
 mod events;
 mod health;
@@ -151,7 +152,7 @@ impl Supervisor {
                 self.probed(now, probe, &outcome, out);
             }
             Input::Notify { key, message } if key == self.key() => self.notified(now, &message),
-            Input::SignalFailed { key, error } => self.signal_failed(key, error, out),
+            Input::SignalFailed { key, signal, error } => self.signal_failed(key, signal, error, out),
             Input::CgroupEmpty { key } => {
                 self.sweeps.remove(&key);
             }

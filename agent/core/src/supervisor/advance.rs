@@ -59,7 +59,7 @@ impl Supervisor {
             State::BackingOff { until, .. } => self.sweeps.is_empty().then_some(*until),
             State::Stopping(stopping) => Some(match stopping.step {
                 super::StopStep::Draining { until } => until,
-                super::StopStep::Terminating => stopping.kill_at,
+                super::StopStep::Terminating { .. } => stopping.kill_at,
                 super::StopStep::Killing { next, .. } => next,
             }),
             State::Pending(_)

@@ -8,7 +8,7 @@ use rand::Rng;
 use super::action::{Action, Level};
 use super::advance::{give_up, ports_fit};
 use super::health::{self, Health};
-use super::input::{Notification, ProbeKind, ProbeOutcome, ProcessKey, SpawnError, SpawnErrorKind};
+use super::input::{ProcessKey, SpawnError, SpawnErrorKind};
 use super::restart::{cannot_heal, describe, hints_at_port, is_failure};
 use super::state::{Pending, Running, Starting, State, StopCause};
 use super::{Ports, QUICK_EXIT, Supervisor};
@@ -102,7 +102,7 @@ impl Supervisor {
     }
 
     /// A process of ours runs: exec has succeeded.
-    fn run(
+    pub(super) fn run(
         &mut self,
         now: Monotonic,
         process: pb::ProcessIdentity,
@@ -178,7 +178,7 @@ impl Supervisor {
         }
     }
 
-    fn exit_note(&self) -> pb::ExitRecord {
+    pub(super) fn exit_note(&self) -> pb::ExitRecord {
         pb::ExitRecord {
             instance_id: self.instance.0,
             service: self.wanted.manifest.as_ref().map_or_else(String::new, |manifest| manifest.name.clone()),
@@ -224,7 +224,7 @@ impl Supervisor {
     }
 
     /// The current process is no more.
-    fn ended<R: Rng + ?Sized>(
+    pub(super) fn ended<R: Rng + ?Sized>(
         &mut self,
         now: Monotonic,
         rng: &mut R,
@@ -268,151 +268,8 @@ impl Supervisor {
         }
     }
 
-    fn has_ended(&self, key: ProcessKey) -> bool {
+    pub(super) fn has_ended(&self, key: ProcessKey) -> bool {
         self.last_exit.as_ref().is_some_and(|exit| is_of(exit, key))
-    }
-
-    pub(super) fn probed(
-        &mut self,
-        now: Monotonic,
-        kind: ProbeKind,
-        outcome: &ProbeOutcome,
-        out: &mut Vec<Action>,
-    ) {
-        let State::Running(running) = &mut self.state else { return };
-        let Some(spec) = self.wanted.manifest.as_ref().and_then(|manifest| health::probe(manifest, kind))
-        else {
-            return;
-        };
-        let what = health::describe(spec, &self.ports);
-        match kind {
-            ProbeKind::Ready => {
-                let was = running.health.ready_since.is_some();
-                let ended = running.health.ready_result(now, outcome, &what);
-                if was != running.health.ready_since.is_some() {
-                    let message =
-                        if was { format!("not ready: {}", running.health.why_not) } else { "ready".into() };
-                    out.push(Action::Log { level: if was { Level::Warn } else { Level::Info }, message });
-                }
-                self.memory.was_ready(ended.unwrap_or_default());
-            }
-            ProbeKind::Live => {
-                let interval = health::interval(spec);
-                if !running.health.live_result(now, running.since, outcome, interval) {
-                    return;
-                }
-                let why = match outcome {
-                    ProbeOutcome::Failed(why) => format!("liveness probe failed: {what}: {why}"),
-                    ProbeOutcome::Passed => return,
-                };
-                out.push(Action::Log { level: Level::Warn, message: why.clone() });
-                let running = running.clone();
-                self.begin_stop(now, running, StopCause::Probe(why), out);
-            }
-        }
-    }
-
-    pub(super) fn notified(&mut self, now: Monotonic, message: &Notification) {
-        let unknown = pb::Manifest::default();
-        let manifest = self.wanted.manifest.as_ref().unwrap_or(&unknown);
-        if let State::Running(running) = &mut self.state {
-            let ended = running.health.notified(now, message, manifest);
-            self.memory.was_ready(ended.unwrap_or_default());
-        }
-    }
-}
-
-/// The keeper's list.
-impl Supervisor {
-    pub(super) fn adopted<R: Rng + ?Sized>(
-        &mut self,
-        now: Monotonic,
-        rng: &mut R,
-        key: ProcessKey,
-        process: pb::ProcessIdentity,
-        started_unix_ns: i64,
-        out: &mut Vec<Action>,
-    ) {
-        let restored = self.recall(now, rng, out);
-        if self.has_ended(key) {
-            return; // the list is older than the exit
-        }
-        let current = key == self.key();
-        let manifest = self.wanted.manifest.as_ref();
-        match &mut self.state {
-            State::Running(running) if current => {
-                running.process = process;
-                if let (true, Some(manifest)) = (restored, manifest) {
-                    running.health.respecify(now, manifest);
-                    health::start_probes(key, manifest, &self.ports, out);
-                }
-            }
-            State::Stopping(stopping) if current => stopping.running.process = process,
-            State::Starting(Starting::Spawning) if current => self.run(now, process, started_unix_ns, out),
-            State::Running(_) | State::Stopping(_) | State::Starting(_) => self.kill_duplicate(now, key, out),
-            State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. } | State::Gone => {
-                if self.attempt != 0 && key < self.key() {
-                    return self.kill_duplicate(now, key, out);
-                }
-                self.epoch = key.epoch;
-                self.attempt = key.attempt;
-                self.run(now, process, started_unix_ns, out);
-            }
-            State::Pending(_) => unreachable!("recall() has ended it"),
-        }
-    }
-
-    /// Others than the main process are left. `Absent` follows.
-    pub(super) fn leftover(&mut self, now: Monotonic, key: ProcessKey, out: &mut Vec<Action>) {
-        let spared = match &self.state {
-            State::Running(_) | State::Stopping(_) => key.epoch == self.epoch,
-            State::Starting(Starting::Spawning) => key.epoch == self.epoch && key != self.key(),
-            State::Pending(_)
-            | State::Starting(Starting::PickingPorts)
-            | State::BackingOff { .. }
-            | State::Exited { .. }
-            | State::Failed { .. }
-            | State::Gone => false,
-        };
-        if !spared {
-            self.sweep(now, key, out);
-        }
-    }
-
-    pub(super) fn absent<R: Rng + ?Sized>(
-        &mut self,
-        now: Monotonic,
-        rng: &mut R,
-        fresh: bool,
-        out: &mut Vec<Action>,
-    ) {
-        let restored = self.recall(now, rng, out);
-        match &self.state {
-            State::Running(_) | State::Stopping(_) => {
-                let message = "process ended while nobody watched; how is not known".to_owned();
-                let exit = pb::ExitRecord { message, ..self.exit_note() };
-                self.ended(now, rng, exit, out);
-            }
-            // The order never reached the keeper: it counts for nothing.
-            State::Starting(Starting::Spawning) if fresh || restored => self.state = State::due(now),
-            State::Starting(_)
-            | State::BackingOff { .. }
-            | State::Exited { .. }
-            | State::Failed { .. }
-            | State::Gone => {}
-            State::Pending(_) => unreachable!("recall() has ended it"),
-        }
-    }
-
-    /// The keeper has spoken: what was remembered is what we go on from. True when we were waiting for it.
-    fn recall<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, out: &mut Vec<Action>) -> bool {
-        let State::Pending(pending) = &mut self.state else { return false };
-        let exit = pending.exit.take();
-        self.state = std::mem::replace(&mut *pending.recalled, State::Gone);
-        if let Some(exit) = exit {
-            self.exited(now, rng, *exit, out);
-        }
-        true
     }
 }
 

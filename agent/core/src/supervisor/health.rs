@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use nave_proto::pb;
 
-use super::action::{Action, ProbeOrder};
+use super::action::{Action, Level, ProbeOrder};
 use super::input::{Notification, ProbeKind, ProbeOutcome, ProcessKey};
+use super::state::{State, StopCause};
 use crate::monotonic::Monotonic;
 
 /// Failures in a row that make a ready process unready.
@@ -190,5 +191,55 @@ pub(super) fn describe(spec: &pb::Probe, ports: &super::Ports) -> String {
         Some(Check::Exec(exec)) => format!("exec {}", exec.command.join(" ")),
         Some(Check::Notify(_)) => "notify READY=1".to_owned(),
         None => "probe".to_owned(),
+    }
+}
+
+impl super::Supervisor {
+    pub(super) fn probed(
+        &mut self,
+        now: Monotonic,
+        kind: ProbeKind,
+        outcome: &ProbeOutcome,
+        out: &mut Vec<Action>,
+    ) {
+        let State::Running(running) = &mut self.state else { return };
+        let Some(spec) = self.wanted.manifest.as_ref().and_then(|manifest| probe(manifest, kind)) else {
+            return;
+        };
+        let what = describe(spec, &self.ports);
+        match kind {
+            ProbeKind::Ready => {
+                let was = running.health.ready_since.is_some();
+                let ended = running.health.ready_result(now, outcome, &what);
+                if was != running.health.ready_since.is_some() {
+                    let message =
+                        if was { format!("not ready: {}", running.health.why_not) } else { "ready".into() };
+                    out.push(Action::Log { level: if was { Level::Warn } else { Level::Info }, message });
+                }
+                self.memory.was_ready(ended.unwrap_or_default());
+            }
+            ProbeKind::Live => {
+                let interval = interval(spec);
+                if !running.health.live_result(now, running.since, outcome, interval) {
+                    return;
+                }
+                let why = match outcome {
+                    ProbeOutcome::Failed(why) => format!("liveness probe failed: {what}: {why}"),
+                    ProbeOutcome::Passed => return,
+                };
+                out.push(Action::Log { level: Level::Warn, message: why.clone() });
+                let running = running.clone();
+                self.begin_stop(now, running, StopCause::Probe(why), out);
+            }
+        }
+    }
+
+    pub(super) fn notified(&mut self, now: Monotonic, message: &Notification) {
+        let unknown = pb::Manifest::default();
+        let manifest = self.wanted.manifest.as_ref().unwrap_or(&unknown);
+        if let State::Running(running) = &mut self.state {
+            let ended = running.health.notified(now, message, manifest);
+            self.memory.was_ready(ended.unwrap_or_default());
+        }
     }
 }

@@ -42,7 +42,7 @@ pub enum Input {
     /// One probe ended.
     ProbeResult { key: ProcessKey, probe: ProbeKind, outcome: ProbeOutcome },
     /// A signal could not be delivered.
-    SignalFailed { key: ProcessKey, error: SignalError },
+    SignalFailed { key: ProcessKey, signal: i32, error: SignalError },
     /// Answer to [`Action::SweepCgroup`](super::Action::SweepCgroup): no process is left in it (or there is no cgroup).
     CgroupEmpty { key: ProcessKey },
     /// The process spoke through its notify socket (sd_notify).

@@ -117,7 +117,7 @@ fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
     }
     match stopping.step {
         StopStep::Draining { .. } => {}
-        StopStep::Terminating => ledger.stop_signalled = true,
+        StopStep::Terminating { delivered } => ledger.stop_signalled = delivered,
         StopStep::Killing { tries, .. } => {
             ledger.stop_signalled = true;
             ledger.kill_tries = tries;
@@ -173,7 +173,7 @@ fn recall_running(ledger: &pb::InstanceLedger) -> Running {
 fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
     let step = match (ledger.stop_signalled, ledger.kill_tries) {
         (false, _) => StopStep::Draining { until: now },
-        (true, 0) => StopStep::Terminating,
+        (true, 0) => StopStep::Terminating { delivered: true },
         (true, tries) => StopStep::Killing { tries, next: now },
     };
     let cause = if ledger.stop_reason.is_empty() {

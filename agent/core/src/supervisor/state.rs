@@ -106,8 +106,8 @@ pub enum StopCause {
 pub enum StopStep {
     /// The endpoint is reported as draining; callers get until then to leave.
     Draining { until: Monotonic },
-    /// The stop signal is sent.
-    Terminating,
+    /// The stop signal is sent, and as far as is known was `delivered`.
+    Terminating { delivered: bool },
     /// SIGKILL is sent, `tries` times; again at `next`.
     Killing { tries: u32, next: Monotonic },
 }

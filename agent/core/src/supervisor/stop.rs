@@ -78,13 +78,13 @@ impl Supervisor {
                 StopStep::Draining { until } if now < until => return,
                 StopStep::Draining { .. } => {
                     let signal = stopping.signal;
-                    stopping.step = StopStep::Terminating;
+                    stopping.step = StopStep::Terminating { delivered: true };
                     out.push(signal_process(key, signal, SignalScope::Process, hub));
                     // A stopped process would not see the signal.
                     out.push(signal_process(key, SIGCONT, SignalScope::Process, pb::ExitCause::Unspecified));
                 }
-                StopStep::Terminating if now < stopping.kill_at => return,
-                StopStep::Terminating => stopping.step = StopStep::Killing { tries: 0, next: now },
+                StopStep::Terminating { .. } if now < stopping.kill_at => return,
+                StopStep::Terminating { .. } => stopping.step = StopStep::Killing { tries: 0, next: now },
                 StopStep::Killing { next, .. } if now < next => return,
                 StopStep::Killing { tries, .. } => {
                     let signal = stopping.signal;
@@ -110,13 +110,36 @@ impl Supervisor {
         }
     }
 
-    /// A signal was not delivered. The ladder's next rung is the retry; what the keeper does not know needs its list.
-    pub(super) fn signal_failed(&mut self, key: ProcessKey, error: SignalError, out: &mut Vec<Action>) {
-        match error {
-            SignalError::Gone if key == self.key() && self.state.process().is_some() => {
-                out.push(Action::ListProcesses);
+    /// A signal was not delivered. The ladder's next rung is the retry; what the keeper does not know needs its list,
+    /// and a stop signal it never got goes out again once it is back.
+    pub(super) fn signal_failed(
+        &mut self,
+        key: ProcessKey,
+        signal: i32,
+        error: SignalError,
+        out: &mut Vec<Action>,
+    ) {
+        if key != self.key() {
+            return;
+        }
+        match (error, &mut self.state) {
+            (SignalError::Gone, State::Running(_) | State::Stopping(_)) => out.push(Action::ListProcesses),
+            (SignalError::Unavailable, State::Stopping(stopping)) if signal == stopping.signal => {
+                if let StopStep::Terminating { delivered } = &mut stopping.step {
+                    *delivered = false;
+                }
             }
-            SignalError::Gone | SignalError::Unavailable | SignalError::System => {}
+            (
+                SignalError::Gone | SignalError::Unavailable | SignalError::System,
+                State::Pending(_)
+                | State::Starting(_)
+                | State::Running(_)
+                | State::Stopping(_)
+                | State::BackingOff { .. }
+                | State::Exited { .. }
+                | State::Failed { .. }
+                | State::Gone,
+            ) => {}
         }
     }
 
@@ -164,7 +187,7 @@ pub(super) fn stuck(stopping: &Stopping) -> Option<String> {
             "pid {} does not die from SIGKILL, sent {tries} times",
             stopping.running.process.pid
         )),
-        StopStep::Killing { .. } | StopStep::Draining { .. } | StopStep::Terminating => None,
+        StopStep::Killing { .. } | StopStep::Draining { .. } | StopStep::Terminating { .. } => None,
     }
 }
 
