@@ -222,3 +222,6 @@ impl Supervisor {
 fn duration<D: Copy + TryInto<Duration>>(duration: Option<&D>) -> Option<Duration> {
     duration.and_then(|&duration| duration.try_into().ok()).filter(|duration| !duration.is_zero())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,337 @@
-//! Tests of the wanted set.
+//! The wanted set, the keeper's list and the ledger, one claim a test.
+
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+
+use super::*;
+use crate::supervisor::{SpawnError, State};
+
+const NOW: Monotonic = Monotonic(1_000_000_000_000);
+
+fn rng() -> StdRng {
+    StdRng::seed_from_u64(1)
+}
+
+fn wanted(id: u64, epoch: u64, desired: pb::Desired) -> pb::WantedInstance {
+    let manifest = pb::Manifest { name: format!("s{id}"), ..pb::Manifest::default() };
+    pb::WantedInstance {
+        instance_id: id,
+        epoch,
+        desired: desired.into(),
+        manifest: Some(manifest),
+        ..pb::WantedInstance::default()
+    }
+}
+
+fn run(id: u64) -> pb::WantedInstance {
+    wanted(id, 1, pb::Desired::Run)
+}
+
+fn set(generation: u64, instances: Vec<pb::WantedInstance>) -> pb::WantedSet {
+    pb::WantedSet { incarnation: 9, generation, instances }
+}
+
+fn delta(from: u64, to: u64, put: Vec<pb::WantedInstance>, removed: Vec<u64>) -> pb::WantedDelta {
+    pb::WantedDelta { incarnation: 9, from_generation: from, to_generation: to, put, removed }
+}
+
+fn kept(id: u64, epoch: u64, attempt: u32, leftover: bool) -> pb::KeptProcess {
+    let process = pb::ProcessIdentity { pid: 100 + attempt, ..pb::ProcessIdentity::default() };
+    pb::KeptProcess {
+        instance_id: id,
+        epoch,
+        attempt,
+        process: Some(process),
+        leftover,
+        ..pb::KeptProcess::default()
+    }
+}
+
+fn key(epoch: u64, attempt: u32) -> ProcessKey {
+    ProcessKey { epoch, attempt }
+}
+
+fn spawned(attempt: u32) -> Input {
+    let process = pb::ProcessIdentity { pid: 100 + attempt, ..pb::ProcessIdentity::default() };
+    Input::Spawned { key: key(1, attempt), process, started_unix_ns: 1 }
+}
+
+fn exit(id: u64, attempt: u32, sequence: u64) -> pb::ExitRecord {
+    pb::ExitRecord {
+        instance_id: id,
+        epoch: 1,
+        attempt,
+        sequence,
+        code: 1,
+        ran_ms: 60_000,
+        ..pb::ExitRecord::default()
+    }
+}
+
+fn count(orders: &[Order], wanted: impl Fn(&Action) -> bool) -> usize {
+    orders.iter().filter(|order| wanted(&order.action)).count()
+}
+
+fn spawns(orders: &[Order]) -> usize {
+    count(orders, |action| matches!(action, Action::Spawn(_)))
+}
+
+fn signals(orders: &[Order]) -> usize {
+    count(orders, |action| matches!(action, Action::Signal { .. }))
+}
+
+/// The keeper runs nothing, `ids` are wanted and run.
+fn running(ids: &[u64]) -> Reconciler {
+    let mut reconciler = Reconciler::new("boot");
+    reconciler.keeper_processes(NOW, &mut rng(), &[]);
+    let instances = ids.iter().map(|&id| run(id)).collect();
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, instances)).unwrap();
+    for &id in ids {
+        reconciler.input(NOW, &mut rng(), InstanceId(id), spawned(1));
+    }
+    reconciler
+}
+
+/// What is on disk when the orders given so far have been carried out.
+fn restored(reconciler: &Reconciler) -> Reconciler {
+    Reconciler::restore("boot", reconciler.ledger_records(), NOW)
+}
+
+#[test]
+fn an_older_generation_never_moves_it_back() {
+    let mut reconciler = running(&[1]);
+    let before = reconciler.generation();
+    let error = reconciler.apply_wanted(NOW, &mut rng(), set(4, vec![])).unwrap_err();
+    assert_eq!(error, StaleWanted { given: 4, known: 5 });
+    assert_eq!(reconciler.generation(), before);
+    assert!(reconciler.gone().is_empty() && reconciler.supervisor(InstanceId(1)).is_some());
+    let other = pb::WantedSet { incarnation: 10, ..set(1, vec![run(1)]) };
+    assert_eq!(reconciler.apply_wanted(NOW, &mut rng(), other), Ok(vec![]), "a new incarnation counts anew");
+}
+
+#[test]
+fn the_same_set_again_changes_nothing() {
+    let mut reconciler = running(&[1, 2]);
+    assert_eq!(reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![run(1), run(2)])), Ok(vec![]));
+}
+
+#[test]
+fn a_delta_applies_only_on_top_of_what_it_names() {
+    let mut reconciler = running(&[1]);
+    let need = NeedWhole { incarnation: 9, generation: 5 };
+    for wrong in [
+        delta(4, 6, vec![], vec![1]),
+        delta(6, 7, vec![], vec![1]),
+        delta(5, 4, vec![], vec![1]),
+        pb::WantedDelta { incarnation: 8, ..delta(5, 6, vec![], vec![1]) },
+    ] {
+        assert_eq!(reconciler.apply_delta(NOW, &mut rng(), wrong), Err(need));
+        assert_eq!(reconciler.generation(), (9, 5));
+    }
+    let orders = reconciler.apply_delta(NOW, &mut rng(), delta(5, 6, vec![run(2)], vec![1])).unwrap();
+    assert_eq!((spawns(&orders), signals(&orders)), (1, 2));
+    assert_eq!(reconciler.generation(), (9, 6));
+}
+
+#[test]
+fn instances_not_in_the_whole_set_are_stopped_and_forgotten() {
+    let mut reconciler = running(&[1, 2]);
+    let orders = reconciler.apply_wanted(NOW, &mut rng(), set(6, vec![run(2)])).unwrap();
+    assert!(orders.iter().all(|order| order.instance == InstanceId(1)));
+    assert_eq!(signals(&orders), 2);
+    reconciler.exited(NOW, &mut rng(), exit(1, 1, 1));
+    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) });
+    assert_eq!(reconciler.gone(), [InstanceId(1)]);
+    assert_eq!(reconciler.gone(), [InstanceId(1)], "repeated until acknowledged");
+    let orders = reconciler.acknowledge_gone(&[InstanceId(1), InstanceId(2), InstanceId(3)]);
+    assert_eq!(orders, [Order { instance: InstanceId(1), action: Action::ForgetLedger }]);
+    assert!(reconciler.gone().is_empty());
+    assert!(reconciler.supervisor(InstanceId(2)).is_some(), "what is not gone is not forgotten");
+}
+
+#[test]
+fn wanted_again_before_the_acknowledgement_is_not_gone() {
+    let mut reconciler = running(&[1]);
+    let stop = wanted(1, 1, pb::Desired::Stop);
+    reconciler.apply_delta(NOW, &mut rng(), delta(5, 6, vec![stop], vec![])).unwrap();
+    reconciler.exited(NOW, &mut rng(), exit(1, 1, 1));
+    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) });
+    assert_eq!(reconciler.gone(), [InstanceId(1)]);
+    let again = wanted(1, 2, pb::Desired::Run);
+    let orders = reconciler.apply_delta(NOW, &mut rng(), delta(6, 7, vec![again], vec![])).unwrap();
+    assert_eq!(spawns(&orders), 1);
+    assert!(reconciler.acknowledge_gone(&[InstanceId(1)]).is_empty());
+    assert!(reconciler.supervisor(InstanceId(1)).is_some());
+}
+
+#[test]
+fn nothing_starts_before_the_keepers_list() {
+    let mut reconciler = Reconciler::new("boot");
+    let orders = reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![run(1)])).unwrap();
+    assert_eq!(spawns(&orders), 0);
+    assert_eq!(spawns(&reconciler.keeper_processes(NOW, &mut rng(), &[])), 1);
+}
+
+#[test]
+fn the_keepers_list_is_adopted_stopped_or_swept() {
+    let mut reconciler = Reconciler::new("boot");
+    let instances = vec![run(1), wanted(2, 2, pb::Desired::Run), run(3)];
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, instances)).unwrap();
+    let list = [kept(1, 1, 4, false), kept(2, 1, 1, false), kept(3, 1, 1, true), kept(7, 1, 1, false)];
+    let orders = reconciler.keeper_processes(NOW, &mut rng(), &list);
+    let of =
+        |id: u64| orders.iter().filter(|order| order.instance == InstanceId(id)).cloned().collect::<Vec<_>>();
+    assert_eq!((spawns(&of(1)), signals(&of(1))), (0, 0), "wanted with this epoch: adopted");
+    assert!(matches!(reconciler.supervisor(InstanceId(1)).unwrap().state(), State::Running(_)));
+    assert_eq!((spawns(&of(2)), signals(&of(2))), (0, 2), "of an older epoch: stopped, then placed");
+    assert_eq!((spawns(&of(3)), signals(&of(3))), (0, 0));
+    assert_eq!(count(&of(3), |action| *action == Action::SweepCgroup { key: key(1, 1) }), 1);
+    assert_eq!(signals(&of(7)), 2, "of nobody: stopped");
+    reconciler.exited(NOW, &mut rng(), exit(7, 1, 1));
+    reconciler.input(NOW, &mut rng(), InstanceId(7), Input::CgroupEmpty { key: key(1, 1) });
+    assert_eq!(reconciler.gone(), [InstanceId(7)]);
+}
+
+#[test]
+fn of_two_processes_of_one_instance_the_newest_stays() {
+    let mut reconciler = Reconciler::new("boot");
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![wanted(1, 2, pb::Desired::Run)])).unwrap();
+    let orders = reconciler.keeper_processes(NOW, &mut rng(), &[kept(1, 1, 3, false), kept(1, 2, 1, false)]);
+    let killed: Vec<_> = orders
+        .iter()
+        .filter_map(|order| match &order.action {
+            Action::Signal { key, signal, .. } => Some((*key, *signal)),
+            other => {
+                assert!(!matches!(other, Action::Spawn(_)));
+                None
+            }
+        })
+        .collect();
+    assert_eq!(killed, [(key(1, 3), 9)]);
+    assert_eq!(reconciler.supervisor(InstanceId(1)).unwrap().key(), key(2, 1));
+}
+
+#[test]
+fn exits_are_acknowledged_only_once_the_ledger_has_them() {
+    let mut reconciler = restored(&running(&[1, 2]));
+    assert_eq!(reconciler.exited(NOW, &mut rng(), exit(1, 1, 6)), []);
+    let orders = reconciler.exited(NOW, &mut rng(), exit(99, 1, 7));
+    assert_eq!(orders, [], "nor those of nobody, since acknowledging them acknowledges all before");
+    let orders = reconciler.keeper_processes(NOW, &mut rng(), &[kept(2, 1, 1, false)]);
+    let persisted = orders.iter().position(|order| match &order.action {
+        Action::Persist(ledger) => ledger.last_exit_sequence == 6,
+        _ => false,
+    });
+    let acknowledged =
+        orders.iter().position(|order| order.action == Action::AcknowledgeExits { up_to_sequence: 7 });
+    assert!(persisted.unwrap() < acknowledged.unwrap());
+}
+
+#[test]
+fn an_unreachable_keeper_is_asked_anew() {
+    let mut reconciler = Reconciler::new("boot");
+    reconciler.keeper_processes(NOW, &mut rng(), &[]);
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![run(1)])).unwrap();
+    let error =
+        SpawnError { kind: SpawnErrorKind::Unavailable, errno: 0, message: "connection lost".to_owned() };
+    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::SpawnFailed { key: key(1, 1), error });
+    assert!(!reconciler.is_keeper_known());
+    let orders = reconciler.keeper_processes(NOW, &mut rng(), &[kept(1, 1, 1, false)]);
+    assert_eq!(spawns(&orders), 0);
+    assert!(matches!(reconciler.supervisor(InstanceId(1)).unwrap().state(), State::Running(_)));
+}
+
+#[test]
+fn a_lost_keeper_that_still_runs_all_changes_nothing() {
+    let mut reconciler = running(&[1, 2]);
+    reconciler.keeper_lost();
+    let list = [kept(1, 1, 1, false), kept(2, 1, 1, false)];
+    assert_eq!(reconciler.keeper_processes(NOW, &mut rng(), &list), []);
+}
+
+#[test]
+fn reports_are_the_newest_of_each_changed_instance() {
+    let mut reconciler = running(&[1, 2]);
+    let reports = reconciler.take_reports(WallOffset::default());
+    assert_eq!(reports.len(), 2, "coalesced: starting and running are one");
+    assert!(reports.iter().all(|report| report.endpoint() == pb::EndpointState::Ready));
+    assert!(!reconciler.has_reports());
+    assert!(reconciler.take_reports(WallOffset::default()).is_empty());
+    reconciler.exited(NOW, &mut rng(), exit(2, 1, 1));
+    let ids: Vec<_> =
+        reconciler.take_reports(WallOffset(5)).iter().map(|report| report.instance_id).collect();
+    assert_eq!(ids, [2]);
+    assert_eq!(reconciler.full_report(WallOffset::default()).unwrap().len(), 2);
+}
+
+#[test]
+fn nothing_is_reported_before_the_truth_is_known() {
+    let mut reconciler = restored(&running(&[1]));
+    assert_eq!(reconciler.full_report(WallOffset::default()), None);
+    assert!(reconciler.take_reports(WallOffset::default()).is_empty());
+    reconciler.keeper_processes(NOW, &mut rng(), &[kept(1, 1, 1, false)]);
+    assert_eq!(reconciler.full_report(WallOffset::default()).unwrap().len(), 1);
+}
+
+#[test]
+fn the_set_on_disk_is_enough_to_go_on() {
+    let records = |bodies: Vec<pb::ledger_record::Record>| {
+        bodies.into_iter().map(|record| pb::LedgerRecord { record: Some(record) }).collect::<Vec<_>>()
+    };
+    use pb::ledger_record::Record;
+    let before = running(&[1, 2, 3]);
+    let mut log = before.ledger_records();
+    log.extend(records(vec![
+        Record::Delta(delta(5, 6, vec![run(4)], vec![2])),
+        Record::Delta(delta(3, 7, vec![], vec![1])),
+        Record::Forgotten(2),
+    ]));
+    log.push(pb::LedgerRecord { record: None });
+    let mut after = Reconciler::restore("boot", log, NOW);
+    assert_eq!(after.generation(), (9, 6), "what does not follow is skipped");
+    let ids: Vec<_> = after.supervisors().map(|one| one.instance().0).collect();
+    assert_eq!(ids, [1, 3, 4]);
+    // 1 has died meanwhile, 3 runs, 4 was never started.
+    after.exited(NOW, &mut rng(), exit(1, 1, 1));
+    let mut orders = after.keeper_processes(NOW, &mut rng(), &[kept(3, 1, 1, false)]);
+    orders.extend(after.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) }));
+    let started: Vec<_> = orders
+        .iter()
+        .filter(|order| matches!(order.action, Action::Spawn(_)))
+        .map(|order| order.instance.0)
+        .collect();
+    assert_eq!(started, [4, 1]);
+}
+
+#[test]
+fn a_stop_under_way_is_finished_also_when_nobody_wants_the_instance_any_more() {
+    let mut before = running(&[1]);
+    before.apply_delta(NOW, &mut rng(), delta(5, 6, vec![], vec![1])).unwrap();
+    let mut after = restored(&before);
+    let orders = after.keeper_processes(NOW, &mut rng(), &[kept(1, 1, 1, false)]);
+    assert_eq!(signals(&orders), 0, "the stop signal is out already");
+    assert_eq!(after.next_wake(), before.next_wake(), "the deadline stands");
+    after.exited(NOW, &mut rng(), exit(1, 1, 1));
+    after.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) });
+    assert_eq!(after.gone(), [InstanceId(1)]);
+}
+
+#[test]
+fn the_whole_ledger_reads_back_as_it_was() {
+    let mut reconciler = running(&[1, 2]);
+    reconciler.exited(NOW, &mut rng(), exit(1, 1, 1));
+    assert_eq!(restored(&reconciler).ledger_records(), reconciler.ledger_records());
+}
+
+#[test]
+fn ports_in_use_are_those_of_all_instances() {
+    let mut reconciler = Reconciler::new("boot");
+    reconciler.keeper_processes(NOW, &mut rng(), &[]);
+    let mut one = run(1);
+    let ports = [("http".to_owned(), pb::Port::default())];
+    one.manifest.as_mut().unwrap().ports = ports.into();
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![one])).unwrap();
+    let ports = BTreeMap::from([("http".to_owned(), 20_007)]);
+    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::PortsPicked { ports });
+    assert_eq!(reconciler.ports_in_use(), BTreeSet::from([20_007]));
+}

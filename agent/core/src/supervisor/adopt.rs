@@ -82,7 +82,7 @@ impl Supervisor {
         let restored = self.recall(now, rng, out);
         match &self.state {
             State::Running(_) | State::Stopping(_) => {
-                let message = "process ended while nobody watched; how is not known".to_owned();
+                let message = "ended while nobody watched; how is not known".to_owned();
                 let exit = pb::ExitRecord { message, ..self.exit_note() };
                 self.ended(now, rng, exit, out);
             }

@@ -67,8 +67,9 @@ impl RestartMemory {
         if self.window.len() >= usize::try_from(budget).unwrap_or(usize::MAX) {
             let spent = self.window.len();
             let again = if spent == 1 { "once".to_owned() } else { format!("{spent} times") };
+            let window = human(window);
             return Verdict::GiveUp(format!(
-                "given up: restarted {again} within {window:?}; the last time {why}"
+                "given up: restarted {again} within {window}; the last time: {why}"
             ));
         }
         self.window.push(now);
@@ -131,6 +132,14 @@ fn budget(restart: Option<&pb::Restart>) -> (u32, Duration) {
     match super::duration(restart.budget_window.as_ref()) {
         None => (BUDGET_RESTARTS, BUDGET_WINDOW),
         Some(window) => (restart.budget_restarts, window),
+    }
+}
+
+/// `5m`, `90s`.
+fn human(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds if seconds >= 60 && seconds % 60 == 0 => format!("{}m", seconds / 60),
+        seconds => format!("{seconds}s"),
     }
 }
 
@@ -288,7 +297,7 @@ mod tests {
         }
         let verdict =
             memory.clone().decide(at(59), rng, Some(&rules), true, QUICK, "process exited with status 1");
-        let reason = "given up: restarted 3 times within 60s; the last time process exited with status 1";
+        let reason = "given up: restarted 3 times within 1m; the last time: process exited with status 1";
         assert_eq!(verdict, Verdict::GiveUp(reason.to_owned()));
         let verdict = memory.decide(at(60), rng, Some(&rules), true, QUICK, "process exited with status 1");
         assert!(
