@@ -2,7 +2,13 @@
 //! vocabulary that hub, agent and person share. Every other crate depends on this one and it on none of them.
 //! Without the `grpc` feature it links no tokio and no tonic, which is how the cores and the keeper use it.
 
+pub mod constraint;
 pub mod ids;
+pub mod manifest;
+pub mod signals;
+pub mod time;
+pub mod token;
+pub mod words;
 
 /// The messages and, with `grpc`, the client and server stubs of `nave.v1`, as compiled from `nave/v1/*.proto`.
 pub mod pb {

@@ -1,0 +1,59 @@
+//! What differs between two manifests, for people and for the scheduler.
+
+use std::collections::BTreeMap;
+
+use super::document::Document;
+use super::tree::Path;
+use crate::pb;
+
+/// Whether both start their processes with the same things, so that going from one to the other replaces none.
+pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
+    let limits = |manifest: &pb::Manifest| manifest.resources.unwrap_or_default();
+    a.command == b.command
+        && a.env == b.env
+        && a.user == b.user
+        && a.working_dir == b.working_dir
+        && a.ports == b.ports
+        && limits(a) == limits(b)
+}
+
+/// Every key whose value differs, in the order of the definition, with both values as a person would write them in
+/// TOML; empty where the key is not set.
+pub fn diff(before: Option<&pb::Manifest>, after: &pb::Manifest) -> Vec<pb::FieldChange> {
+    let before = before.map(leaves).unwrap_or_default();
+    let after = leaves(after);
+    let text = |of: &BTreeMap<Key, String>, key: &Key| of.get(key).cloned().unwrap_or_default();
+    let mut keys: Vec<&Key> = before.keys().chain(after.keys()).collect();
+    keys.sort();
+    keys.dedup();
+    keys.into_iter()
+        .map(|key| pb::FieldChange { path: key.1.clone(), before: text(&before, key), after: text(&after, key) })
+        .filter(|change| change.before != change.after)
+        .collect()
+}
+
+/// The place of the first part in the definition, then the path.
+type Key = (usize, String);
+
+fn leaves(manifest: &pb::Manifest) -> BTreeMap<Key, String> {
+    let mut leaves = BTreeMap::new();
+    let value = toml::Value::try_from(Document::from(manifest)).expect("a document is a TOML table");
+    collect(&value, &Path::default(), usize::MAX, &mut leaves);
+    leaves
+}
+
+fn collect(value: &toml::Value, path: &Path, rank: usize, leaves: &mut BTreeMap<Key, String>) {
+    match value {
+        toml::Value::Table(table) => {
+            for (key, value) in table {
+                let at_root = path.0.is_empty();
+                let place = || super::definition::ROOT.iter().position(|known| known == key);
+                let rank = if at_root { place().unwrap_or(usize::MAX) } else { rank };
+                collect(value, &path.key(key), rank, leaves);
+            }
+        }
+        leaf => {
+            leaves.insert((rank, path.to_string()), leaf.to_string());
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What holds when a manifest says nothing. In one place, for files and for messages alike, so that the log and the
+//! agents always see a manifest that says everything.
+
+use std::time::Duration;
+
+use crate::pb;
+use crate::pb::probe::Check;
+use crate::time::to_proto;
+
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
+const BUDGET_RESTARTS: u32 = 10;
+const BUDGET_WINDOW: Duration = Duration::from_secs(5 * 60);
+const MAX_PARALLEL: u32 = 1;
+const PROGRESS_DEADLINE: Duration = Duration::from_secs(2 * 60);
+const STOP_SIGNAL: i32 = 15;
+const STOP_GRACE: Duration = Duration::from_secs(10);
+const HTTP_SERVICE_PORT: u32 = 80;
+
+/// Fills in every default that DESIGN names. Changes nothing that is set; twice is the same as once. An unset
+/// `update` gets `auto_revert`, a set one keeps what it says, since the wire cannot tell false from unset.
+pub fn fill_defaults(manifest: &mut pb::Manifest) {
+    if manifest.per_host {
+        manifest.count = 0;
+    }
+    for port in manifest.ports.values_mut() {
+        if port.service_port == 0 && port.protocol() == pb::Protocol::Http {
+            port.service_port = HTTP_SERVICE_PORT;
+        }
+    }
+    if let Some(health) = &mut manifest.health {
+        for probe in health.ready.iter_mut().chain(&mut health.live) {
+            fill_probe(probe, &manifest.ports);
+        }
+    }
+    fill_restart(manifest.restart.get_or_insert_default());
+    manifest.resources.get_or_insert_default();
+    fill_update(manifest.update.get_or_insert_with(|| pb::Update { auto_revert: true, ..Default::default() }));
+    fill_stop(manifest.stop.get_or_insert_default());
+    fill_placement(manifest.placement.get_or_insert_default());
+}
+
+fn fill_probe(probe: &mut pb::Probe, ports: &std::collections::BTreeMap<String, pb::Port>) {
+    probe.interval.get_or_insert_with(|| to_proto(PROBE_INTERVAL));
+    probe.timeout.get_or_insert_with(|| to_proto(PROBE_TIMEOUT));
+    if probe.port.is_empty()
+        && let Some(check) = &probe.check
+        && let Some(port) = only_port(check, ports)
+    {
+        port.clone_into(&mut probe.port);
+    }
+}
+
+/// The one port that a check can mean: the only one there is, or the only one of its protocol.
+fn only_port<'a>(check: &Check, ports: &'a std::collections::BTreeMap<String, pb::Port>) -> Option<&'a str> {
+    let suits = |port: &pb::Port| match check {
+        Check::Http(_) => matches!(port.protocol(), pb::Protocol::Http | pb::Protocol::Http2),
+        Check::Grpc(_) => port.protocol() == pb::Protocol::Grpc,
+        Check::Tcp(_) => true,
+        Check::Exec(_) | Check::Notify(_) => false,
+    };
+    let only = |mut names: Vec<&'a str>| if names.len() == 1 { names.pop() } else { None };
+    let suiting = ports.iter().filter(|(_, port)| suits(port)).map(|(name, _)| name.as_str()).collect();
+    let needs_port = matches!(check, Check::Http(_) | Check::Grpc(_) | Check::Tcp(_));
+    only(suiting).or_else(|| only(ports.keys().map(String::as_str).collect()).filter(|_| needs_port))
+}
+
+fn fill_restart(restart: &mut pb::Restart) {
+    if restart.policy() == pb::RestartPolicy::Unspecified {
+        restart.set_policy(pb::RestartPolicy::Always);
+    }
+    if restart.budget_window.is_none() {
+        restart.budget_window = Some(to_proto(BUDGET_WINDOW));
+        restart.budget_restarts = if restart.budget_restarts == 0 { BUDGET_RESTARTS } else { restart.budget_restarts };
+    }
+}
+
+fn fill_update(update: &mut pb::Update) {
+    if update.max_parallel == 0 {
+        update.max_parallel = MAX_PARALLEL;
+    }
+    update.min_ready.get_or_insert_with(|| to_proto(Duration::ZERO));
+    update.progress_deadline.get_or_insert_with(|| to_proto(PROGRESS_DEADLINE));
+}
+
+fn fill_stop(stop: &mut pb::Stop) {
+    if stop.signal == 0 {
+        stop.signal = STOP_SIGNAL;
+    }
+    stop.grace.get_or_insert_with(|| to_proto(STOP_GRACE));
+}
+
+fn fill_placement(placement: &mut pb::Placement) {
+    if placement.spread.is_empty() {
+        "host".clone_into(&mut placement.spread);
+    }
+    if placement.on_disconnect() == pb::OnDisconnect::Unspecified {
+        placement.set_on_disconnect(pb::OnDisconnect::Keep);
+    }
+}

@@ -1,0 +1,369 @@
+//! The one definition of the manifest's keys: from a tree to the message. `document` describes the same keys for the
+//! JSON Schema and for printing; a test holds the two together.
+
+use std::collections::BTreeMap;
+
+use super::reader::{Field, Problems, Table};
+use super::tree::{Path, Spanned, Value};
+use super::values;
+use crate::pb;
+use crate::pb::probe::Check;
+use crate::time::to_proto;
+use crate::{signals, words};
+
+type Keys = &'static [&'static str];
+
+pub(super) const ROOT: Keys = &[
+    "name", "command", "count", "per_host", "env", "user", "working_dir", "needs", "ports", "health", "restart",
+    "resources", "update", "stop", "placement",
+];
+pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
+pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
+pub(super) const HEALTH: Keys =
+    &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout", "live"];
+pub(super) const RESTART: Keys = &["policy", "budget"];
+pub(super) const RESOURCES: Keys = &["cpu", "cpu_max", "memory"];
+pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
+pub(super) const STOP: Keys = &["signal", "grace"];
+pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect"];
+
+/// Every table with its name, to say where a key belongs.
+pub(super) const TABLES: [(&str, Keys); 9] = [
+    ("the top of the file", ROOT),
+    ("[ports.NAME]", PORT),
+    ("[health]", HEALTH),
+    ("[health.live]", PROBE),
+    ("[restart]", RESTART),
+    ("[resources]", RESOURCES),
+    ("[update]", UPDATE),
+    ("[stop]", STOP),
+    ("[placement]", PLACEMENT),
+];
+
+/// Other systems' words for ours.
+const SYNONYMS: [(&str, &str); 21] = [
+    ("cmd", "command"),
+    ("args", "command"),
+    ("exec_start", "command"),
+    ("replicas", "count"),
+    ("instances", "count"),
+    ("scale", "count"),
+    ("daemon", "per_host"),
+    ("environment", "env"),
+    ("cwd", "working_dir"),
+    ("workdir", "working_dir"),
+    ("working_directory", "working_dir"),
+    ("depends_on", "needs"),
+    ("requires", "needs"),
+    ("healthcheck", "health"),
+    ("check", "health"),
+    ("limits", "resources"),
+    ("cpus", "cpu"),
+    ("mem", "memory"),
+    ("ram", "memory"),
+    ("timeout", "grace"),
+    ("host_port", "port"),
+];
+
+const CHECKS: Keys = &["http", "tcp", "grpc", "exec", "notify"];
+const CHECKS_TEXT: &str = "http, tcp, grpc, exec or notify";
+
+pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manifest {
+    let mut manifest = pb::Manifest::default();
+    let example = "such as name = \"web\"";
+    let Some(table) = Table::open(document, Path::default(), example, problems) else { return manifest };
+    unknown_keys(&table, ROOT, problems);
+    let field = |key| table.field(key);
+
+    manifest.name = field("name").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
+    manifest.command = field("command").map(|field| command(&field, problems)).unwrap_or_default();
+    manifest.per_host = field("per_host").and_then(|field| field.flag(problems)).unwrap_or(false);
+    manifest.count = count(&table, manifest.per_host, problems);
+    manifest.env = field("env").map(|field| env(&field, problems)).unwrap_or_default();
+    manifest.user = field("user").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
+    manifest.working_dir = field("working_dir").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
+    manifest.needs =
+        field("needs").map(|field| field.texts(problems, "such as [\"db\"]")).unwrap_or_default();
+    manifest.ports = field("ports").map(|field| ports(&field, problems)).unwrap_or_default();
+    manifest.health = field("health").and_then(|field| health(&field, problems));
+    manifest.restart = field("restart").and_then(|field| restart(&field, problems));
+    manifest.resources = field("resources").and_then(|field| resources(&field, problems));
+    manifest.update = field("update").and_then(|field| update(&field, problems));
+    manifest.stop = field("stop").and_then(|field| stop(&field, problems));
+    manifest.placement = field("placement").and_then(|field| placement(&field, problems));
+    manifest
+}
+
+fn command(field: &Field<'_>, problems: &mut Problems) -> Vec<String> {
+    if let Value::Str(text) = &field.value.value {
+        let words: Vec<&str> = text.split_whitespace().collect();
+        field.refuse(problems, format!("must be a list, one text for each argument, such as {words:?}"));
+        return Vec::new();
+    }
+    field.texts(problems, "such as [\"/usr/bin/env\", \"true\"]")
+}
+
+/// One when nothing is said. Said beside `per_host` it is a contradiction.
+fn count(table: &Table<'_>, per_host: bool, problems: &mut Problems) -> u32 {
+    match table.field("count") {
+        None => u32::from(!per_host),
+        Some(field) if per_host => {
+            field.refuse(problems, "count and per_host = true contradict each other; leave one of them out");
+            0
+        }
+        Some(field) => field.whole(problems).unwrap_or(1),
+    }
+}
+
+/// Whole numbers and booleans are taken as written; fractions are not, since 1.10 would become 1.1.
+fn env(field: &Field<'_>, problems: &mut Problems) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::new();
+    let Some(table) = field.table("such as { LOG_LEVEL = \"info\" }", problems) else { return env };
+    for field in table.fields() {
+        let text = match &field.value.value {
+            Value::Str(text) => text.clone(),
+            Value::Int(number) => number.to_string(),
+            Value::Bool(value) => value.to_string(),
+            other => {
+                field.refuse(problems, format!("must be text in quotes, not {}", other.describe()));
+                continue;
+            }
+        };
+        env.insert(field.key.to_owned(), text);
+    }
+    env
+}
+
+fn ports(field: &Field<'_>, problems: &mut Problems) -> BTreeMap<String, pb::Port> {
+    let mut ports = BTreeMap::new();
+    let Some(table) = field.table("such as [ports.http]", problems) else { return ports };
+    for field in table.fields() {
+        if PORT.contains(&field.key) && !matches!(field.value.value, Value::Table(_)) {
+            field.refuse(problems, format!("a port has a name of its own; write [ports.http] above {}", field.key));
+            continue;
+        }
+        if let Some(port) = port(&field, problems) {
+            ports.insert(field.key.to_owned(), port);
+        }
+    }
+    ports
+}
+
+fn port(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Port> {
+    let table = field.table("such as { protocol = \"http\" }", problems)?;
+    unknown_keys(&table, PORT, problems);
+    let number = |key, problems: &mut Problems| table.field(key).and_then(|field| field.whole(problems));
+    Some(pb::Port {
+        protocol: table.field("protocol").and_then(|field| protocol(&field, problems)).unwrap_or_default().into(),
+        service_port: number("service_port", problems).unwrap_or(0),
+        port: table
+            .field("port")
+            .and_then(|field| {
+                let port = field.whole(problems)?;
+                if port == 0 {
+                    field.refuse(problems, "0 is not a port; leave the key out for a port that the agent picks");
+                }
+                Some(port)
+            })
+            .unwrap_or(0),
+    })
+}
+
+fn protocol(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Protocol> {
+    match field.text(problems)? {
+        "udp" => {
+            field.refuse(
+                problems,
+                "udp is not supported: Nave balances connections, and udp has none; use http, http2, grpc or tcp",
+            );
+            None
+        }
+        "https" | "tls" => {
+            field.refuse(
+                problems,
+                "services speak plain http to their own host, Nave encrypts between hosts; use http, \
+                 or tcp when the process does its own TLS",
+            );
+            None
+        }
+        _ => field.word(problems, &["http", "http2", "grpc", "tcp"], words::parse_protocol),
+    }
+}
+
+fn health(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Health> {
+    let table = field.table("such as { http = \"/\" }", problems)?;
+    unknown_keys(&table, HEALTH, problems);
+    let live = table.field("live");
+    let says_something = table.fields().any(|field| field.key != "live");
+    let ready = if says_something || live.is_none() { probe(&table, field, problems) } else { None };
+    let live = live.and_then(|field| {
+        let table = field.table("such as { http = \"/\" }", problems)?;
+        unknown_keys(&table, PROBE, problems);
+        probe(&table, &field, problems)
+    });
+    Some(pb::Health { ready, live })
+}
+
+fn probe(table: &Table<'_>, field: &Field<'_>, problems: &mut Problems) -> Option<pb::Probe> {
+    let mut given = table.fields().filter(|field| CHECKS.contains(&field.key));
+    let Some(chosen) = given.next() else {
+        if !problems.covers(&table.path) {
+            problems.add(field.key_at, field.path.clone(), format!("has no check; add one of {CHECKS_TEXT}"));
+        }
+        return None;
+    };
+    for second in given {
+        second.refuse(problems, format!("a second check beside {}; keep one of the two", chosen.key));
+    }
+    let check = match chosen.key {
+        "http" => Check::Http(chosen.text(problems)?.to_owned()),
+        "tcp" => Check::Tcp(chosen.chosen(problems)?),
+        "grpc" => Check::Grpc(chosen.chosen(problems)?),
+        "exec" => Check::Exec(pb::ExecCheck { command: command(&chosen, problems) }),
+        _ => Check::Notify(chosen.chosen(problems)?),
+    };
+    Some(pb::Probe {
+        check: Some(check),
+        port: table.field("port").and_then(|field| port_name(&field, problems)).unwrap_or_default(),
+        interval: table.field("interval").and_then(|field| field.duration(problems)).map(to_proto),
+        timeout: table.field("timeout").and_then(|field| field.duration(problems)).map(to_proto),
+    })
+}
+
+fn port_name(field: &Field<'_>, problems: &mut Problems) -> Option<String> {
+    if let Value::Int(number) = field.value.value {
+        field.refuse(problems, format!("must be the name of one of [ports], not the number {number}"));
+        return None;
+    }
+    field.text(problems).map(str::to_owned)
+}
+
+fn restart(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Restart> {
+    let table = field.table("such as { policy = \"always\" }", problems)?;
+    unknown_keys(&table, RESTART, problems);
+    let policy = table.field("policy").and_then(|field| {
+        field.word(problems, &["always", "on-failure", "never"], words::parse_restart_policy)
+    });
+    let budget = table.field("budget").and_then(|field| {
+        field.parsed(problems, "a budget in quotes, such as \"10 in 5m\"", values::parse_budget)
+    });
+    Some(pb::Restart {
+        policy: policy.unwrap_or_default().into(),
+        budget_restarts: budget.map_or(0, |(restarts, _)| restarts),
+        budget_window: budget.map(|(_, window)| to_proto(window)),
+    })
+}
+
+fn resources(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Resources> {
+    let table = field.table("such as { memory = \"128MiB\" }", problems)?;
+    unknown_keys(&table, RESOURCES, problems);
+    let cpu = |key, problems: &mut Problems| {
+        let field = table.field(key)?;
+        let cores = field.number(problems, "a number of cores, such as 0.5")?;
+        match values::parse_cpu(cores) {
+            Ok(0) => field.refuse(problems, "0 cores is nothing; leave the key out to reserve none"),
+            Ok(millicores) => return Some(millicores),
+            Err(message) => field.refuse(problems, message),
+        }
+        None
+    };
+    let memory = table.field("memory").and_then(|field| {
+        match field.parsed(problems, "a size in quotes, such as \"128MiB\"", values::parse_size)? {
+            0 => field.refuse(problems, "0 bytes is nothing; leave the key out for no limit"),
+            bytes => return Some(bytes),
+        }
+        None
+    });
+    Some(pb::Resources {
+        cpu_millicores: cpu("cpu", problems).unwrap_or(0),
+        cpu_max_millicores: cpu("cpu_max", problems).unwrap_or(0),
+        memory_bytes: memory.unwrap_or(0),
+    })
+}
+
+fn update(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Update> {
+    let table = field.table("such as { max_parallel = 1 }", problems)?;
+    unknown_keys(&table, UPDATE, problems);
+    let duration = |key, problems: &mut Problems| {
+        table.field(key).and_then(|field| field.duration(problems)).map(to_proto)
+    };
+    let max_parallel = table.field("max_parallel").and_then(|field| match field.whole(problems)? {
+        0 => {
+            field.refuse(problems, "must be at least 1, or nothing could ever be replaced");
+            None
+        }
+        number => Some(number),
+    });
+    Some(pb::Update {
+        max_parallel: max_parallel.unwrap_or(0),
+        min_ready: duration("min_ready", problems),
+        progress_deadline: duration("progress_deadline", problems),
+        auto_revert: table.field("auto_revert").and_then(|field| field.flag(problems)).unwrap_or(true),
+        canary: table.field("canary").and_then(|field| field.whole(problems)).unwrap_or(0),
+    })
+}
+
+fn stop(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Stop> {
+    let table = field.table("such as { grace = \"10s\" }", problems)?;
+    unknown_keys(&table, STOP, problems);
+    let signal = table.field("signal").and_then(|field| {
+        field.parsed(problems, "a signal's name in quotes, such as \"SIGTERM\"", |name| {
+            signals::number(name).ok_or_else(|| match nearest(&name.to_ascii_uppercase(), signals::names()) {
+                Some(meant) => format!("{name:?} is not a signal; did you mean {meant:?}?"),
+                None => format!("{name:?} is not a signal, such as \"SIGTERM\""),
+            })
+        })
+    });
+    Some(pb::Stop {
+        signal: signal.unwrap_or(0),
+        grace: table.field("grace").and_then(|field| field.duration(problems)).map(to_proto),
+    })
+}
+
+fn placement(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Placement> {
+    let table = field.table("such as { spread = \"host\" }", problems)?;
+    unknown_keys(&table, PLACEMENT, problems);
+    let constraints = table.field("constraints");
+    let on_disconnect = table
+        .field("on_disconnect")
+        .and_then(|field| field.word(problems, &["keep", "stop"], words::parse_on_disconnect));
+    Some(pb::Placement {
+        constraints: constraints
+            .map(|field| field.texts(problems, r#"such as ['os = "linux"']"#))
+            .unwrap_or_default(),
+        spread: table.field("spread").and_then(|field| field.text(problems)).unwrap_or_default().to_owned(),
+        on_disconnect: on_disconnect.unwrap_or_default().into(),
+    })
+}
+
+/// Reports the keys that are not `known`, each with what was probably meant.
+fn unknown_keys(table: &Table<'_>, known: Keys, problems: &mut Problems) {
+    for field in table.fields().filter(|field| !known.contains(&field.key)) {
+        let hint = match meant(field.key, known) {
+            Some(key) => {
+                problems.cover(table.path.key(key));
+                format!("did you mean `{key}`?")
+            }
+            None => match TABLES.iter().find(|(_, keys)| keys.contains(&field.key)) {
+                Some((name, _)) => format!("it belongs in {name}"),
+                None => format!("known here: {}", known.join(", ")),
+            },
+        };
+        problems.add(field.key_at, field.path.clone(), format!("unknown key; {hint}"));
+    }
+}
+
+fn meant(given: &str, known: Keys) -> Option<&'static str> {
+    let folded = given.to_ascii_lowercase().replace('-', "_");
+    let synonym = SYNONYMS.iter().find(|(other, ours)| *other == folded && known.contains(ours));
+    synonym.map(|(_, ours)| *ours).or_else(|| nearest(&folded, known.iter().copied()))
+}
+
+/// The closest of some words, when it is close: one slip in a short word, one in three letters of a longer one.
+pub(super) fn nearest<'w>(given: &str, words: impl Iterator<Item = &'w str>) -> Option<&'w str> {
+    words
+        .map(|word| (strsim::damerau_levenshtein(given, word), word))
+        .filter(|(distance, word)| *distance <= (word.len() / 3).max(1))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, word)| word)
+}

@@ -1,0 +1,450 @@
+//! The manifest as a document: the same keys that `definition` reads, as serde structs. They print a manifest and
+//! are the source of the JSON Schema, whose descriptions are the comments here.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::values::{format_budget, format_size};
+use crate::pb;
+use crate::pb::probe::Check;
+use crate::time::{format_duration, from_proto_or};
+use crate::{signals, words};
+
+/// One service: what to run, how many, where, and how to treat it.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "Nave manifest")]
+pub(super) struct Document {
+    /// Name of the service, and of its DNS entry. a-z, 0-9 and -, at most 63 characters.
+    #[schemars(regex(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"))]
+    pub(super) name: String,
+    /// Program and arguments. `${HOST}`, `${PORT}` and the like are replaced from the process's environment.
+    #[schemars(length(min = 1))]
+    command: Vec<String>,
+    /// Instances wanted; 1 by default, 0 keeps the service and runs none. Not together with `per_host`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 10_000))]
+    count: Option<u32>,
+    /// One instance on each host that fits, now and later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    per_host: Option<bool>,
+    /// Environment variables. Whole numbers and booleans are taken as text.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    #[schemars(with = "BTreeMap<String, EnvValue>")]
+    env: BTreeMap<String, String>,
+    /// User that the process runs as, by name or uid. By default a uid of the service's own when the agent is root,
+    /// else the agent's user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<String>,
+    /// Absolute directory that the process starts in. By default a directory of the instance's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^/"))]
+    working_dir: Option<String>,
+    /// Services that must have a ready instance before this one is started; stopped after it.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    needs: Vec<String>,
+    /// Ports by name. The process gets HOST, PORT (of the first) and NAVE_PORT_NAME, and listens there.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    ports: BTreeMap<String, PortDocument>,
+    /// When an instance is ready, and with `live` when it is stuck. By default it is ready as soon as it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    health: Option<HealthDocument>,
+    /// Whether a process that ended is started again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    restart: Option<RestartDocument>,
+    /// What an instance may use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resources: Option<ResourcesDocument>,
+    /// How instances of one version are replaced by those of the next. Does not slow down a first version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    update: Option<UpdateDocument>,
+    /// How a process is asked to end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop: Option<StopDocument>,
+    /// On which hosts instances may run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    placement: Option<PlacementDocument>,
+}
+
+/// The value of an environment variable.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "read by the schema generator alone")]
+enum EnvValue {
+    Text(String),
+    Number(i64),
+    Flag(bool),
+}
+
+/// One port that instances listen on.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct PortDocument {
+    /// What is spoken there.
+    protocol: ProtocolWord,
+    /// What callers use on the service's own address; 80 by default for http, else required.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65_535))]
+    service_port: Option<u32>,
+    /// The instance's own port, when it cannot be told another. By default the agent picks one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65_535))]
+    port: Option<u32>,
+}
+
+/// A choice of words, written as itself and described as an enumeration.
+macro_rules! word {
+    ($(#[$doc:meta])* $name:ident, [$($word:literal),+]) => {
+        $(#[$doc])*
+        #[derive(Debug, Serialize)]
+        #[serde(transparent)]
+        struct $name(&'static str);
+
+        impl JsonSchema for $name {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({ "type": "string", "enum": [$($word),+] })
+            }
+        }
+    };
+}
+word!(ProtocolWord, ["http", "http2", "grpc", "tcp"]);
+word!(PolicyWord, ["always", "on-failure", "never"]);
+word!(OnDisconnectWord, ["keep", "stop"]);
+
+/// A duration: `500ms`, `10s`, `2m`, `1h30m`.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(transparent)]
+#[schemars(inline)]
+struct DurationText(
+    #[schemars(regex(pattern = "^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"), length(min = 2))] String,
+);
+
+impl DurationText {
+    fn of(duration: Option<&prost_types::Duration>) -> Option<Self> {
+        duration.map(|given| Self(format_duration(from_proto_or(Some(given), Duration::ZERO))))
+    }
+}
+
+/// Readiness: exactly one of `http`, `tcp`, `grpc`, `exec`, `notify`. `live` adds liveness.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct HealthDocument {
+    /// Path that must answer with a status of 200 to 399.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    http: Option<String>,
+    /// The port must accept a connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp: Option<bool>,
+    /// `grpc.health.v1` must say SERVING.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grpc: Option<bool>,
+    /// Command that must exit with 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exec: Option<Vec<String>>,
+    /// The process says READY=1 as with systemd's sd_notify.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    notify: Option<bool>,
+    /// Name of the port to check; needed when it is not clear.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<String>,
+    /// Time between two checks; 1s by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interval: Option<DurationText>,
+    /// A check that takes longer has failed; 500ms by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout: Option<DurationText>,
+    /// A process that fails this is stopped and started again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    live: Option<ProbeDocument>,
+}
+
+/// Liveness: exactly one of `http`, `tcp`, `grpc`, `exec`, `notify`.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ProbeDocument {
+    /// Path that must answer with a status of 200 to 399.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    http: Option<String>,
+    /// The port must accept a connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp: Option<bool>,
+    /// `grpc.health.v1` must say SERVING.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grpc: Option<bool>,
+    /// Command that must exit with 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exec: Option<Vec<String>>,
+    /// The process feeds the watchdog with WATCHDOG=1 as with systemd's sd_notify.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    notify: Option<bool>,
+    /// Name of the port to check; needed when it is not clear.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<String>,
+    /// Time between two checks; 1s by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interval: Option<DurationText>,
+    /// A check that takes longer has failed; 500ms by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout: Option<DurationText>,
+}
+
+/// Whether a process that ended is started again.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct RestartDocument {
+    /// `always` by default; `on-failure` leaves a process that exited with 0 alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy: Option<PolicyWord>,
+    /// Restarts within a time, `10 in 5m` by default; beyond it the instance is given up as failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9]+ in ([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"))]
+    budget: Option<String>,
+}
+
+/// What an instance may use.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ResourcesDocument {
+    /// Cores reserved when placing, and the instance's weight when cores are short.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.001, max = 4096.0))]
+    cpu: Option<f64>,
+    /// Cores that it can never exceed; no limit by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.001, max = 4096.0))]
+    cpu_max: Option<f64>,
+    /// Memory reserved when placing and its hard limit: `128MiB`. None by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?([KMGT]iB|[kMGT]B|B)$"))]
+    memory: Option<String>,
+}
+
+/// How instances of one version are replaced by those of the next.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct UpdateDocument {
+    /// Instances replaced at once; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    max_parallel: Option<u32>,
+    /// How long a new instance must have been ready before the next is replaced; 0s by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    min_ready: Option<DurationText>,
+    /// Without another ready instance for this long the update has failed; 2m by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    progress_deadline: Option<DurationText>,
+    /// Go back to the last version that worked when an update fails; true by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    auto_revert: Option<bool>,
+    /// Instances of the new version that run and wait for `nave promote` before the rest follows; 0 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    canary: Option<u32>,
+}
+
+/// How a process is asked to end.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct StopDocument {
+    /// Name of the signal that asks it; SIGTERM by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^(SIG)?[A-Z0-9]+$"))]
+    signal: Option<String>,
+    /// Time it has before SIGKILL; 10s by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grace: Option<DurationText>,
+}
+
+/// On which hosts instances may run.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct PlacementDocument {
+    /// Conditions that a host must meet, each of them: `os = "linux"`, `label.zone != "b"`.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    constraints: Vec<String>,
+    /// What instances are spread over: `host`, the default, or `label.NAME`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^(host|label[.][A-Za-z0-9._/-]+)$"))]
+    spread: Option<String>,
+    /// What a host that is cut off from the hub does with its instances: `keep` them, the default, or `stop` them,
+    /// for services that must never run twice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    on_disconnect: Option<OnDisconnectWord>,
+}
+
+impl From<&pb::Manifest> for Document {
+    fn from(manifest: &pb::Manifest) -> Self {
+        let text = |text: &String| (!text.is_empty()).then(|| text.clone());
+        Self {
+            name: manifest.name.clone(),
+            command: manifest.command.clone(),
+            count: (!manifest.per_host).then_some(manifest.count),
+            per_host: manifest.per_host.then_some(true),
+            env: manifest.env.clone(),
+            user: text(&manifest.user),
+            working_dir: text(&manifest.working_dir),
+            needs: manifest.needs.clone(),
+            ports: manifest.ports.iter().map(|(name, port)| (name.clone(), port.into())).collect(),
+            health: manifest.health.as_ref().map(HealthDocument::from),
+            restart: manifest.restart.as_ref().map(RestartDocument::from),
+            resources: manifest.resources.as_ref().and_then(resources),
+            update: manifest.update.as_ref().map(UpdateDocument::from),
+            stop: manifest.stop.as_ref().map(StopDocument::from),
+            placement: manifest.placement.as_ref().map(PlacementDocument::from),
+        }
+    }
+}
+
+impl From<&pb::Port> for PortDocument {
+    fn from(port: &pb::Port) -> Self {
+        let number = |number: u32| (number != 0).then_some(number);
+        Self {
+            protocol: ProtocolWord(words::protocol(port.protocol())),
+            service_port: number(port.service_port),
+            port: number(port.port),
+        }
+    }
+}
+
+impl From<&pb::Health> for HealthDocument {
+    fn from(health: &pb::Health) -> Self {
+        let ready = health.ready.as_ref().map(ProbeDocument::from).unwrap_or_default();
+        let ProbeDocument { http, tcp, grpc, exec, notify, port, interval, timeout } = ready;
+        let live = health.live.as_ref().map(ProbeDocument::from);
+        Self { http, tcp, grpc, exec, notify, port, interval, timeout, live }
+    }
+}
+
+impl From<&pb::Probe> for ProbeDocument {
+    fn from(probe: &pb::Probe) -> Self {
+        let mut document = Self {
+            port: (!probe.port.is_empty()).then(|| probe.port.clone()),
+            interval: DurationText::of(probe.interval.as_ref()),
+            timeout: DurationText::of(probe.timeout.as_ref()),
+            ..Self::default()
+        };
+        match &probe.check {
+            None => {}
+            Some(Check::Http(path)) => document.http = Some(path.clone()),
+            Some(Check::Tcp(chosen)) => document.tcp = Some(*chosen),
+            Some(Check::Grpc(chosen)) => document.grpc = Some(*chosen),
+            Some(Check::Exec(exec)) => document.exec = Some(exec.command.clone()),
+            Some(Check::Notify(chosen)) => document.notify = Some(*chosen),
+        }
+        document
+    }
+}
+
+impl From<&pb::Restart> for RestartDocument {
+    fn from(restart: &pb::Restart) -> Self {
+        let policy = restart.policy();
+        Self {
+            policy: (policy != pb::RestartPolicy::Unspecified).then(|| PolicyWord(words::restart_policy(policy))),
+            budget: restart.budget_window.as_ref().map(|window| {
+                format_budget(restart.budget_restarts, from_proto_or(Some(window), Duration::ZERO))
+            }),
+        }
+    }
+}
+
+/// Nothing at all rather than an empty table.
+fn resources(resources: &pb::Resources) -> Option<ResourcesDocument> {
+    #[expect(clippy::cast_precision_loss, reason = "core counts are small")]
+    let cores = |millicores: u64| (millicores != 0).then(|| millicores as f64 / 1000.0);
+    (*resources != pb::Resources::default()).then(|| ResourcesDocument {
+        cpu: cores(resources.cpu_millicores),
+        cpu_max: cores(resources.cpu_max_millicores),
+        memory: (resources.memory_bytes != 0).then(|| format_size(resources.memory_bytes)),
+    })
+}
+
+impl From<&pb::Update> for UpdateDocument {
+    fn from(update: &pb::Update) -> Self {
+        Self {
+            max_parallel: (update.max_parallel != 0).then_some(update.max_parallel),
+            min_ready: DurationText::of(update.min_ready.as_ref()),
+            progress_deadline: DurationText::of(update.progress_deadline.as_ref()),
+            auto_revert: Some(update.auto_revert),
+            canary: Some(update.canary),
+        }
+    }
+}
+
+impl From<&pb::Stop> for StopDocument {
+    fn from(stop: &pb::Stop) -> Self {
+        Self {
+            signal: (stop.signal != 0).then(|| signals::name(stop.signal)),
+            grace: DurationText::of(stop.grace.as_ref()),
+        }
+    }
+}
+
+impl From<&pb::Placement> for PlacementDocument {
+    fn from(placement: &pb::Placement) -> Self {
+        let on_disconnect = placement.on_disconnect();
+        Self {
+            constraints: placement.constraints.clone(),
+            spread: (!placement.spread.is_empty()).then(|| placement.spread.clone()),
+            on_disconnect: (on_disconnect != pb::OnDisconnect::Unspecified)
+                .then(|| OnDisconnectWord(words::on_disconnect(on_disconnect))),
+        }
+    }
+}
+
+/// The manifest as a TOML file that [`parse`](super::parse) reads back to the same.
+pub fn to_toml(manifest: &pb::Manifest) -> String {
+    toml::to_string(&Document::from(manifest)).expect("a document is a TOML table")
+}
+
+/// The manifest as JSON that [`parse`](super::parse) reads back to the same.
+pub fn to_json(manifest: &pb::Manifest) -> serde_json::Value {
+    serde_json::to_value(Document::from(manifest)).expect("a document is a JSON object")
+}
+
+/// The JSON Schema of a manifest file, for editors. It says less than the parser: what two keys have to do with each
+/// other is not in it.
+pub fn json_schema() -> serde_json::Value {
+    let mut schema = serde_json::Value::from(schemars::schema_for!(Document));
+    without_null(&mut schema);
+    schema
+}
+
+/// A key that may be left out is not a key that may be null.
+fn without_null(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Array(items) => items.iter_mut().for_each(without_null),
+        serde_json::Value::Object(object) => {
+            let is_null = |value: &serde_json::Value| value == "null" || value["type"] == "null";
+            for key in ["type", "anyOf"] {
+                if let Some(serde_json::Value::Array(choices)) = object.get_mut(key) {
+                    choices.retain(|choice| !is_null(choice));
+                }
+            }
+            if let Some(serde_json::Value::Array(types)) = object.get("type")
+                && let [only] = &types[..]
+            {
+                let only = only.clone();
+                object.insert("type".to_owned(), only);
+            }
+            if let Some(serde_json::Value::Array(choices)) = object.get("anyOf")
+                && let [serde_json::Value::Object(only)] = &choices[..]
+            {
+                let only = only.clone();
+                object.remove("anyOf");
+                object.extend(only);
+            }
+            object.values_mut().for_each(without_null);
+        }
+        _ => {}
+    }
+}
