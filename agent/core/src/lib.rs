@@ -13,4 +13,4 @@ pub mod supervisor;
 
 pub use monotonic::{Monotonic, WallOffset};
 pub use reconciler::{NeedWhole, Order, Reconciler, StaleWanted};
-pub use supervisor::{Action, Input, ProcessKey, Supervisor};
+pub use supervisor::{Action, Input, ProcessKey, SpawnOrder, Supervisor};

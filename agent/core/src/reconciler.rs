@@ -143,7 +143,7 @@ impl Reconciler {
         let instance = InstanceId(wanted.instance_id);
         match self.supervisors.get(&instance) {
             Some(known) if !known.is_forgotten() && *known.wanted() == wanted => {}
-            Some(_) => self.step(now, rng, instance, Input::Wanted(wanted), orders),
+            Some(_) => self.step(now, rng, instance, Input::Wanted(Box::new(wanted)), orders),
             None => {
                 self.supervisors.insert(instance, Supervisor::new(wanted, &self.boot_id, now));
                 // It is new here, so a keeper that has listed what it runs does not run it.

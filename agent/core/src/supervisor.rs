@@ -43,6 +43,10 @@ use crate::monotonic::Monotonic;
 /// A process that ends sooner may have met a port that somebody else took.
 const QUICK_EXIT: Duration = Duration::from_secs(5);
 
+/// When services are stopped together with their keeper, the agent follows within this time; what it starts until
+/// then would only be refused.
+const AFTER_OPERATOR: Duration = Duration::from_secs(5);
+
 type Ports = BTreeMap<String, u16>;
 
 /// One instance's state machine.
@@ -134,7 +138,7 @@ impl Supervisor {
 
     fn take<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, input: Input, out: &mut Vec<Action>) {
         match input {
-            Input::Wanted(wanted) => self.want(now, wanted, out),
+            Input::Wanted(wanted) => self.want(now, *wanted, out),
             Input::Forget => self.forget = true,
             Input::PortsPicked { ports } => self.ports_picked(now, rng, ports, out),
             Input::PortClash { message } => self.port_clash(now, rng, message, out),

@@ -28,20 +28,18 @@ impl Reconciler {
                     wanted =
                         set.instances.into_iter().map(|one| (InstanceId(one.instance_id), one)).collect();
                 }
-                Some(Record::Delta(delta)) => {
-                    if reconciler.continues(&delta) {
-                        reconciler.generation = delta.to_generation;
-                        wanted.retain(|id, _| !delta.removed.contains(&id.0));
-                        wanted.extend(delta.put.into_iter().map(|one| (InstanceId(one.instance_id), one)));
-                    }
+                Some(Record::Delta(delta)) if reconciler.continues(&delta) => {
+                    reconciler.generation = delta.to_generation;
+                    wanted.retain(|id, _| !delta.removed.contains(&id.0));
+                    wanted.extend(delta.put.into_iter().map(|one| (InstanceId(one.instance_id), one)));
                 }
+                Some(Record::Delta(_)) | None => {}
                 Some(Record::Instance(ledger)) => {
                     ledgers.insert(InstanceId(ledger.instance_id), ledger);
                 }
                 Some(Record::Forgotten(id)) => {
                     ledgers.remove(&InstanceId(id));
                 }
-                None => {}
             }
         }
         for (instance, wanted) in wanted {

@@ -11,7 +11,7 @@ use super::health::{self, Health};
 use super::input::{ProcessKey, SpawnError, SpawnErrorKind};
 use super::restart::{cannot_heal, describe, hints_at_port, is_failure};
 use super::state::{Pending, Running, Starting, State, StopCause};
-use super::{Ports, QUICK_EXIT, Supervisor};
+use super::{AFTER_OPERATOR, Ports, QUICK_EXIT, Supervisor};
 use crate::monotonic::Monotonic;
 
 impl Supervisor {
@@ -142,8 +142,10 @@ impl Supervisor {
             SpawnErrorKind::Exec | SpawnErrorKind::Invalid | SpawnErrorKind::System => {
                 let hopeless = match error.kind {
                     SpawnErrorKind::Exec => cannot_heal(error.errno),
-                    SpawnErrorKind::Invalid => true,
-                    SpawnErrorKind::System | SpawnErrorKind::Busy | SpawnErrorKind::Unavailable => false,
+                    SpawnErrorKind::Invalid
+                    | SpawnErrorKind::System
+                    | SpawnErrorKind::Busy
+                    | SpawnErrorKind::Unavailable => false,
                 };
                 let exit = self.exec_error(error);
                 self.never_ran(now, rng, exit, hopeless, out);
@@ -198,6 +200,12 @@ impl Supervisor {
         out: &mut Vec<Action>,
     ) {
         let key = ProcessKey { epoch: exit.epoch, attempt: exit.attempt };
+        if key.epoch == self.epoch && key.attempt > self.attempt && self.state.process().is_none() {
+            // Our ledger is older than the keeper's: its attempts are used up all the same.
+            self.attempt = key.attempt;
+            self.last_exit = Some(exit);
+            return;
+        }
         if key != self.key() {
             return;
         }
@@ -256,12 +264,18 @@ impl Supervisor {
             self.memory.was_ready(now.since(ready));
         }
         let failed = is_failure(&exit);
+        let by_operator = exit.cause() == pb::ExitCause::Operator;
         if !self.ports.is_empty() && (hints_at_port(&exit) || (failed && uptime < QUICK_EXIT)) {
             self.pick_ports = true;
         }
         let what = format!("process {}", describe(&exit));
         self.last_exit = Some(exit);
         match cause {
+            None if by_operator => {
+                // With the whole keeper, so it is about to be the agent's end too; not the process's own doing.
+                out.push(Action::Log { level: Level::Info, message: what.clone() });
+                self.state = State::BackingOff { until: now + AFTER_OPERATOR, why: what };
+            }
             None => self.decide(now, rng, failed, uptime, what, out),
             Some(StopCause::Probe(why)) => self.decide(now, rng, true, uptime, why, out),
             Some(StopCause::Told) => out.push(Action::Log { level: Level::Info, message: what }),

@@ -18,7 +18,7 @@ pub struct ProcessKey {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
     /// What the hub wants now, whole: a new instance, a live change, desired stop, or a higher epoch.
-    Wanted(pb::WantedInstance),
+    Wanted(Box<pb::WantedInstance>),
     /// The hub no longer knows the instance: stop it and forget it.
     Forget,
     /// Answer to [`Action::PickPorts`](super::Action::PickPorts): every port by name, fixed ones included.

@@ -139,7 +139,7 @@ impl Scene {
     }
 
     fn want(&mut self, manifest: pb::Manifest, epoch: u64, desired: pb::Desired) {
-        self.give(Input::Wanted(wanted(manifest, epoch, desired)));
+        self.give(Input::Wanted(Box::new(wanted(manifest, epoch, desired))));
     }
 
     fn stop(&mut self) {
@@ -375,6 +375,28 @@ fn an_exec_error_told_by_record_and_by_answer_counts_once() {
         assert_eq!(scene.supervisor.memory.restarts, 1);
         assert_eq!(scene.supervisor.last_exit.as_ref().unwrap().sequence, 1, "the keeper's own record stays");
     }
+}
+
+#[test]
+fn being_stopped_with_the_keeper_is_no_failure() {
+    let mut scene = Scene::running(manifest());
+    scene.orders();
+    scene.give(Input::Exited(scene.record(pb::ExitCause::Operator, 0, 15)));
+    scene.swept();
+    assert_eq!(scene.spawns(), 0);
+    assert_eq!(scene.supervisor.memory, RestartMemory::default());
+    scene.pass(seconds(5));
+    assert_eq!(scene.spawns(), 1);
+}
+
+#[test]
+fn attempts_that_only_the_keeper_remembers_are_not_used_again() {
+    let mut scene = Scene::new(manifest());
+    scene.supervisor = Supervisor::new(wanted(manifest(), 1, pb::Desired::Run), BOOT, scene.now);
+    let exit = pb::ExitRecord { attempt: 7, ..scene.record(pb::ExitCause::Exit, 1, 0) };
+    scene.give(Input::Exited(exit));
+    scene.give(Input::Absent { fresh: true });
+    assert_eq!(scene.supervisor.key().attempt, 8);
 }
 
 #[test]
