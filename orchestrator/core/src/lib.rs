@@ -1,1 +1,25 @@
-//! core
+//! What the hub decides. [`ClusterState::apply`] takes the log's commands one by one and says which rows changed;
+//! [`plan`] looks at the state and says what should happen next, as steps that go back through the log.
+//! Both are pure: the time is in the command or an argument, tables are ordered, so every member and every replay
+//! comes to the same rows, and a test is a table. No clock, no runtime, no disk in here; `raft/`, `storage/` and
+//! `controllers/` of the orchestrator do what this crate decides.
+
+#![warn(clippy::wildcard_enum_match_arm)]
+
+mod apply;
+mod change;
+mod dedup;
+mod events;
+pub mod limits;
+mod needs;
+mod plan;
+mod state;
+mod wants;
+
+pub use apply::{Applied, unknown_command};
+pub use change::{Change, RowId};
+pub use events::EventFilter;
+pub use plan::{
+    Plan, PlanCursor, Unplaced, desired_count, explain, plan, plan_dirty, ready_count, running_count,
+};
+pub use state::{ClusterState, Reserved, RowError};

@@ -1,0 +1,196 @@
+//! The scheduler's decisions, each checked against the state as it is now: between plan and commit an operator may
+//! have deleted the service, a host may have been lost, an instance may have become unready. What no longer fits is
+//! skipped, and the next plan sees why.
+
+use nave_proto::ids::{HostId, InstanceId};
+use nave_proto::pb;
+use nave_proto::pb::observed::{Pending, State};
+use nave_proto::pb::plan_step::Step;
+use nave_proto::pb::{DeploymentStatus, Desired, EndpointState};
+
+use super::versions::Cause;
+use super::{Outcome, Tx};
+use crate::events::{Subject, called};
+use crate::limits::INSTANCES_MAX;
+use crate::plan::{Room, may_place, may_stop};
+use crate::state::Reservation;
+use crate::wants::{HostExt as _, InstanceExt as _, observed};
+
+impl Tx<'_> {
+    pub(super) fn commit_plan(&mut self, command: pb::CommitPlan) -> Outcome {
+        for step in command.steps.into_iter().filter_map(|step| step.step) {
+            match step {
+                Step::Place(step) => self.place(&step),
+                Step::Stop(step) => self.stop(step),
+                Step::SetDeployment(step) => self.set_deployment(step),
+                Step::Revert(step) => self.revert(step),
+                Step::Forget(step) => self.forget(&step),
+            }
+        }
+        Ok(pb::Accepted::default())
+    }
+
+    fn place(&mut self, step: &pb::Place) {
+        let Some(manifest) = self.state.manifest(&step.service, step.version) else { return };
+        let taken = Reservation::of(manifest);
+        let Some(template_version) = may_place(self.state, step, self.now) else { return };
+        let fits = self
+            .state
+            .hosts
+            .get(HostId(step.host_id))
+            .is_some_and(|host| Room::of(host).is_some_and(|room| room.lacks(&taken).is_none()));
+        if !fits {
+            return;
+        }
+        match step.instance_id {
+            0 => self.place_new(step, template_version),
+            id => self.place_again(InstanceId(id), step, template_version),
+        }
+    }
+
+    fn place_new(&mut self, step: &pb::Place, template_version: u64) {
+        if self.state.instances.len() >= INSTANCES_MAX {
+            return;
+        }
+        let id = self.edit_cluster(|cluster| {
+            let id = cluster.next_instance_id;
+            cluster.next_instance_id += 1;
+            id
+        });
+        let record = pb::InstanceRecord {
+            id: id.unwrap_or_default(),
+            service: step.service.clone(),
+            version: step.version,
+            template_version,
+            ordinal: step.ordinal,
+            host_id: step.host_id,
+            epoch: 1,
+            desired: Desired::Run.into(),
+            observed: observed(State::Pending(Pending {})),
+            since_unix_ns: self.now,
+            placed_unix_ns: self.now,
+            ..Default::default()
+        };
+        let message = format!("{} is placed on {}", called(&record), self.host_name(record.host()));
+        self.event("instance_placed", Subject::instance(&record), message);
+        self.put_instance(record);
+    }
+
+    /// The same instance, elsewhere or anew, under the next epoch: whatever still runs under the old one is void.
+    fn place_again(&mut self, id: InstanceId, step: &pb::Place, template_version: u64) {
+        let Some(before) = self.state.instance(id).cloned() else { return };
+        let left = before.host();
+        let reschedules = before.reschedules.saturating_add(u32::from(before.gave_up()));
+        let record = pb::InstanceRecord {
+            version: step.version,
+            template_version,
+            ordinal: step.ordinal,
+            host_id: step.host_id,
+            epoch: before.epoch + 1,
+            attempt: 0,
+            restarts: 0,
+            observed: observed(State::Pending(Pending {})),
+            ports: Default::default(),
+            reason: String::new(),
+            endpoint: EndpointState::Unspecified.into(),
+            since_unix_ns: self.now,
+            ready_since_unix_ns: 0,
+            placed_unix_ns: self.now,
+            draining_acknowledged: 0,
+            reschedules,
+            ..before.as_ref().clone()
+        };
+        let why = if before.gave_up() { "it gave up" } else { "it is lost" };
+        let (to, from) = (self.host_name(record.host()), self.host_name(left));
+        let message = format!("{} is placed again on {to}, since {why} on {from}", called(&record));
+        self.event("instance_placed", Subject::instance(&record), message);
+        self.put_instance(record);
+        self.remove_host_if_succeeded(left);
+    }
+
+    fn stop(&mut self, step: pb::StopInstance) {
+        let id = InstanceId(step.instance_id);
+        let Some(record) = self.state.instance(id).cloned() else { return };
+        if record.epoch != step.epoch || !record.wanted() || !may_stop(self.state, &record, self.now) {
+            return;
+        }
+        let message =
+            format!("{} on {} is to stop: {}", called(&record), self.host_name(record.host()), step.reason);
+        self.event("instance_stopping", Subject::instance(&record), message);
+        self.put_instance(pb::InstanceRecord {
+            desired: Desired::Stop.into(),
+            endpoint: EndpointState::Draining.into(),
+            stop_reason: step.reason,
+            ..record.as_ref().clone()
+        });
+    }
+
+    fn set_deployment(&mut self, step: pb::SetDeployment) {
+        let Some(deployment) = step.deployment else { return };
+        let Some(entry) = self.state.services.get(&step.service) else { return };
+        let Some(current) = &entry.record.deployment else { return };
+        if entry.record.deleting || current.version != deployment.version || *current == deployment {
+            return;
+        }
+        let version = deployment.version;
+        let changed = current.status() != deployment.status();
+        let (status, reason) = (deployment.status(), deployment.reason.clone());
+        let stored = entry.version(version).cloned();
+        self.edit_service(&step.service, |record| {
+            record.deployment = Some(deployment);
+            if step.mark_stable {
+                record.stable_version = version;
+            }
+        });
+        if step.mark_stable
+            && let Some(stored) = stored
+        {
+            self.put_version(pb::VersionRecord { stable: true, ..stored.as_ref().clone() });
+        }
+        if changed && let Some((kind, what)) = deployment_words(status) {
+            let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+            let message = format!("version {version} of {} {what}{why}", step.service);
+            self.event(kind, Subject::service(&step.service), message);
+        }
+    }
+
+    /// Makes the next version from a stable one, unless somebody has made another version meanwhile.
+    fn revert(&mut self, step: pb::Revert) {
+        let Some(entry) = self.state.services.get(&step.service) else { return };
+        if entry.record.deleting || entry.record.version != step.failed_version {
+            return;
+        }
+        let Some(manifest) = entry.manifest(step.to_version).cloned() else { return };
+        let reason = step.reason;
+        let message = format!("version {} of {} failed: {reason}", step.failed_version, step.service);
+        self.event("deployment_failed", Subject::service(&step.service), message);
+        let cause = Cause::Revert { to: step.to_version, failed: step.failed_version, reason };
+        // Refused only when every uid is taken; the deployment then stays as it is and the next plan tries again.
+        let _ = self.make_version(manifest, cause);
+    }
+
+    /// An instance that was to stop on a host that is lost: nobody will ever report it gone.
+    fn forget(&mut self, step: &pb::ForgetInstance) {
+        let id = InstanceId(step.instance_id);
+        let Some(record) = self.state.instance(id).cloned() else { return };
+        let lost = self.state.host(record.host()).is_none_or(|host| host.is_lost());
+        if record.epoch != step.epoch || record.wanted() || !lost {
+            return;
+        }
+        let message =
+            format!("{} is forgotten with its lost host {}", called(&record), self.host_name(record.host()));
+        self.event("instance_forgotten", Subject::instance(&record), message);
+        self.remove_instance(id);
+    }
+}
+
+fn deployment_words(status: DeploymentStatus) -> Option<(&'static str, &'static str)> {
+    match status {
+        DeploymentStatus::Successful => Some(("deployment_successful", "is fully ready")),
+        DeploymentStatus::Failed => Some(("deployment_failed", "failed")),
+        DeploymentStatus::Paused => Some(("deployment_paused", "is paused")),
+        DeploymentStatus::Running => Some(("deployment_running", "goes on")),
+        DeploymentStatus::Cancelled => Some(("deployment_cancelled", "is cancelled")),
+        DeploymentStatus::Unspecified => None,
+    }
+}

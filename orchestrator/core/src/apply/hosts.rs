@@ -1,0 +1,228 @@
+//! Hosts: enrolment, facts, and the verdict on silence.
+
+use std::sync::Arc;
+
+use nave_proto::ids::HostId;
+use nave_proto::pb;
+use nave_proto::pb::observed::{Lost, State, Unknown};
+use nave_proto::pb::{HostStatus, RejectedCode};
+
+use super::{Outcome, Tx, rejected};
+use crate::change::{Change, RowId};
+use crate::events::Subject;
+use crate::limits::HOSTS_MAX;
+use crate::wants::{HostExt as _, InstanceExt as _, observed};
+
+impl Tx<'_> {
+    /// A key that is known keeps its host id and uses up no token, so a retry of an enrolment is harmless.
+    pub(super) fn register_host(&mut self, command: pb::RegisterHost) -> Outcome {
+        let known = self.state.hosts.by_key(&command.public_key_sha256);
+        let token = self.valid_token(&command.token_id, known.is_some())?;
+        let Some(facts) = command.facts.filter(|facts| !facts.name.is_empty()) else {
+            return Err(rejected(RejectedCode::Invalid, "a host needs a name"));
+        };
+        if command.public_key_sha256.len() != 32 {
+            return Err(rejected(RejectedCode::Invalid, "the public key's digest is not 32 bytes"));
+        }
+        self.check_name_free(&facts.name, known)?;
+        if known.is_none() && self.state.hosts.len() >= HOSTS_MAX {
+            let message = format!("there are {HOSTS_MAX} hosts, which is the most a hub holds");
+            return Err(rejected(RejectedCode::Exhausted, message));
+        }
+        let superseded = self.state.hosts.by_name(&facts.name).filter(|holder| Some(*holder) != known);
+        match known.and_then(|id| self.state.host(id).cloned()) {
+            Some(record) => Ok(self.enrol_again(&record, facts)),
+            None => Ok(self.enrol(command.public_key_sha256, facts, token.as_ref().clone(), superseded)),
+        }
+    }
+
+    fn enrol(
+        &mut self,
+        public_key_sha256: Vec<u8>,
+        facts: pb::HostFacts,
+        token: pb::TokenRecord,
+        superseded: Option<HostId>,
+    ) -> pb::Accepted {
+        let id = self.edit_cluster(|cluster| {
+            let id = cluster.next_host_id;
+            cluster.next_host_id += 1;
+            id
+        });
+        let id = id.unwrap_or_default();
+        let message = format!("{} joined as {} with token {}", facts.name, HostId(id), token.id);
+        self.put_token(pb::TokenRecord { uses_left: token.uses_left.saturating_sub(1), ..token });
+        self.put_host(pb::HostRecord {
+            id,
+            facts: Some(facts),
+            public_key_sha256,
+            status: HostStatus::Connected.into(),
+            draining: false,
+            joined_unix_ns: self.now,
+            revision: self.revision,
+            status_reason: String::new(),
+        });
+        self.event("host_joined", Subject::host(HostId(id)), message);
+        if let Some(lost) = superseded {
+            self.remove_host_if_succeeded(lost);
+        }
+        pb::Accepted { host_id: id, ..Default::default() }
+    }
+
+    fn enrol_again(&mut self, record: &pb::HostRecord, facts: pb::HostFacts) -> pb::Accepted {
+        let id = HostId(record.id);
+        self.replace_facts(record, facts);
+        let message = format!("{} enrolled again with the key it had, as {id}", self.host_name(id));
+        self.event("host_joined", Subject::host(id), message);
+        pb::Accepted { host_id: id.0, ..Default::default() }
+    }
+
+    fn valid_token(&self, id: &str, enrolled: bool) -> Result<Arc<pb::TokenRecord>, pb::Rejected> {
+        let make = "`nave token create` makes a new one";
+        let token = self.state.token(id).ok_or_else(|| {
+            let message = format!("join token {id} does not exist or was revoked; {make}");
+            rejected(RejectedCode::NotFound, message)
+        })?;
+        if token.expires_unix_ns <= self.now {
+            return Err(rejected(RejectedCode::Expired, format!("join token {id} has expired; {make}")));
+        }
+        if token.uses_left == 0 && !enrolled {
+            return Err(rejected(RejectedCode::Expired, format!("join token {id} is used up; {make}")));
+        }
+        Ok(Arc::clone(token))
+    }
+
+    /// A name belongs to one key as long as its host lives; a lost host gives it up.
+    fn check_name_free(&self, name: &str, id: Option<HostId>) -> Result<(), pb::Rejected> {
+        let Some(holder) = self.state.host_by_name(name).filter(|holder| Some(HostId(holder.id)) != id)
+        else {
+            return Ok(());
+        };
+        if holder.is_lost() {
+            return Ok(());
+        }
+        let message = format!(
+            "the name {name} belongs to {}, a host with another key that is not lost; give this agent another name, \
+             or stop the other agent and wait until `nave hosts` shows it as lost",
+            HostId(holder.id)
+        );
+        Err(rejected(RejectedCode::Conflict, message))
+    }
+
+    pub(super) fn update_host(&mut self, command: pb::UpdateHost) -> Outcome {
+        let id = HostId(command.host_id);
+        let record = self.state.host(id).cloned().ok_or_else(|| no_host(id))?;
+        let Some(facts) = command.facts.filter(|facts| !facts.name.is_empty()) else {
+            return Err(rejected(RejectedCode::Invalid, "a host needs a name"));
+        };
+        self.check_name_free(&facts.name, Some(id))?;
+        self.replace_facts(&record, facts);
+        Ok(pb::Accepted { host_id: id.0, ..Default::default() })
+    }
+
+    fn replace_facts(&mut self, record: &pb::HostRecord, facts: pb::HostFacts) {
+        if record.facts.as_ref() == Some(&facts) {
+            return;
+        }
+        let id = HostId(record.id);
+        let renamed = record.shown() != facts.name;
+        let message = format!("{} is called {} from now on", record.shown(), facts.name);
+        self.put_host(pb::HostRecord { facts: Some(facts), ..record.clone() });
+        self.touch_services_on(id);
+        if renamed {
+            self.event("host_renamed", Subject::host(id), message);
+        }
+    }
+
+    /// The verdict of the leader: lost, or back. What runs on a lost host is lost with it, until it reports again.
+    pub(super) fn set_host_status(&mut self, command: &pb::SetHostStatus) -> Outcome {
+        let id = HostId(command.host_id);
+        let record = self.state.host(id).cloned().ok_or_else(|| no_host(id))?;
+        let status = command.status();
+        if status == HostStatus::Unspecified {
+            return Err(rejected(RejectedCode::Invalid, "a host's status is connected, silent or lost"));
+        }
+        if status != HostStatus::Lost && self.state.hosts.by_name(&record.shown()) != Some(id) {
+            let message =
+                format!("{id} was lost and its name {} is another host's now; enrol anew", record.shown());
+            return Err(rejected(RejectedCode::Conflict, message));
+        }
+        let accepted = pb::Accepted { host_id: id.0, ..Default::default() };
+        let (before, was_lost) = (record.status(), record.is_lost());
+        if before == status {
+            return Ok(accepted);
+        }
+        let reason = command.reason.clone();
+        self.put_host(pb::HostRecord {
+            status: status.into(),
+            status_reason: reason,
+            ..record.as_ref().clone()
+        });
+        let affected = match status {
+            HostStatus::Lost => self.observe_all(id, |_| State::Lost(Lost {})),
+            HostStatus::Connected | HostStatus::Silent | HostStatus::Unspecified if was_lost => {
+                self.observe_all(id, |_| State::Unknown(Unknown {}))
+            }
+            HostStatus::Connected | HostStatus::Silent | HostStatus::Unspecified => 0,
+        };
+        self.touch_services_on(id);
+        if let Some((kind, what)) = verdict(status, was_lost, affected) {
+            let why = if command.reason.is_empty() { String::new() } else { format!(": {}", command.reason) };
+            self.event(kind, Subject::host(id), format!("{} ({id}) {what}{why}", record.shown()));
+        }
+        Ok(accepted)
+    }
+
+    /// Writes the hub's own word on every instance of a host; returns how many are wanted there.
+    fn observe_all(&mut self, host: HostId, state: impl Fn(&pb::InstanceRecord) -> State) -> usize {
+        let instances: Vec<_> = self.state.instances_on(host).cloned().collect();
+        for record in &instances {
+            let unready = if record.wanted() { pb::EndpointState::Unspecified } else { record.endpoint() };
+            self.put_instance(pb::InstanceRecord {
+                observed: observed(state(record)),
+                endpoint: unready.into(),
+                since_unix_ns: self.now,
+                ready_since_unix_ns: 0,
+                ..record.as_ref().clone()
+            });
+        }
+        instances.iter().filter(|record| record.wanted()).count()
+    }
+
+    fn touch_services_on(&mut self, host: HostId) {
+        let names: Vec<_> = self.state.instances_on(host).map(|instance| instance.service.clone()).collect();
+        for name in names {
+            self.state.services.touch(&name, self.revision);
+        }
+    }
+
+    /// A lost host whose name has gone to another is forgotten once it is empty: it can only come back as a new one.
+    pub(super) fn remove_host_if_succeeded(&mut self, id: HostId) {
+        let Some(entry) = self.state.hosts.get(id) else { return };
+        let name = entry.record.shown();
+        let succeeded = self.state.hosts.by_name(&name).is_some_and(|holder| holder != id);
+        if !succeeded || !entry.record.is_lost() || !entry.instances.is_empty() {
+            return;
+        }
+        self.state.hosts.remove(id, self.revision);
+        self.changes.push(Change::Deleted(RowId::Host(id)));
+        self.event(
+            "host_forgotten",
+            Subject::host(id),
+            format!("{name} ({id}) is forgotten, its name is another's"),
+        );
+    }
+}
+
+fn no_host(id: HostId) -> pb::Rejected {
+    rejected(RejectedCode::NotFound, format!("no host {id}; `nave hosts` shows all"))
+}
+
+fn verdict(status: HostStatus, was_lost: bool, affected: usize) -> Option<(&'static str, String)> {
+    match status {
+        HostStatus::Lost => Some(("host_lost", format!("is lost, and {affected} instances with it"))),
+        HostStatus::Connected if was_lost => Some(("host_back", "is back".to_owned())),
+        HostStatus::Connected => Some(("host_connected", "is connected".to_owned())),
+        HostStatus::Silent => Some(("host_silent", "has fallen silent".to_owned())),
+        HostStatus::Unspecified => None,
+    }
+}

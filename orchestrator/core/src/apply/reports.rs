@@ -1,0 +1,159 @@
+//! What agents say of their instances. A report of an older epoch, of an older attempt or of another host is about
+//! something that is no more, and is ignored; a report that says nothing new changes nothing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use nave_proto::ids::{HostId, InstanceId};
+use nave_proto::pb;
+use nave_proto::pb::observed::{Pending, State};
+use nave_proto::pb::{EndpointState, RejectedCode};
+
+use super::{Outcome, Tx, rejected};
+use crate::events::{Subject, called, instance_event};
+use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _, observed};
+
+impl Tx<'_> {
+    /// Refused from a host that is lost: its instances may be running elsewhere by now. It first has to be
+    /// connected again, by `SetHostStatus`.
+    pub(super) fn report_instances(&mut self, command: pb::ReportInstances) -> Outcome {
+        let host = HostId(command.host_id);
+        match self.state.host(host) {
+            None => return Err(rejected(RejectedCode::NotFound, format!("no host {host}"))),
+            Some(record) if record.is_lost() => {
+                let message = format!("{host} is lost; it has to be connected again before it reports");
+                return Err(rejected(RejectedCode::Conflict, message));
+            }
+            Some(_) => {}
+        }
+        let mut named: BTreeSet<InstanceId> = command.gone.iter().copied().map(InstanceId).collect();
+        for report in command.instances {
+            named.insert(InstanceId(report.instance_id));
+            self.take_report(host, report);
+        }
+        for id in command.gone {
+            self.take_gone(host, InstanceId(id));
+        }
+        if command.full {
+            self.take_missing(host, &named);
+        }
+        Ok(pb::Accepted { host_id: host.0, ..Default::default() })
+    }
+
+    fn take_report(&mut self, host: HostId, report: pb::InstanceReport) {
+        let Some(before) = self.state.instance(InstanceId(report.instance_id)).cloned() else { return };
+        if before.host() != host || before.epoch != report.epoch || report.attempt < before.attempt {
+            return;
+        }
+        let Some(after) = merged(&before, report, self.now) else { return };
+        let progressed = after.ready() && !before.ready();
+        let event = instance_event(&before, &after, &self.host_name(host));
+        let subject = Subject::instance(&after);
+        let template = after.template_version;
+        self.put_instance(after);
+        if let Some((kind, message)) = event {
+            if progressed {
+                self.extend_deadline(&subject.service, template);
+            }
+            self.event(kind, subject, message);
+        }
+    }
+
+    /// Each instance that becomes ready gives a running deployment its full patience again.
+    fn extend_deadline(&mut self, service: &str, template: u64) {
+        let Some(entry) = self.state.services.get(service) else { return };
+        let (Some(deployment), Some(manifest)) = (&entry.record.deployment, entry.current()) else { return };
+        let deadline = self.now.saturating_add(manifest.progress_deadline_ns());
+        let running = deployment.status() == pb::DeploymentStatus::Running;
+        if !running
+            || entry.record.template_version != template
+            || deployment.progress_deadline_unix_ns >= deadline
+        {
+            return;
+        }
+        self.edit_service(service, |record| {
+            if let Some(deployment) = &mut record.deployment {
+                deployment.progress_deadline_unix_ns = deadline;
+            }
+        });
+    }
+
+    /// Stopped and cleaned up. Of one that is wanted, it is an old word about an earlier epoch.
+    fn take_gone(&mut self, host: HostId, id: InstanceId) {
+        let Some(record) = self.state.instance(id).cloned() else { return };
+        if record.host() != host || record.wanted() {
+            return;
+        }
+        let why =
+            if record.stop_reason.is_empty() { String::new() } else { format!(": {}", record.stop_reason) };
+        let message = format!("{} has stopped on {}{why}", called(&record), self.host_name(host));
+        self.event("instance_stopped", Subject::instance(&record), message);
+        self.remove_instance(id);
+    }
+
+    /// A full report leaves out what is not on the host: what was to stop has stopped; what is wanted has yet to
+    /// be started, which the agent does once it has its wanted set.
+    fn take_missing(&mut self, host: HostId, named: &BTreeSet<InstanceId>) {
+        let missing = |record: &&Arc<pb::InstanceRecord>| !named.contains(&record.id());
+        let missing: Vec<_> = self.state.instances_on(host).filter(missing).cloned().collect();
+        for record in missing {
+            if !record.wanted() {
+                self.take_gone(host, record.id());
+                continue;
+            }
+            if matches!(record.state(), Some(State::Pending(_))) {
+                continue;
+            }
+            let message = format!(
+                "{} is not on {} any more and is started anew",
+                called(&record),
+                self.host_name(host)
+            );
+            self.event("instance_missing", Subject::instance(&record), message);
+            self.put_instance(pb::InstanceRecord {
+                observed: observed(State::Pending(Pending {})),
+                endpoint: EndpointState::Unspecified.into(),
+                ports: Default::default(),
+                since_unix_ns: self.now,
+                ready_since_unix_ns: 0,
+                attempt: 0,
+                ..record.as_ref().clone()
+            });
+        }
+    }
+}
+
+/// The row after a report; None: it says nothing new.
+fn merged(before: &pb::InstanceRecord, report: pb::InstanceReport, now: i64) -> Option<pb::InstanceRecord> {
+    let fresh = report.attempt != before.attempt;
+    let endpoint = merged_endpoint(before, &report, fresh);
+    let mut after = pb::InstanceRecord {
+        attempt: report.attempt,
+        restarts: report.restarts,
+        observed: report.observed,
+        ports: report.ports,
+        reason: report.reason,
+        endpoint: endpoint.into(),
+        ..before.clone()
+    };
+    if after == *before {
+        return None;
+    }
+    if fresh || before.state().map(std::mem::discriminant) != after.state().map(std::mem::discriminant) {
+        after.since_unix_ns = now;
+    }
+    let ready = matches!(after.state(), Some(State::Running(running)) if running.ready);
+    let was_ready = matches!(before.state(), Some(State::Running(running)) if running.ready);
+    if !ready {
+        after.ready_since_unix_ns = 0;
+    } else if fresh || !was_ready || before.ready_since_unix_ns == 0 {
+        after.ready_since_unix_ns = now;
+    }
+    Some(after)
+}
+
+/// What is draining never takes new callers again: not at all when it is to stop, else not before its next process.
+fn merged_endpoint(before: &pb::InstanceRecord, report: &pb::InstanceReport, fresh: bool) -> EndpointState {
+    let drains = before.endpoint() == EndpointState::Draining && (!before.wanted() || !fresh);
+    if drains { EndpointState::Draining } else { report.endpoint() }
+}

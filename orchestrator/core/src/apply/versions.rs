@@ -1,0 +1,252 @@
+//! Makes a service's next version: the one road that apply, scale, restart, rollback and auto-revert share.
+//! A version whose template is that of instances already running takes them over as they are; only another
+//! template needs new processes.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use nave_proto::pb;
+use nave_proto::pb::RejectedCode;
+use nave_proto::pb::apply_service_response::Outcome as ApplyOutcome;
+
+use super::{Outcome, Tx, rejected};
+use crate::change::{Change, RowId};
+use crate::events::Subject;
+use crate::state::ServiceEntry;
+use crate::wants::{InstanceExt as _, ManifestExt as _};
+
+/// Why there is a new version.
+pub(super) enum Cause {
+    Apply,
+    Scale { before: u32 },
+    Restart,
+    Rollback { to: u64 },
+    Revert { to: u64, failed: u64, reason: String },
+}
+
+impl Cause {
+    /// For `VersionRecord.cause`.
+    fn text(&self) -> String {
+        match self {
+            Cause::Apply => "apply".to_owned(),
+            Cause::Scale { .. } => "scale".to_owned(),
+            Cause::Restart => "restart".to_owned(),
+            Cause::Rollback { to } => format!("rollback to {to}"),
+            Cause::Revert { to, .. } => format!("auto-revert to {to}"),
+        }
+    }
+
+    fn event(&self, record: &pb::ServiceRecord, replaces: bool) -> (&'static str, String) {
+        let (name, version) = (&record.name, record.version);
+        let count = record.manifest.as_ref().map_or(0, |manifest| manifest.count);
+        match self {
+            Cause::Apply if version == 1 => ("service_applied", format!("{name} is new, as version 1")),
+            Cause::Apply if replaces => {
+                ("service_applied", format!("{name} is to run version {version}, in new processes"))
+            }
+            Cause::Apply => {
+                ("service_applied", format!("{name} is at version {version}, its processes stay as they are"))
+            }
+            Cause::Scale { before } => {
+                ("service_scaled", format!("{name} is scaled from {before} to {count}, as version {version}"))
+            }
+            Cause::Restart => ("service_restarted", format!("{name} is to restart, as version {version}")),
+            Cause::Rollback { to } => {
+                ("service_rolled_back", format!("{name} goes back to version {to}, as version {version}"))
+            }
+            Cause::Revert { to, failed, reason } => (
+                "deployment_reverted",
+                format!(
+                    "version {failed} of {name} failed and version {to} is restored, as version {version}: {reason}"
+                ),
+            ),
+        }
+    }
+
+    /// What the new deployment says of its origin.
+    fn note(&self) -> String {
+        match self {
+            Cause::Revert { to, failed, reason } => {
+                format!("version {failed} failed, back to version {to}: {reason}")
+            }
+            Cause::Apply | Cause::Scale { .. } | Cause::Restart | Cause::Rollback { .. } => String::new(),
+        }
+    }
+}
+
+impl Tx<'_> {
+    /// Makes the next version of the manifest's service, or its first. The caller has checked everything but what
+    /// has to be allotted.
+    pub(super) fn make_version(&mut self, manifest: pb::Manifest, cause: Cause) -> Outcome {
+        let (before, template_version) = match self.state.services.get(&manifest.name) {
+            Some(entry) => {
+                let template = self.template_for(entry, &manifest, &cause);
+                (Some(Arc::clone(&entry.record)), template)
+            }
+            None => (None, 1),
+        };
+        let version = before.as_ref().map_or(1, |record| record.version + 1);
+        let replaces = before.as_ref().is_some_and(|record| record.template_version != template_version);
+        let (address_suffix, uid) = self.allot(before.as_deref(), &manifest)?;
+        self.archive(before.as_deref());
+        let mut record = pb::ServiceRecord {
+            name: manifest.name.clone(),
+            version,
+            template_version,
+            deployment: None,
+            stable_version: before.as_ref().map_or(0, |record| record.stable_version),
+            address_suffix,
+            uid,
+            deleting: false,
+            created_unix_ns: before.as_ref().map_or(self.now, |record| record.created_unix_ns),
+            revision: self.revision,
+            oldest_version: before.as_ref().map_or(version, |record| record.oldest_version),
+            manifest: Some(manifest),
+        };
+        let done = self.nothing_to_do(&record);
+        if done {
+            record.stable_version = version;
+        }
+        record.deployment = Some(self.deployment(&record, before.as_deref(), &cause, done));
+        let row = pb::VersionRecord {
+            service: record.name.clone(),
+            version,
+            manifest: None,
+            created_unix_ns: self.now,
+            actor: self.actor.clone(),
+            cause: cause.text(),
+            stable: done,
+            template_version,
+            revision: self.revision,
+        };
+        let (kind, message) = cause.event(&record, replaces);
+        let subject = Subject::service(&record.name);
+        let known = before.is_some();
+        drop(before);
+        self.put_service(record);
+        self.put_version(row);
+        if known {
+            self.relabel(&subject.service, version, template_version);
+            self.drop_stale_versions(&subject.service);
+        }
+        self.event(kind, subject, message);
+        let outcome = if known { ApplyOutcome::Updated } else { ApplyOutcome::Created };
+        Ok(pb::Accepted { version, outcome: outcome.into(), ..Default::default() })
+    }
+
+    /// The template of the next version: that of the current one, or of other running instances, when a process
+    /// would be started with the same; else a new one.
+    fn template_for(&self, entry: &ServiceEntry, manifest: &pb::Manifest, cause: &Cause) -> u64 {
+        let next = entry.record.version + 1;
+        if matches!(cause, Cause::Restart) {
+            return next;
+        }
+        let same = |version: u64| {
+            entry.manifest(version).is_some_and(|old| nave_proto::manifest::same_template(old, manifest))
+        };
+        if same(entry.record.version) {
+            return entry.record.template_version;
+        }
+        let wanted = self.state.instances_of(&entry.name).filter(|instance| instance.wanted());
+        let running: BTreeSet<(u64, u64)> = wanted.map(|i| (i.template_version, i.version)).collect();
+        running.into_iter().rev().find(|(_, version)| same(*version)).map_or(next, |(template, _)| template)
+    }
+
+    /// Address suffix and uid, kept from before or allotted once there is something that needs them.
+    fn allot(
+        &mut self,
+        before: Option<&pb::ServiceRecord>,
+        manifest: &pb::Manifest,
+    ) -> Result<(u32, u32), pb::Rejected> {
+        let mut suffix = before.map_or(0, |record| record.address_suffix);
+        let mut uid = before.map_or(0, |record| record.uid);
+        let Some(cluster) = self.state.cluster.as_ref().filter(|_| !manifest.wants_none()) else {
+            return Ok((suffix, uid));
+        };
+        let new_suffix = suffix == 0 && !manifest.ports.is_empty();
+        let new_uid = uid == 0 && manifest.user.is_empty();
+        if new_suffix {
+            suffix = self.state.services.free_suffix(cluster.next_address_suffix).ok_or_else(|| {
+                let message = "every service address is taken; delete a service that has ports";
+                rejected(RejectedCode::Exhausted, message)
+            })?;
+        }
+        if new_uid {
+            uid = self.state.services.free_uid(cluster.next_uid).ok_or_else(|| {
+                rejected(
+                    RejectedCode::Exhausted,
+                    "every user id for services is taken; name a user in the manifest",
+                )
+            })?;
+        }
+        if new_suffix || new_uid {
+            self.edit_cluster(|cluster| {
+                if new_suffix {
+                    cluster.next_address_suffix = suffix + 1;
+                }
+                if new_uid {
+                    cluster.next_uid = uid + 1;
+                }
+            });
+        }
+        Ok((suffix, uid))
+    }
+
+    /// The version that is current no longer gets its manifest into its own row.
+    fn archive(&mut self, before: Option<&pb::ServiceRecord>) {
+        let Some(before) = before else { return };
+        let stored = self.state.services.get(&before.name).and_then(|entry| entry.version(before.version));
+        let Some(stored) = stored.cloned() else { return };
+        let manifest = before.manifest.clone();
+        self.put_version(pb::VersionRecord { manifest, ..stored.as_ref().clone() });
+    }
+
+    /// Nothing wanted and nothing there: the deployment is over as it begins.
+    fn nothing_to_do(&self, record: &pb::ServiceRecord) -> bool {
+        record.manifest.as_ref().is_some_and(|manifest| manifest.wants_none())
+            && self.state.services.get(&record.name).is_none_or(|entry| entry.instances.is_empty())
+    }
+
+    fn deployment(
+        &self,
+        record: &pb::ServiceRecord,
+        before: Option<&pb::ServiceRecord>,
+        cause: &Cause,
+        done: bool,
+    ) -> pb::Deployment {
+        let patience = record.manifest.as_ref().map_or(0, |manifest| manifest.progress_deadline_ns());
+        let status = if done { pb::DeploymentStatus::Successful } else { pb::DeploymentStatus::Running };
+        pb::Deployment {
+            version: record.version,
+            status: status.into(),
+            reason: cause.note(),
+            started_unix_ns: self.now,
+            progress_deadline_unix_ns: self.now.saturating_add(patience),
+            ended_unix_ns: if done { self.now } else { 0 },
+            from_version: before.map_or(0, |before| before.version),
+            reverted_to: if matches!(cause, Cause::Revert { .. }) { record.version } else { 0 },
+        }
+    }
+
+    /// Running instances of the template belong to the new version from now on.
+    fn relabel(&mut self, name: &str, version: u64, template_version: u64) {
+        let same = |i: &&Arc<pb::InstanceRecord>| i.wanted() && i.template_version == template_version;
+        let instances: Vec<_> = self.state.instances_of(name).filter(same).cloned().collect();
+        for instance in instances {
+            self.put_instance(pb::InstanceRecord { version, ..instance.as_ref().clone() });
+        }
+    }
+
+    fn drop_stale_versions(&mut self, name: &str) {
+        let in_use = self.state.instances_of(name).map(|instance| instance.version).collect();
+        let Some(entry) = self.state.services.get_mut(name) else { return };
+        let stale = entry.stale_versions(&in_use);
+        entry.versions.retain(|record| !stale.contains(&record.version));
+        let oldest = entry.versions.first().map_or(0, |record| record.version);
+        if oldest != entry.record.oldest_version {
+            self.edit_service(name, |record| record.oldest_version = oldest);
+        }
+        let gone = stale.into_iter().map(|version| RowId::Version(name.to_owned(), version));
+        self.changes.extend(gone.map(Change::Deleted));
+    }
+}

@@ -1,0 +1,61 @@
+//! Every bound of the state, each with its arithmetic. They are part of what a log means: a member with other
+//! numbers would come to other rows, so a change here needs a new command format.
+
+/// Services, those being deleted included. A service without instances costs about 2 KiB, so a full table is 2 GiB.
+pub const SERVICES_MAX: usize = 1_000_000;
+
+/// Instances one service may want. A plan holds each as a step of about 100 bytes: 1 MB for the greatest.
+pub const COUNT_MAX: u32 = 10_000;
+
+/// Instances in all: about 1 KiB each, 200 MB.
+pub const INSTANCES_MAX: usize = 200_000;
+
+/// Hosts: each placement looks at all of them, a microsecond per ten.
+pub const HOSTS_MAX: usize = 10_000;
+
+/// Join tokens, exhausted ones included until they expire: 200 bytes each, 200 KB.
+pub const TOKENS_MAX: usize = 1_000;
+
+/// Version records kept per service, besides the stable one and those that an instance still runs.
+pub const VERSIONS_KEPT: usize = 10;
+
+/// Events kept for one service, and for one host as far as they concern no service.
+pub const EVENTS_PER_SUBJECT_MAX: usize = 50;
+
+/// Events kept in all: about 400 bytes each, 8 MB.
+pub const EVENTS_MAX: usize = 20_000;
+
+/// Replies remembered per client: as many writes as a client may have under way.
+pub const DEDUP_REPLIES_MAX: usize = 16;
+
+/// Clients remembered: 16 replies of about 60 bytes each, 10 MB.
+pub const DEDUP_CLIENTS_MAX: usize = 10_000;
+
+/// A client that has written nothing for this long is forgotten; its retries end within seconds.
+pub const DEDUP_IDLE_NS: i64 = 600 * SECOND_NS;
+
+/// Idle clients forgotten by one command. More than one, so that the table shrinks while clients come and go.
+pub const DEDUP_EXPIRED_PER_COMMAND: usize = 16;
+
+/// Address suffixes: 16 bits under the agent's prefix. The first 256 are the agent's own (its DNS is on .0.1)
+/// and the last is a broadcast address in people's eyes.
+pub const ADDRESS_SUFFIXES: std::ops::RangeInclusive<u32> = 256..=65_534;
+
+/// User ids of services: a range that neither distributions, systemd (dynamic users 61184.., containers up to
+/// 1879048191) nor useradd's subordinate ids (100000..) hand out.
+pub const UIDS: std::ops::RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
+
+/// After a host is lost, a service with `on_disconnect = "stop"` is placed again when its grace and this have
+/// passed. The agent's own lease ended no later than the verdict; this covers the kill and clocks that differ
+/// in rate by a percent over any grace up to ten minutes (6 s).
+pub const DISCONNECT_FENCE_NS: i64 = 10 * SECOND_NS;
+
+/// An instance that gave up on its host is placed again after this, doubled each time, at most
+/// [`RESCHEDULE_DELAY_MAX_NS`].
+pub const RESCHEDULE_DELAY_NS: i64 = 30 * SECOND_NS;
+
+/// The longest wait before an instance that gave up is placed again.
+pub const RESCHEDULE_DELAY_MAX_NS: i64 = 600 * SECOND_NS;
+
+/// One second in nanoseconds.
+pub const SECOND_NS: i64 = 1_000_000_000;

@@ -1,0 +1,72 @@
+//! Answers "why is it not ready": what holds instances back that should be there, a sentence each.
+
+use std::sync::Arc;
+
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+use nave_proto::pb::DeploymentStatus;
+use nave_proto::pb::observed::State;
+
+use super::placement::Fleet;
+use super::rollout::Rollout;
+use super::service::plan_service;
+use crate::state::ClusterState;
+use crate::wants::{HostExt as _, InstanceExt as _};
+
+/// Why instances of a service are missing or not ready; empty when all is well or there is no such service.
+pub fn explain(state: &ClusterState, service: &str) -> Vec<String> {
+    let Some(entry) = state.services.get(service) else { return Vec::new() };
+    let now = state.time_unix_ns();
+    let Some(rollout) = Rollout::of(state, entry, now) else { return Vec::new() };
+    let plan = plan_service(state, &mut Fleet::new(state), entry, now, usize::MAX);
+    let mut sentences = Vec::new();
+    match plan.missing {
+        0 => sentences.extend(plan.reasons),
+        missing => {
+            let cannot = if missing == 1 { "instance cannot" } else { "instances cannot" };
+            sentences
+                .extend(plan.reasons.iter().map(|reason| format!("{missing} {cannot} be placed: {reason}")));
+        }
+    }
+    let unready = rollout.current.iter().chain(&rollout.old).filter(|i| !i.ready() && !i.completed());
+    sentences.extend(unready.map(|instance| why_not_ready(state, instance)));
+    sentences.extend(deployment(&rollout));
+    sentences
+}
+
+/// `web.0 (i-42) on alpha is backing off: exited with code 1`.
+pub(crate) fn why_not_ready(state: &ClusterState, instance: &Arc<pb::InstanceRecord>) -> String {
+    let host = state.host(instance.host()).map_or_else(|| instance.host().to_string(), |host| host.shown());
+    let what = match instance.state() {
+        None | Some(State::Pending(_)) => "is placed and has not been started yet",
+        Some(State::Starting(_)) => "is starting",
+        Some(State::Running(running)) if running.ready => "is ready, but not for long enough yet",
+        Some(State::Running(_)) => "runs and is not ready",
+        Some(State::BackingOff(_)) => "has ended and is started again soon",
+        Some(State::Stopping(_)) => "is being stopped",
+        Some(State::Exited(_)) => "has ended and is not started again",
+        Some(State::Failed(_)) => "was given up",
+        Some(State::Lost(_)) => "is lost with its host",
+        Some(State::Unknown(_)) => "has not been heard of since its host came back",
+    };
+    let why = if instance.reason.is_empty() { String::new() } else { format!(": {}", instance.reason) };
+    let (service, ordinal, id) = (&instance.service, instance.ordinal, InstanceId(instance.id));
+    format!("{service}.{ordinal} ({id}) on {host} {what}{why}")
+}
+
+fn deployment(rollout: &Rollout<'_>) -> Option<String> {
+    let deployment = rollout.deployment()?;
+    let version = deployment.version;
+    match deployment.status() {
+        DeploymentStatus::Failed => Some(format!("version {version} failed: {}", deployment.reason)),
+        DeploymentStatus::Paused => Some(format!("version {version} is paused")),
+        DeploymentStatus::Running if !rollout.old.is_empty() => {
+            let (ready, slots) = (rollout.healthy_current(), rollout.slots);
+            Some(format!("version {version} is being rolled out, {ready} of {slots} instances replaced"))
+        }
+        DeploymentStatus::Running
+        | DeploymentStatus::Successful
+        | DeploymentStatus::Cancelled
+        | DeploymentStatus::Unspecified => None,
+    }
+}

@@ -1,0 +1,357 @@
+//! The plan for one service: what should happen now, why instances are missing, when to look again.
+
+use std::sync::Arc;
+
+use nave_proto::ids::HostId;
+use nave_proto::pb;
+use nave_proto::pb::plan_step::Step;
+
+use super::deployment::Verdict;
+use super::placement::{Conditions, Fleet, Lack, Refusal, Request, reasons};
+use super::rollout::Rollout;
+use super::score::Census;
+use crate::state::{ClusterState, Reservation, ServiceEntry};
+use crate::wants::{InstanceExt as _, ManifestExt as _};
+
+/// What one look at a service came to.
+#[derive(Debug, Default)]
+pub(crate) struct ServicePlan {
+    pub(crate) steps: Vec<Step>,
+    /// Instances that should be placed and cannot be.
+    pub(crate) missing: usize,
+    pub(crate) reasons: Vec<String>,
+    pub(crate) wake_at: Option<i64>,
+    /// The budget was used up before the end.
+    pub(crate) cut: bool,
+}
+
+/// Plans one service with at most `budget` steps, taking room from the fleet.
+pub(crate) fn plan_service<'a>(
+    state: &'a ClusterState,
+    fleet: &mut Fleet<'a>,
+    entry: &'a ServiceEntry,
+    now: i64,
+    budget: usize,
+) -> ServicePlan {
+    let Some(rollout) = Rollout::of(state, entry, now) else { return ServicePlan::default() };
+    let mut planner = Planner { rollout: &rollout, fleet, now, budget, plan: ServicePlan::default() };
+    planner.forget_lost();
+    match entry.record.deleting {
+        true => planner.stop_all(),
+        false => planner.converge(),
+    }
+    planner.plan
+}
+
+struct Planner<'r, 'a> {
+    rollout: &'r Rollout<'a>,
+    fleet: &'r mut Fleet<'a>,
+    now: i64,
+    budget: usize,
+    plan: ServicePlan,
+}
+
+impl<'a> Planner<'_, 'a> {
+    /// False: the budget is used up.
+    fn push(&mut self, step: Step) -> bool {
+        if self.plan.steps.len() >= self.budget {
+            self.plan.cut = true;
+            return false;
+        }
+        self.plan.steps.push(step);
+        true
+    }
+
+    fn wake_at(&mut self, at: i64) {
+        self.plan.wake_at = Some(self.plan.wake_at.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    /// What was stopping on a host that is lost will never be reported gone.
+    fn forget_lost(&mut self) {
+        for instance in &self.rollout.stopping {
+            if !self.rollout.is_adrift(instance) {
+                continue;
+            }
+            match self.rollout.fenced_until(instance) {
+                until if until > self.now => self.wake_at(until),
+                _ => {
+                    let forget = pb::ForgetInstance { instance_id: instance.id, epoch: instance.epoch };
+                    if !self.push(Step::Forget(forget)) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn stop_all(&mut self) {
+        if let Some(needing) = self.rollout.waits_to_stop() {
+            self.plan.reasons.push(format!("{needing}, which needs it, is stopped first"));
+            return;
+        }
+        let wanted: Vec<_> =
+            self.rollout.state.instances_of(&self.rollout.entry.name).filter(|i| i.wanted()).collect();
+        self.stop_each(&wanted, "the service is being deleted");
+    }
+
+    fn stop_each(&mut self, instances: &[&Arc<pb::InstanceRecord>], reason: &str) {
+        for instance in instances {
+            let (instance_id, epoch) = (instance.id, instance.epoch);
+            let stop = pb::StopInstance { instance_id, epoch, reason: reason.to_owned() };
+            if !self.push(Step::Stop(stop)) {
+                return;
+            }
+        }
+    }
+
+    /// Extra ones stop, lost ones come back elsewhere, missing ones are placed, old ones give way; and the
+    /// deployment is judged by what is there now, not by what these steps will bring.
+    fn converge(&mut self) {
+        let rollout = self.rollout;
+        let deleting = rollout.surplus.clone();
+        let surplus =
+            if rollout.manifest.per_host { "no longer meant for this host" } else { "no longer wanted" };
+        self.stop_each(&deleting, surplus);
+        let excess = rollout.excess();
+        self.stop_each(&excess, &format!("scaled down to {}", rollout.slots));
+        let blocked = self.place_all(&excess);
+        self.replace(blocked, &excess);
+        self.judge();
+    }
+
+    /// Places what is missing; true: there was no room, and stopping an old instance could make some.
+    fn place_all(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> bool {
+        let rollout = self.rollout;
+        let again = self.to_place_again(excess);
+        let new = rollout.may_add();
+        if again.is_empty() && new == 0 {
+            return false;
+        }
+        if rollout.held() {
+            self.plan.missing = again.len() + new;
+            self.plan.reasons =
+                rollout.missing_needs().map(|name| needs_reason(rollout.state, name)).collect();
+            return false;
+        }
+        let mut census = self.census(rollout.manifest);
+        let mut ordinals = rollout.free_ordinals();
+        let mut refusals = Vec::new();
+        for instance in again {
+            if let Err(why) = self.place_again(instance, &mut census, &mut ordinals) {
+                refusals = why;
+                self.plan.missing += 1;
+            }
+            if self.plan.cut {
+                return false;
+            }
+        }
+        let taken = Reservation::of(rollout.manifest);
+        match rollout.manifest.per_host {
+            true => refusals.extend(self.place_per_host(new, &taken, &mut census, &mut ordinals)),
+            false => {
+                if let Err(why) = self.place_count(new, &taken, &mut census, &mut ordinals) {
+                    refusals = why;
+                }
+            }
+        }
+        if self.plan.missing > 0 {
+            self.plan.reasons = reasons(&refusals, &taken, self.rollout.state.hosts.len());
+        }
+        refusals.iter().any(Refusal::is_shortage)
+    }
+
+    /// Instances to place under their next epoch: lost with their host, or given up and due for another try.
+    fn to_place_again(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
+        let rollout = self.rollout;
+        let leaving = rollout.replaceable(false);
+        let mut due = Vec::new();
+        for instance in rollout.current.iter().chain(&rollout.old).copied() {
+            if excess.iter().chain(&leaving).any(|other| other.id == instance.id) {
+                continue;
+            }
+            let at = match rollout.is_adrift(instance) {
+                true => Some(rollout.fenced_until(instance)),
+                false => rollout.reschedule_at(instance),
+            };
+            match at {
+                Some(at) if at <= self.now => due.push(instance),
+                Some(at) => self.wake_at(at),
+                None => {}
+            }
+        }
+        due
+    }
+
+    fn census(&self, manifest: &pb::Manifest) -> Census {
+        let mut census = Census::new(manifest.spread());
+        for instance in self.rollout.current.iter().filter(|i| !self.rollout.is_adrift(i)) {
+            let facts = self.rollout.state.hosts.get(instance.host()).and_then(|host| host.facts());
+            census.count(instance.host(), facts);
+        }
+        census
+    }
+
+    fn place_again(
+        &mut self,
+        instance: &Arc<pb::InstanceRecord>,
+        census: &mut Census,
+        ordinals: &mut impl Iterator<Item = u32>,
+    ) -> Result<(), Vec<Refusal>> {
+        let rollout = self.rollout;
+        let version = rollout.version_for(instance);
+        let Some(manifest) = rollout.entry.manifest(version) else { return Ok(()) };
+        if self.plan.steps.len() >= self.budget {
+            self.plan.cut = true;
+            return Ok(());
+        }
+        let conditions = Conditions::of(manifest);
+        let wanted = Reservation::of(manifest);
+        let held = rollout.state.instances.get(&instance.id()).map(|entry| &entry.taken);
+        let gave_up_on = held.filter(|_| instance.gave_up()).map(|held| (instance.host(), held));
+        let request = Request { conditions: &conditions, wanted: &wanted, gave_up_on };
+        let host = match rollout.manifest.per_host {
+            true => {
+                self.fleet.place_on(instance.host(), &request, census).map_err(|refusal| vec![refusal])?
+            }
+            false => self.fleet.place(&request, census)?,
+        };
+        let same =
+            instance.version == version || instance.template_version == rollout.entry.record.template_version;
+        let ordinal = if same { instance.ordinal } else { ordinals.next().unwrap_or_default() };
+        let place = self.placement(version, host, ordinal);
+        self.push(Step::Place(pb::Place {
+            instance_id: instance.id,
+            expected_epoch: instance.epoch,
+            ..place
+        }));
+        Ok(())
+    }
+
+    fn place_count(
+        &mut self,
+        new: usize,
+        wanted: &Reservation,
+        census: &mut Census,
+        ordinals: &mut impl Iterator<Item = u32>,
+    ) -> Result<(), Vec<Refusal>> {
+        let rollout = self.rollout;
+        let request = Request { conditions: &rollout.conditions, wanted, gave_up_on: None };
+        for placed in 0..new {
+            if self.plan.steps.len() >= self.budget {
+                self.plan.cut = true;
+                return Ok(());
+            }
+            let host =
+                self.fleet.place(&request, census).inspect_err(|_| self.plan.missing += new - placed)?;
+            let ordinal = ordinals.next().unwrap_or_default();
+            let place = self.placement(rollout.entry.record.version, host, ordinal);
+            self.push(Step::Place(place));
+        }
+        Ok(())
+    }
+
+    /// One on each host that is meant and has none, up to what the update rules let be under way.
+    fn place_per_host(
+        &mut self,
+        new: usize,
+        wanted: &Reservation,
+        census: &mut Census,
+        ordinals: &mut impl Iterator<Item = u32>,
+    ) -> Vec<Refusal> {
+        let rollout = self.rollout;
+        let request = Request { conditions: &rollout.conditions, wanted, gave_up_on: None };
+        let mut refusals = Vec::new();
+        let mut left = new;
+        for host in &rollout.slot_hosts {
+            let here = || rollout.state.instances_of(&rollout.entry.name).filter(|i| i.host() == *host);
+            if left == 0 || here().any(|instance| instance.wanted()) {
+                continue;
+            }
+            if here().next().is_some() {
+                refusals.push(self.leaving(*host));
+                self.plan.missing += 1;
+                continue;
+            }
+            if self.plan.steps.len() >= self.budget {
+                self.plan.cut = true;
+                return refusals;
+            }
+            match self.fleet.place_on(*host, &request, census) {
+                Ok(host) => {
+                    left -= 1;
+                    let ordinal = ordinals.next().unwrap_or_default();
+                    let place = self.placement(rollout.entry.record.version, host, ordinal);
+                    self.push(Step::Place(place));
+                }
+                Err(refusal) => {
+                    refusals.push(refusal);
+                    self.plan.missing += 1;
+                }
+            }
+        }
+        refusals
+    }
+
+    fn leaving(&self, host: HostId) -> Refusal {
+        use crate::wants::HostExt as _;
+        let name = self.rollout.state.host(host).map_or_else(|| host.to_string(), |record| record.shown());
+        Refusal { host, name, lack: Lack::Leaving }
+    }
+
+    fn placement(&self, version: u64, host: HostId, ordinal: u32) -> pb::Place {
+        let service = self.rollout.entry.record.name.clone();
+        pb::Place { service, version, host_id: host.0, instance_id: 0, expected_epoch: 0, ordinal }
+    }
+
+    fn replace(&mut self, blocked: bool, excess: &[&Arc<pb::InstanceRecord>]) {
+        let rollout = self.rollout;
+        let victims: Vec<_> = rollout
+            .replaceable(blocked)
+            .into_iter()
+            .filter(|victim| excess.iter().all(|other| other.id != victim.id))
+            .filter(|victim| !self.plan.steps.iter().any(|step| places(step, victim.id)))
+            .collect();
+        let reason = format!("replaced by version {}", rollout.entry.record.version);
+        self.stop_each(&victims, &reason);
+        let replacing = !rollout.old.is_empty() || rollout.deadline().is_some();
+        if !replacing {
+            return;
+        }
+        for instance in rollout.current.iter().filter(|i| i.ready() && !rollout.healthy(i)) {
+            self.wake_at(rollout.healthy_at(instance));
+        }
+    }
+
+    fn judge(&mut self) {
+        let verdict = self.rollout.verdict(&self.plan.reasons, self.now);
+        match verdict {
+            Verdict::Open => {
+                if let Some(deadline) = self.rollout.deadline() {
+                    self.wake_at(deadline);
+                }
+            }
+            Verdict::Complete => {}
+            // What this plan would have done for the failed version is not worth doing any more.
+            Verdict::Failed(_) => {
+                self.plan.steps.retain(|step| matches!(step, Step::Forget(_)));
+                self.plan.cut = false;
+            }
+        }
+        if let Some(step) = self.rollout.conclude(verdict, self.now) {
+            self.push(step);
+        }
+    }
+}
+
+fn places(step: &Step, instance: u64) -> bool {
+    matches!(step, Step::Place(place) if place.instance_id == instance)
+}
+
+/// Why a needed service holds this one back.
+pub(crate) fn needs_reason(state: &ClusterState, name: &str) -> String {
+    match state.services.get(name) {
+        None => format!("needs {name}, which does not exist; apply its manifest"),
+        Some(entry) if entry.record.deleting => format!("needs {name}, which is being deleted"),
+        Some(_) => format!("needs {name}, which has no ready instance; `nave status {name}` says why"),
+    }
+}

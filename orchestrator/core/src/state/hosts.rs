@@ -1,0 +1,136 @@
+//! The table of hosts, and what is looked up by host: its instances, what they reserve, who has a name or a key.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use nave_proto::ids::{HostId, InstanceId};
+use nave_proto::pb;
+
+use super::instances::Reservation;
+
+/// What instances have set aside on a host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reserved {
+    pub cpu_millicores: u64,
+    pub memory_bytes: u64,
+}
+
+/// One host and everything indexed by its id.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct HostEntry {
+    pub(crate) record: Arc<pb::HostRecord>,
+    pub(crate) instances: BTreeSet<InstanceId>,
+    pub(crate) reserved: Reserved,
+    /// Fixed ports that instances hold, by how many do (two only while facts contradict the plan).
+    pub(crate) fixed_ports: BTreeMap<u32, usize>,
+}
+
+impl HostEntry {
+    fn new(record: Arc<pb::HostRecord>) -> Self {
+        let (instances, reserved, fixed_ports) = Default::default();
+        Self { record, instances, reserved, fixed_ports }
+    }
+
+    pub(crate) fn facts(&self) -> Option<&pb::HostFacts> {
+        self.record.facts.as_ref()
+    }
+}
+
+/// All hosts.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Hosts {
+    entries: BTreeMap<HostId, HostEntry>,
+    names: BTreeMap<String, HostId>,
+    keys: BTreeMap<Vec<u8>, HostId>,
+    /// Revision at which a host row last changed.
+    pub(crate) fleet_touched: u64,
+    /// Revision at which room on any host last grew.
+    pub(crate) room_touched: u64,
+}
+
+impl Hosts {
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn get(&self, id: HostId) -> Option<&HostEntry> {
+        self.entries.get(&id)
+    }
+
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (HostId, &HostEntry)> + '_ {
+        self.entries.iter().map(|(id, entry)| (*id, entry))
+    }
+
+    pub(crate) fn by_name(&self, name: &str) -> Option<HostId> {
+        self.names.get(name).copied()
+    }
+
+    pub(crate) fn by_key(&self, public_key_sha256: &[u8]) -> Option<HostId> {
+        self.keys.get(public_key_sha256).copied()
+    }
+
+    pub(crate) fn put(&mut self, record: Arc<pb::HostRecord>, revision: u64) {
+        let id = HostId(record.id);
+        if let Some(before) = self.entries.get(&id).map(|entry| Arc::clone(&entry.record)) {
+            self.unindex(id, &before);
+        }
+        self.keys.insert(record.public_key_sha256.clone(), id);
+        if let Some(facts) = &record.facts {
+            // Two rows share a name only when a lost host gave it up: the younger one has it.
+            let holder = self.names.entry(facts.name.clone()).or_insert(id);
+            *holder = id.max(*holder);
+        }
+        match self.entries.get_mut(&id) {
+            Some(entry) => entry.record = record,
+            None => {
+                self.entries.insert(id, HostEntry::new(record));
+            }
+        }
+        self.fleet_touched = revision;
+        self.room_touched = revision;
+    }
+
+    pub(crate) fn remove(&mut self, id: HostId, revision: u64) -> Option<HostEntry> {
+        let entry = self.entries.remove(&id)?;
+        self.unindex(id, &entry.record);
+        self.fleet_touched = revision;
+        Some(entry)
+    }
+
+    fn unindex(&mut self, id: HostId, record: &pb::HostRecord) {
+        self.keys.remove(&record.public_key_sha256);
+        if let Some(facts) = &record.facts
+            && self.names.get(&facts.name) == Some(&id)
+        {
+            self.names.remove(&facts.name);
+        }
+    }
+
+    /// An instance takes its room on a host.
+    pub(crate) fn occupy(&mut self, id: HostId, instance: InstanceId, taken: &Reservation) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.instances.insert(instance);
+        entry.reserved.cpu_millicores += taken.cpu_millicores;
+        entry.reserved.memory_bytes += taken.memory_bytes;
+        for port in &taken.fixed_ports {
+            *entry.fixed_ports.entry(*port).or_default() += 1;
+        }
+    }
+
+    /// An instance has left a host: what it took is free.
+    pub(crate) fn vacate(&mut self, id: HostId, instance: InstanceId, taken: &Reservation, revision: u64) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.instances.remove(&instance);
+        entry.reserved.cpu_millicores -= taken.cpu_millicores;
+        entry.reserved.memory_bytes -= taken.memory_bytes;
+        for port in &taken.fixed_ports {
+            if let Some(holders) = entry.fixed_ports.get_mut(port) {
+                *holders -= 1;
+                if *holders == 0 {
+                    entry.fixed_ports.remove(port);
+                }
+            }
+        }
+        self.room_touched = revision;
+    }
+}

@@ -1,0 +1,95 @@
+//! The table of instances. An instance belongs to a service and to a host; this is the one place that keeps the
+//! three tables in step.
+
+use std::sync::Arc;
+
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+
+use super::ClusterState;
+use crate::wants::{InstanceExt as _, ManifestExt as _};
+
+/// What one instance sets aside on its host, from the manifest of its version. It stays until the row is gone,
+/// for a process that is being stopped still uses it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Reservation {
+    pub(crate) cpu_millicores: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) fixed_ports: Vec<u32>,
+}
+
+/// One instance and what it takes.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct InstanceEntry {
+    pub(crate) record: Arc<pb::InstanceRecord>,
+    pub(crate) taken: Reservation,
+}
+
+impl Reservation {
+    pub(crate) fn of(manifest: &pb::Manifest) -> Self {
+        let resources = manifest.resources.unwrap_or_default();
+        Self {
+            cpu_millicores: resources.cpu_millicores,
+            memory_bytes: resources.memory_bytes,
+            fixed_ports: manifest.fixed_ports(),
+        }
+    }
+}
+
+impl ClusterState {
+    /// Puts an instance's row; service and host must exist.
+    pub(crate) fn put_instance(&mut self, record: Arc<pb::InstanceRecord>, revision: u64) {
+        let id = record.id();
+        let before = self.instances.get(&id);
+        let stays = before.is_some_and(|entry| {
+            entry.record.host_id == record.host_id && entry.record.template_version == record.template_version
+        });
+        if stays {
+            let was_ready = before.is_some_and(|entry| entry.record.ready());
+            self.count_ready(&record.service, was_ready, record.ready(), revision);
+            self.services.touch(&record.service, revision);
+            if let Some(entry) = self.instances.get_mut(&id) {
+                entry.record = record;
+            }
+            return;
+        }
+        self.remove_instance(id, revision);
+        let taken = self.manifest(&record.service, record.version).map(Reservation::of).unwrap_or_default();
+        self.hosts.occupy(record.host(), id, &taken);
+        if let Some(entry) = self.services.get_mut(&record.service) {
+            entry.instances.insert(id);
+        }
+        self.count_ready(&record.service, false, record.ready(), revision);
+        self.services.touch(&record.service, revision);
+        self.instances.insert(id, InstanceEntry { record, taken });
+    }
+
+    /// Takes an instance's row out of all three tables.
+    pub(crate) fn remove_instance(
+        &mut self,
+        id: InstanceId,
+        revision: u64,
+    ) -> Option<Arc<pb::InstanceRecord>> {
+        let InstanceEntry { record, taken } = self.instances.remove(&id)?;
+        self.hosts.vacate(record.host(), id, &taken, revision);
+        if let Some(entry) = self.services.get_mut(&record.service) {
+            entry.instances.remove(&id);
+        }
+        self.count_ready(&record.service, record.ready(), false, revision);
+        self.services.touch(&record.service, revision);
+        Some(record)
+    }
+
+    /// The first ready instance of a service lets others start; the last one gone holds them back.
+    fn count_ready(&mut self, service: &str, before: bool, after: bool, revision: u64) {
+        if before == after {
+            return;
+        }
+        let Some(entry) = self.services.get_mut(service) else { return };
+        let had = entry.ready > 0;
+        entry.ready = if after { entry.ready + 1 } else { entry.ready - 1 };
+        if had != (entry.ready > 0) {
+            self.services.touch_needing(service, revision);
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! The table of services with their kept versions, and what is looked up by service: its instances, how many of
+//! them are ready, who needs it, when anything about it last changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+
+use crate::limits::{ADDRESS_SUFFIXES, UIDS, VERSIONS_KEPT};
+
+/// One service and everything indexed by its name.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ServiceEntry {
+    pub(crate) name: Arc<str>,
+    pub(crate) record: Arc<pb::ServiceRecord>,
+    /// Ascending. The current version's record carries no manifest: the service's has it.
+    pub(crate) versions: Vec<Arc<pb::VersionRecord>>,
+    pub(crate) instances: BTreeSet<InstanceId>,
+    /// Instances that are wanted and ready.
+    pub(crate) ready: usize,
+    /// Revision at which anything that planning this service depends on last changed.
+    pub(crate) touched: u64,
+}
+
+impl ServiceEntry {
+    pub(crate) fn manifest(&self, version: u64) -> Option<&pb::Manifest> {
+        if version == self.record.version {
+            return self.record.manifest.as_ref();
+        }
+        self.version(version)?.manifest.as_ref()
+    }
+
+    pub(crate) fn current(&self) -> Option<&pb::Manifest> {
+        self.record.manifest.as_ref()
+    }
+
+    /// As stored: without manifest when it is the current one.
+    pub(crate) fn version(&self, version: u64) -> Option<&Arc<pb::VersionRecord>> {
+        let at = self.versions.binary_search_by_key(&version, |record| record.version).ok()?;
+        self.versions.get(at)
+    }
+
+    pub(crate) fn version_in_full(&self, version: u64) -> Option<Arc<pb::VersionRecord>> {
+        self.version(version).map(|record| self.in_full(record))
+    }
+
+    pub(crate) fn versions_in_full(&self) -> impl DoubleEndedIterator<Item = Arc<pb::VersionRecord>> + '_ {
+        self.versions.iter().map(|record| self.in_full(record))
+    }
+
+    fn in_full(&self, record: &Arc<pb::VersionRecord>) -> Arc<pb::VersionRecord> {
+        if record.version != self.record.version {
+            return Arc::clone(record);
+        }
+        let manifest = self.record.manifest.clone();
+        Arc::new(pb::VersionRecord { manifest, ..record.as_ref().clone() })
+    }
+
+    /// Puts a version's record in its place.
+    pub(crate) fn put_version(&mut self, record: Arc<pb::VersionRecord>) {
+        match self.versions.binary_search_by_key(&record.version, |kept| kept.version) {
+            Ok(at) => self.versions[at] = record,
+            Err(at) => self.versions.insert(at, record),
+        }
+    }
+
+    /// Versions that need not be kept: neither among the newest, nor the stable one, nor run by an instance.
+    pub(crate) fn stale_versions(&self, in_use: &BTreeSet<u64>) -> Vec<u64> {
+        let old = self.versions.len().saturating_sub(VERSIONS_KEPT);
+        let stale = self.versions.iter().take(old).map(|record| record.version);
+        stale.filter(|v| *v != self.record.stable_version && !in_use.contains(v)).collect()
+    }
+}
+
+/// All services.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Services {
+    entries: BTreeMap<Arc<str>, ServiceEntry>,
+    /// Every service by the revision that last touched it: the newest changes are the end of the set.
+    touched: BTreeSet<(u64, Arc<str>)>,
+    /// For each name in somebody's `needs`: who says so.
+    needed_by: BTreeMap<String, BTreeSet<Arc<str>>>,
+    per_host: BTreeSet<Arc<str>>,
+    suffixes: BTreeSet<u32>,
+    uids: BTreeSet<u32>,
+}
+
+impl Services {
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&ServiceEntry> {
+        self.entries.get(name)
+    }
+
+    /// To change what no index is derived from; the rest goes through [`Services::put`].
+    pub(crate) fn get_mut(&mut self, name: &str) -> Option<&mut ServiceEntry> {
+        self.entries.get_mut(name)
+    }
+
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = &ServiceEntry> + '_ {
+        self.entries.values()
+    }
+
+    pub(crate) fn needing(&self, name: &str) -> impl Iterator<Item = &Arc<str>> + '_ {
+        self.needed_by.get(name).into_iter().flatten()
+    }
+
+    pub(crate) fn per_host(&self) -> impl Iterator<Item = &Arc<str>> + '_ {
+        self.per_host.iter()
+    }
+
+    /// Services that anything has touched after `revision`.
+    pub(crate) fn touched_after(&self, revision: u64) -> impl Iterator<Item = &Arc<str>> + '_ {
+        self.touched.range((revision + 1, Arc::from(""))..).map(|(_, name)| name)
+    }
+
+    /// Puts the row of a new or changed service and brings every index that its manifest feeds up to date.
+    pub(crate) fn put(&mut self, record: Arc<pb::ServiceRecord>, revision: u64) -> &mut ServiceEntry {
+        let name = match self.entries.get(record.name.as_str()) {
+            Some(entry) => {
+                let (name, before) = (Arc::clone(&entry.name), Arc::clone(&entry.record));
+                self.unindex(&name, &before);
+                name
+            }
+            None => Arc::from(record.name.as_str()),
+        };
+        self.index(&name, &record);
+        self.touch_as(&name, revision);
+        let entry = self.entries.entry(Arc::clone(&name)).or_insert_with(|| ServiceEntry {
+            name,
+            record: Arc::clone(&record),
+            versions: Vec::new(),
+            instances: BTreeSet::new(),
+            ready: 0,
+            touched: revision,
+        });
+        entry.record = record;
+        entry
+    }
+
+    pub(crate) fn remove(&mut self, name: &str) -> Option<ServiceEntry> {
+        let entry = self.entries.remove(name)?;
+        self.unindex(&entry.name, &entry.record);
+        self.touched.remove(&(entry.touched, Arc::clone(&entry.name)));
+        Some(entry)
+    }
+
+    fn index(&mut self, name: &Arc<str>, record: &pb::ServiceRecord) {
+        if let Some(manifest) = &record.manifest {
+            for needed in &manifest.needs {
+                self.needed_by.entry(needed.clone()).or_default().insert(Arc::clone(name));
+            }
+            if manifest.per_host {
+                self.per_host.insert(Arc::clone(name));
+            }
+        }
+        if record.address_suffix != 0 {
+            self.suffixes.insert(record.address_suffix);
+        }
+        if record.uid != 0 {
+            self.uids.insert(record.uid);
+        }
+    }
+
+    fn unindex(&mut self, name: &Arc<str>, record: &pb::ServiceRecord) {
+        if let Some(manifest) = &record.manifest {
+            for needed in &manifest.needs {
+                if let Some(needing) = self.needed_by.get_mut(needed) {
+                    needing.remove(name);
+                    if needing.is_empty() {
+                        self.needed_by.remove(needed);
+                    }
+                }
+            }
+            if manifest.per_host {
+                self.per_host.remove(name);
+            }
+        }
+        self.suffixes.remove(&record.address_suffix);
+        self.uids.remove(&record.uid);
+    }
+
+    /// Marks a service for the planner. One that does not exist needs no plan.
+    pub(crate) fn touch(&mut self, name: &str, revision: u64) {
+        let Some(entry) = self.entries.get(name) else { return };
+        let name = Arc::clone(&entry.name);
+        self.touch_as(&name, revision);
+    }
+
+    fn touch_as(&mut self, name: &Arc<str>, revision: u64) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            if entry.touched == revision {
+                self.touched.insert((revision, Arc::clone(name)));
+                return;
+            }
+            self.touched.remove(&(entry.touched, Arc::clone(name)));
+            entry.touched = revision;
+        }
+        self.touched.insert((revision, Arc::clone(name)));
+    }
+
+    /// Marks every service that needs this one: its readiness has come or gone.
+    pub(crate) fn touch_needing(&mut self, name: &str, revision: u64) {
+        let needing: Vec<Arc<str>> = self.needing(name).cloned().collect();
+        for name in needing {
+            self.touch_as(&name, revision);
+        }
+    }
+
+    /// Forgets what touched what: a state read from rows has no history, so all of it counts as new.
+    pub(crate) fn touch_all(&mut self, revision: u64) {
+        self.touched = self.entries.keys().map(|name| (revision, Arc::clone(name))).collect();
+        for entry in self.entries.values_mut() {
+            entry.touched = revision;
+        }
+    }
+
+    /// A free address suffix, looking from `next` upwards and round, so that a freed one rests longest.
+    pub(crate) fn free_suffix(&self, next: u32) -> Option<u32> {
+        free_from(&self.suffixes, ADDRESS_SUFFIXES, next)
+    }
+
+    /// A free uid, likewise: files of a deleted service should not soon belong to another.
+    pub(crate) fn free_uid(&self, next: u32) -> Option<u32> {
+        free_from(&self.uids, UIDS, next)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for (name, entry) in &self.entries {
+            if !self.touched.contains(&(entry.touched, Arc::clone(name))) {
+                return Err(format!("service {name}: not in the order of touches"));
+            }
+        }
+        if self.touched.len() != self.entries.len() {
+            return Err(format!("{} touches for {} services", self.touched.len(), self.entries.len()));
+        }
+        Ok(())
+    }
+}
+
+fn free_from(used: &BTreeSet<u32>, range: std::ops::RangeInclusive<u32>, next: u32) -> Option<u32> {
+    let start = if range.contains(&next) { next } else { *range.start() };
+    (start..=*range.end()).chain(*range.start()..start).find(|number| !used.contains(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_free_number_is_the_next_one_up_and_round() {
+        let used = BTreeSet::from([3, 4, 6]);
+        assert_eq!(free_from(&used, 3..=6, 0), Some(5));
+        assert_eq!(free_from(&used, 3..=6, 6), Some(5));
+        assert_eq!(free_from(&used, 3..=7, 6), Some(7));
+        assert_eq!(free_from(&BTreeSet::from([1, 2]), 1..=2, 1), None);
+    }
+}
