@@ -1,0 +1,228 @@
+//! The agent as the keeper's child: started, started again, never two at a time.
+//!
+//! A keeper that takes over from one that was killed finds that one's agent still running. It adopts it, so that open
+//! traffic goes on; one that does not say hello in time is ended and replaced.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nave_proto::pb;
+use pb::keeper_ledger_record::Record;
+
+use crate::clock::{MS, SECOND, boottime_ns};
+use crate::identity::{self, Found, Stat};
+use crate::keeper::{Keeper, Source};
+use crate::reap::describe_status;
+use crate::sys;
+
+const FIRST_DELAY_NS: i64 = 100 * MS;
+const LAST_DELAY_NS: i64 = 5 * SECOND;
+/// Having run this long, it is started at once the next time.
+const STEADY_NS: i64 = 10 * SECOND;
+/// For an adopted agent to find the new keeper's socket.
+const HELLO_WITHIN_NS: i64 = 10 * SECOND;
+/// From SIGTERM to SIGKILL: its streams drain, its spool is flushed.
+const GRACE_NS: i64 = 10 * SECOND;
+
+/// The agent's process, or the wait for the next one.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    command: Vec<OsString>,
+    state: State,
+    /// Before the next start.
+    delay_ns: i64,
+    stopping: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    /// None, and none to come.
+    Off,
+    Waiting {
+        until: i64,
+    },
+    Running {
+        pid: u32,
+        pidfd: OwnedFd,
+        since: i64,
+        /// When it is signalled next: an adopted one without a hello, or one that is being stopped.
+        signal_at: Option<i64>,
+        termed: bool,
+    },
+}
+
+impl Agent {
+    pub(crate) fn new(command: Vec<OsString>) -> Self {
+        let state = if command.is_empty() { State::Off } else { State::Waiting { until: 0 } };
+        Self { command, state, delay_ns: 0, stopping: false }
+    }
+
+    pub(crate) fn pid(&self) -> Option<u32> {
+        match &self.state {
+            State::Running { pid, .. } => Some(*pid),
+            State::Off | State::Waiting { .. } => None,
+        }
+    }
+
+    /// Whether it is gone and stays so.
+    pub(crate) fn is_off(&self) -> bool {
+        matches!(self.state, State::Off)
+    }
+
+    /// When [`Keeper::tend_agent`] has something to do.
+    pub(crate) fn wake_at(&self) -> Option<i64> {
+        match &self.state {
+            State::Off => None,
+            State::Waiting { until } => Some(*until),
+            State::Running { signal_at, .. } => *signal_at,
+        }
+    }
+
+    /// It has found us.
+    pub(crate) fn said_hello(&mut self) {
+        if let State::Running { signal_at, termed: false, .. } = &mut self.state {
+            *signal_at = None;
+        }
+    }
+
+    /// Ends it for good.
+    pub(crate) fn stop(&mut self) {
+        if self.stopping {
+            return;
+        }
+        self.stopping = true;
+        match &mut self.state {
+            State::Running { signal_at, .. } => *signal_at = Some(0),
+            State::Off | State::Waiting { .. } => self.state = State::Off,
+        }
+    }
+
+    fn start(&self) -> io::Result<(u32, OwnedFd)> {
+        let (program, arguments) = self.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+        // A group of its own: a Ctrl-C on the keeper's terminal reaches the keeper, which decides what that means.
+        let child = Command::new(program).args(arguments).stdin(Stdio::null()).process_group(0).spawn()?;
+        let pid = child.id();
+        Ok((pid, sys::pidfd_open(pid)?))
+    }
+
+    fn ended(&mut self, now: i64) {
+        if let State::Running { since, .. } = &self.state
+            && now - since >= STEADY_NS
+        {
+            self.delay_ns = 0;
+        }
+        self.wait(now);
+    }
+
+    fn wait(&mut self, now: i64) {
+        if self.stopping {
+            self.state = State::Off;
+            return;
+        }
+        self.state = State::Waiting { until: now + self.delay_ns };
+        self.delay_ns = if self.delay_ns == 0 { FIRST_DELAY_NS } else { (2 * self.delay_ns).min(LAST_DELAY_NS) };
+    }
+}
+
+impl Keeper {
+    /// Looks for the agent that the ledger knows.
+    pub(crate) fn adopt_agent(&mut self) {
+        let Some(identity) = self.ledger.content().agent.clone() else { return };
+        if self.agent.is_off() || identity.boot_id != self.boot_id {
+            return;
+        }
+        let Found::Running(pidfd, stat) = identity::find(&identity) else { return };
+        let now = boottime_ns();
+        if stat.parent != std::process::id() {
+            self.watch(&pidfd, Source::Agent);
+        }
+        self.agent.state = State::Running {
+            pid: identity.pid,
+            pidfd,
+            since: now,
+            signal_at: Some(now + HELLO_WITHIN_NS),
+            termed: false,
+        };
+    }
+
+    /// Starts or signals the agent when it is time to.
+    pub(crate) fn tend_agent(&mut self, now: i64) {
+        if self.agent.wake_at().is_none_or(|at| at > now) {
+            return;
+        }
+        match &mut self.agent.state {
+            State::Off => {}
+            State::Waiting { .. } => self.start_agent(now),
+            State::Running { pid, pidfd, signal_at, termed, .. } => {
+                let signal = if *termed { libc::SIGKILL } else { libc::SIGTERM };
+                if !self.agent.stopping && !*termed {
+                    crate::say!("agent {pid} was adopted and has not said hello; it is being replaced");
+                }
+                let _ = sys::pidfd_signal(pidfd.as_fd(), signal, false);
+                *termed = true;
+                *signal_at = Some(now + GRACE_NS);
+            }
+        }
+    }
+
+    fn start_agent(&mut self, now: i64) {
+        match self.agent.start() {
+            Ok((pid, pidfd)) => {
+                let start_ticks = Stat::read(pid).map_or(0, |stat| stat.start_ticks);
+                self.ledger.note(Record::Agent(self.identity_of(pid, start_ticks, 0)));
+                self.agent.state =
+                    State::Running { pid, pidfd, since: now, signal_at: None, termed: false };
+            }
+            Err(error) => {
+                let program = self.agent.command.first().map(|program| program.to_string_lossy());
+                crate::say!("cannot start the agent {}: {error}", program.unwrap_or_default());
+                self.agent.wait(now);
+            }
+        }
+    }
+
+    /// It was reaped.
+    pub(crate) fn agent_ended(&mut self, status: i32) {
+        if !self.agent.stopping {
+            crate::say!("agent {}, starting it again", describe_status(status));
+        }
+        self.agent.ended(boottime_ns());
+    }
+
+    /// An adopted one's descriptor says that it has ended.
+    pub(crate) fn adopted_agent_ended(&mut self) {
+        if let State::Running { pidfd, .. } = &self.agent.state {
+            let _ = self.epoll.delete(pidfd);
+            if !self.agent.stopping {
+                crate::say!("agent ended, starting it again");
+            }
+            self.agent.ended(boottime_ns());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn restarts_come_at_once_then_ever_later_and_at_once_again_after_a_steady_run() {
+        let mut agent = Agent::new(vec!["agent".into()]);
+        let mut waits = Vec::new();
+        let mut run = |agent: &mut Agent, ran: i64| {
+            let pidfd = sys::pidfd_open(std::process::id()).unwrap();
+            agent.state = State::Running { pid: 1, pidfd, since: 100, signal_at: None, termed: false };
+            agent.ended(100 + ran);
+            waits.push((agent.wake_at().unwrap() - 100 - ran) / MS);
+        };
+        for _ in 0..9 {
+            run(&mut agent, 0);
+        }
+        run(&mut agent, STEADY_NS);
+        run(&mut agent, 0);
+        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 0, 100]);
+    }
+}

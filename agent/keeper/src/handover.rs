@@ -1,0 +1,132 @@
+//! How a keeper becomes a newer keeper: execve of the program's path, with what cannot be read again from disk in a
+//! sealed memfd.
+//!
+//! The pid stays, so the children stay children and the unit sees nothing. The memfd is found again by its name among
+//! the open descriptors, so that neither command line nor environment changes. Processes come from the ledger;
+//! the agent and the clients reconnect.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use nave_proto::pb;
+use nix::fcntl::{FcntlArg, FdFlag, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use prost::Message;
+
+use crate::descriptors::Descriptors;
+use crate::sys;
+
+const NAME: &str = "nave-keeper-handover";
+const VERSION: u32 = 1;
+
+/// A memory file with this content that nobody can change any more, positioned at its start.
+///
+/// # Errors
+/// As memfd_create, write and fcntl.
+pub(crate) fn sealed(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let mut file = File::from(fd);
+    file.write_all(content)?;
+    file.rewind()?;
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file.into())
+}
+
+/// What the image before this one left open.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) listener: OwnedFd,
+    pub(crate) lock: OwnedFd,
+    pub(crate) descriptors: Descriptors,
+    pub(crate) open_files_soft: u64,
+}
+
+/// Looks for a handover. `None` in a keeper that starts afresh.
+///
+/// # Errors
+/// When there is one that cannot be used.
+pub(crate) fn take() -> io::Result<Option<Taken>> {
+    let Some(number) = find() else { return Ok(None) };
+    let mut file = File::from(sys::inherited(number)?);
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    let handover = pb::KeeperHandover::decode(&*bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+    let mut descriptors = Descriptors::default();
+    for kept in handover.descriptors {
+        let name = kept.name;
+        if let Err(error) = sys::inherited(kept.fd).map(|fd| descriptors.store(name.clone(), fd)) {
+            crate::say!("descriptor {name:?} was lost in the upgrade: {error}");
+        }
+    }
+    Ok(Some(Taken {
+        listener: sys::inherited(handover.listener_fd)?,
+        lock: sys::inherited(handover.lock_fd)?,
+        descriptors,
+        open_files_soft: handover.open_files_soft,
+    }))
+}
+
+fn find() -> Option<u32> {
+    let target = format!("/memfd:{NAME}");
+    std::fs::read_dir("/proc/self/fd").ok()?.filter_map(Result::ok).find_map(|entry| {
+        let link = std::fs::read_link(entry.path()).ok()?;
+        link.to_str()?.starts_with(&target).then(|| entry.file_name().to_str()?.parse().ok())?
+    })
+}
+
+/// Becomes the program now at `program`, with the same arguments. Returns only when that failed; then everything is
+/// as before.
+pub(crate) fn become_program(
+    program: &Path,
+    listener: BorrowedFd<'_>,
+    lock: BorrowedFd<'_>,
+    descriptors: &Descriptors,
+    open_files_soft: u64,
+) -> io::Error {
+    let number = |fd: BorrowedFd<'_>| fd.as_raw_fd().unsigned_abs();
+    let handover = pb::KeeperHandover {
+        version: VERSION,
+        descriptors: descriptors
+            .iter()
+            .map(|(name, fd)| pb::KeptDescriptor { name: name.clone(), fd: number(fd.as_fd()) })
+            .collect(),
+        listener_fd: number(listener),
+        agent_pid: 0,
+        lock_fd: number(lock),
+        open_files_soft,
+    };
+    let memory = match sealed(NAME, &handover.encode_to_vec()) {
+        Ok(memory) => memory,
+        Err(error) => return error,
+    };
+    let passed: Vec<BorrowedFd<'_>> =
+        descriptors.iter().map(|(_, fd)| fd.as_fd()).chain([listener, lock, memory.as_fd()]).collect();
+    let strings = |texts: Vec<Vec<u8>>| texts.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>();
+    let arguments = strings(std::env::args_os().map(OsStringExt::into_vec).collect());
+    let environment = strings(
+        std::env::vars_os()
+            .map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat())
+            .collect(),
+    );
+    let (Ok(path), Ok(arguments), Ok(environment)) =
+        (CString::new(program.as_os_str().as_bytes()), arguments, environment)
+    else {
+        return io::ErrorKind::InvalidInput.into();
+    };
+    inherit(&passed, FdFlag::empty());
+    let Err(error) = nix::unistd::execve(&path, &arguments, &environment);
+    inherit(&passed, FdFlag::FD_CLOEXEC);
+    error.into()
+}
+
+fn inherit(descriptors: &[BorrowedFd<'_>], flags: FdFlag) {
+    for fd in descriptors {
+        let _ = fcntl(fd, FcntlArg::F_SETFD(flags));
+    }
+}

@@ -1,0 +1,451 @@
+//! The services' output: FIFOs read on one thread, segment files written on another.
+//!
+//! Each stream is a named FIFO, opened read-write by us and by the process, so that the end of a reader neither
+//! breaks a writer nor loses what is in the pipe; the next keeper opens it again by name. The reading thread does
+//! nothing that can wait for a disk: what the other thread cannot take in time is counted and dropped, and a process
+//! is never held up by its own log. Two threads rather than one, because even a plain write can stall for seconds.
+//! The loop owns an [`Output`] and hears from it through an eventfd.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open, openat};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{Gid, Uid, fchown, mkfifoat, read};
+
+use crate::clock;
+use crate::lines::{STREAMS, Splitter, Stamp, Stream};
+use crate::segment::{self, Counters, Job, Place};
+
+/// Enough for both threads' few frames, and for the thread-local data of the large binary around us.
+const STACK_BYTES: usize = 128 * 1024;
+/// One read. A FIFO holds 64 KiB, or [`FIFO_BYTES`] where we may say so.
+const READ_BYTES: usize = 16 * 1024;
+/// What a process can write while no keeper runs.
+const FIFO_BYTES: i32 = 256 * 1024;
+/// How long a process may be held up by a disk that does nothing at all, once, before its lines are dropped instead:
+/// longer than an ordinary pause of the other thread, shorter than anyone's time-out.
+const STALL_MS: u16 = 200;
+/// Waiting for the disk: of one log, and of all.
+const LOG_QUEUE_BYTES_MAX: u64 = 1024 * 1024;
+const QUEUE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// A line without an end is written as a part after this long, so that a prompt is seen and a kill loses little.
+const PARTIAL_MS: u16 = 250;
+/// Reads of one FIFO when it is to be emptied: its capacity and some, so that a fast writer cannot hold us for ever.
+const DRAIN_READS: usize = 64;
+
+const SEGMENT_BYTES: u64 = 10 * 1024 * 1024;
+const SEGMENTS: usize = 5;
+
+/// What the loop is told.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The log is closed and what was to be removed is gone.
+    Closed(u32),
+}
+
+/// Tells the loop, from either thread.
+#[derive(Debug, Clone)]
+pub(crate) struct EventSender {
+    events: Sender<Event>,
+    wake: Arc<EventFd>,
+    dropped: Arc<AtomicBool>,
+}
+
+impl EventSender {
+    pub(crate) fn send(&self, event: Event) {
+        if self.events.send(event).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Lines were dropped; the counters say how many. The loop is woken once until it has looked.
+    pub(crate) fn send_dropped(&self) {
+        if !self.dropped.swap(true, Ordering::AcqRel) {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Command {
+    Open { log: u32, fifos: [OwnedFd; 2], counters: Arc<Counters> },
+    /// Its process has ended: read what is there, and let the last line be one.
+    Drain { log: u32 },
+    Close { log: u32, remove_fifos: bool, remove_logs: bool },
+    Stop,
+}
+
+/// The loop's handle on both threads.
+#[derive(Debug)]
+pub(crate) struct Output {
+    commands: Sender<Command>,
+    jobs: Sender<Job>,
+    wake: Arc<EventFd>,
+    events: Receiver<Event>,
+    events_wake: Arc<EventFd>,
+    dropped: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+    last_log: u32,
+}
+
+/// One log as the loop knows it.
+#[derive(Debug)]
+pub(crate) struct OpenLog {
+    pub(crate) log: u32,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Output {
+    /// Starts both threads. Signals must be blocked already, as threads inherit that.
+    ///
+    /// # Errors
+    /// When the kernel gives no thread or descriptor.
+    pub(crate) fn start() -> io::Result<Self> {
+        let (commands, commands_in) = channel();
+        let (jobs, jobs_in) = channel();
+        let (events_out, events) = channel();
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = Arc::new(EventFd::from_flags(flags)?);
+        let events_wake = Arc::new(EventFd::from_flags(flags)?);
+        let dropped = Arc::new(AtomicBool::new(false));
+        let sender = EventSender { events: events_out, wake: events_wake.clone(), dropped: dropped.clone() };
+        let backlog = Arc::new(Backlog::new()?);
+        let onward = Onward { jobs: jobs.clone(), events: sender.clone(), backlog: backlog.clone() };
+        let reader = Reader::new(wake.clone(), commands_in, onward)?;
+        let thread = |name: &str| std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+        let threads = vec![
+            thread("output").spawn(move || reader.run())?,
+            thread("segments").spawn(move || segment::run(&jobs_in, &sender, &backlog))?,
+        ];
+        Ok(Self { commands, jobs, wake, events, events_wake, dropped, threads, last_log: 0 })
+    }
+
+    /// Becomes readable when [`Output::take_event`] or [`Output::take_dropped`] has news.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.events_wake.as_fd()
+    }
+
+    pub(crate) fn take_event(&self) -> Option<Event> {
+        let _ = self.events_wake.read();
+        self.events.try_recv().ok()
+    }
+
+    /// Whether lines were dropped since the last call.
+    pub(crate) fn take_dropped(&self) -> bool {
+        self.dropped.swap(false, Ordering::AcqRel)
+    }
+
+    /// Makes the directory and its FIFOs where they are missing and starts reading them.
+    ///
+    /// # Errors
+    /// When the directory or a FIFO cannot be made, or something else has its name.
+    pub(crate) fn open(&mut self, dir: &Path, segment_bytes: u64, segments: u32) -> io::Result<OpenLog> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let directory = open_directory(dir)?;
+        let fifo = |stream: Stream| -> io::Result<OwnedFd> {
+            let fd = open_fifo(directory.as_fd(), stream, OFlag::O_NONBLOCK)?;
+            // Refused to a user who has many; what there is then must do.
+            let _ = fcntl(&fd, FcntlArg::F_SETPIPE_SZ(FIFO_BYTES));
+            Ok(fd)
+        };
+        let fifos = [fifo(Stream::Stdout)?, fifo(Stream::Stderr)?];
+        self.last_log += 1;
+        let log = self.last_log;
+        let counters = Arc::<Counters>::default();
+        let place = Place {
+            path: dir.to_path_buf(),
+            directory,
+            segment_bytes: if segment_bytes == 0 { SEGMENT_BYTES } else { segment_bytes },
+            segments: if segments == 0 { SEGMENTS } else { usize::try_from(segments).unwrap_or(SEGMENTS) },
+        };
+        let _ = self.jobs.send(Job::Open { log, place, counters: counters.clone() });
+        self.command(Command::Open { log, fifos, counters: counters.clone() });
+        Ok(OpenLog { log, counters })
+    }
+
+    /// The process has ended: its last line is whole even without an end.
+    pub(crate) fn drain(&self, log: u32) {
+        self.command(Command::Drain { log });
+    }
+
+    /// Ends a log; [`Event::Closed`] follows.
+    pub(crate) fn close(&self, log: u32, remove_fifos: bool, remove_logs: bool) {
+        self.command(Command::Close { log, remove_fifos, remove_logs });
+    }
+
+    /// Writes what has been read and ends both threads; what is still in the FIFOs is the next keeper's.
+    pub(crate) fn stop(self) {
+        self.command(Command::Stop);
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+    }
+
+    fn command(&self, command: Command) {
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+}
+
+/// The ends of a log's FIFOs for a process to write to; `owner` may open them again through /dev/stdout.
+///
+/// # Errors
+/// When they are not there or not FIFOs.
+pub(crate) fn writing_ends(dir: &Path, owner: Option<(u32, u32)>) -> io::Result<[OwnedFd; 2]> {
+    let directory = open_directory(dir)?;
+    let end = |stream: Stream| -> io::Result<OwnedFd> {
+        let fd = open_fifo(directory.as_fd(), stream, OFlag::empty())?;
+        if let Some((uid, gid)) = owner {
+            fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
+        Ok(fd)
+    };
+    Ok([end(Stream::Stdout)?, end(Stream::Stderr)?])
+}
+
+fn open_directory(dir: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(open(dir, flags, Mode::empty())?)
+}
+
+fn open_fifo(directory: BorrowedFd<'_>, stream: Stream, more: OFlag) -> io::Result<OwnedFd> {
+    match mkfifoat(directory, stream.name(), Mode::from_bits_truncate(0o600)) {
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // Read-write never waits for the other end, and never sees it go.
+    let flags = OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | more;
+    let fd = openat(directory, stream.name(), flags, Mode::empty())?;
+    let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFIFO {
+        return Err(io::Error::from_raw_os_error(libc::EEXIST));
+    }
+    Ok(fd)
+}
+
+/// The thread that reads the FIFOs.
+struct Reader {
+    epoll: Epoll,
+    wake: Arc<EventFd>,
+    commands: Receiver<Command>,
+    onward: Onward,
+    logs: BTreeMap<u32, ReadLog>,
+    buffer: Box<[u8]>,
+}
+
+struct ReadLog {
+    fifos: [OwnedFd; 2],
+    splitters: [Splitter; 2],
+    /// Dropped, and not yet handed on to be said.
+    missing: [u64; 2],
+    /// The disk stood still when it last had something for it.
+    stalled: bool,
+    counters: Arc<Counters>,
+}
+
+const WAKE: u64 = u64::MAX;
+
+impl Reader {
+    fn new(wake: Arc<EventFd>, commands: Receiver<Command>, onward: Onward) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+        let buffer = vec![0; READ_BYTES].into_boxed_slice();
+        Ok(Self { epoll, wake, commands, onward, logs: BTreeMap::new(), buffer })
+    }
+
+    fn run(mut self) {
+        let mut ready = [EpollEvent::empty(); 16];
+        loop {
+            // Silent processes cost nothing: no time-out unless something is held.
+            let waiting = self.logs.values().any(ReadLog::holds);
+            let timeout = if waiting { EpollTimeout::from(PARTIAL_MS) } else { EpollTimeout::NONE };
+            let count = self.epoll.wait(&mut ready, timeout).unwrap_or(0);
+            if count == 0 {
+                self.flush_all(false);
+            }
+            for event in &ready[..count] {
+                if event.data() != WAKE {
+                    let (log, stream) = (event.data() >> 1, STREAMS[usize::from(event.data() & 1 == 1)]);
+                    self.read(u32::try_from(log).expect("made from a u32 when it was added"), stream, 1);
+                }
+            }
+            // After the reads, so that none of them is of a log that has been closed since.
+            if !self.obey() {
+                return;
+            }
+        }
+    }
+
+    /// Does what the loop has asked for; `false` at the end.
+    fn obey(&mut self) -> bool {
+        let _ = self.wake.read();
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Open { log, fifos, counters }) => {
+                    for (index, fifo) in fifos.iter().enumerate() {
+                        let token = (u64::from(log) << 1) | index as u64;
+                        if let Err(error) = self.epoll.add(fifo, EpollEvent::new(EpollFlags::EPOLLIN, token)) {
+                            crate::say!("output cannot be watched: {error}");
+                        }
+                    }
+                    let splitters = Default::default();
+                    self.logs.insert(log, ReadLog { fifos, splitters, missing: [0; 2], stalled: false, counters });
+                }
+                Ok(Command::Drain { log }) => self.drain(log),
+                Ok(Command::Close { log, remove_fifos, remove_logs }) => {
+                    self.drain(log);
+                    self.logs.remove(&log);
+                    let _ = self.onward.jobs.send(Job::Close { log, remove_fifos, remove_logs });
+                }
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
+                    self.flush_all(false);
+                    let _ = self.onward.jobs.send(Job::Stop);
+                    return false;
+                }
+                Err(TryRecvError::Empty) => return true,
+            }
+        }
+    }
+
+    fn drain(&mut self, log: u32) {
+        for stream in STREAMS {
+            self.read(log, stream, DRAIN_READS);
+        }
+        self.flush(log, true);
+    }
+
+    /// Reads a FIFO up to so many times, or until it is empty.
+    fn read(&mut self, log: u32, stream: Stream, times: usize) {
+        let Some(entry) = self.logs.get_mut(&log) else { return };
+        for _ in 0..times {
+            let count = match read(&entry.fifos[stream as usize], &mut self.buffer) {
+                Ok(count) if count > 0 => count,
+                Ok(_) | Err(_) => break,
+            };
+            let stamp = Stamp::new(clock::unix_ns());
+            let mut text = Vec::with_capacity(count + count / 2);
+            entry.splitters[stream as usize].push(&mut text, &stamp, stream, &self.buffer[..count]);
+            self.onward.submit(log, entry, text);
+        }
+    }
+
+    fn flush_all(&mut self, ended: bool) {
+        let logs: Vec<u32> =
+            self.logs.iter().filter(|(_, entry)| entry.holds()).map(|(log, _)| *log).collect();
+        for log in logs {
+            self.flush(log, ended);
+        }
+    }
+
+    fn flush(&mut self, log: u32, ended: bool) {
+        let Some(entry) = self.logs.get_mut(&log) else { return };
+        let stamp = Stamp::new(clock::unix_ns());
+        let mut text = Vec::new();
+        for (stream, splitter) in STREAMS.into_iter().zip(&mut entry.splitters) {
+            splitter.flush(&mut text, &stamp, stream, ended);
+        }
+        self.onward.submit(log, entry, text);
+    }
+}
+
+impl ReadLog {
+    fn holds(&self) -> bool {
+        self.missing != [0; 2] || self.splitters.iter().any(Splitter::holds)
+    }
+}
+
+/// The way to the disk, with a bound.
+struct Onward {
+    jobs: Sender<Job>,
+    events: EventSender,
+    backlog: Arc<Backlog>,
+}
+
+/// How much waits for the disk in all logs, and a bell for when it has become less.
+#[derive(Debug)]
+pub(crate) struct Backlog {
+    queued_bytes: AtomicU64,
+    waiting: AtomicBool,
+    bell: EventFd,
+}
+
+impl Backlog {
+    fn new() -> io::Result<Self> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self { queued_bytes: AtomicU64::new(0), waiting: AtomicBool::new(false), bell })
+    }
+
+    /// The disk's thread has taken this much of a log.
+    pub(crate) fn done(&self, log: &Counters, bytes: usize) {
+        log.queued_bytes.fetch_sub(bytes as u64, Ordering::AcqRel);
+        self.queued_bytes.fetch_sub(bytes as u64, Ordering::AcqRel);
+        if self.waiting.swap(false, Ordering::AcqRel) {
+            let _ = self.bell.write(1);
+        }
+    }
+
+    fn add(&self, log: &Counters, bytes: u64) {
+        log.queued_bytes.fetch_add(bytes, Ordering::AcqRel);
+        self.queued_bytes.fetch_add(bytes, Ordering::AcqRel);
+    }
+
+    fn has_room(&self, log: &Counters, bytes: u64) -> bool {
+        log.queued_bytes.load(Ordering::Acquire) + bytes <= LOG_QUEUE_BYTES_MAX
+            && self.queued_bytes.load(Ordering::Acquire) + bytes <= QUEUE_BYTES_MAX
+    }
+
+    /// Waits for room while the disk goes on; `false` once it has done nothing for [`STALL_MS`].
+    fn wait_for_room(&self, log: &Counters, bytes: u64) -> bool {
+        loop {
+            self.waiting.store(true, Ordering::Release);
+            if self.has_room(log, bytes) {
+                return true;
+            }
+            let mut bell = [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+            if !matches!(poll(&mut bell, STALL_MS), Ok(1..)) {
+                return self.has_room(log, bytes);
+            }
+            let _ = self.bell.read();
+        }
+    }
+}
+
+impl Onward {
+    /// Hands lines on to the disk, or drops and counts them when it stands still.
+    fn submit(&self, log: u32, entry: &mut ReadLog, text: Vec<u8>) {
+        if text.is_empty() && entry.missing == [0; 2] {
+            return;
+        }
+        let size = text.len() as u64;
+        // Once it has stood still, nobody is held up for it again before it has caught up by half.
+        let room = if entry.stalled {
+            self.backlog.has_room(&entry.counters, size + LOG_QUEUE_BYTES_MAX / 2)
+        } else {
+            self.backlog.wait_for_room(&entry.counters, size)
+        };
+        entry.stalled = !room;
+        if !room {
+            let counts = crate::lines::count(&text);
+            for (sum, more) in entry.missing.iter_mut().zip(counts) {
+                *sum += more;
+            }
+            entry.counters.dropped(counts.iter().sum(), text.len());
+            self.events.send_dropped();
+            return;
+        }
+        self.backlog.add(&entry.counters, size);
+        let missing = std::mem::take(&mut entry.missing);
+        let _ = self.jobs.send(Job::Write { log, text, missing });
+    }
+}

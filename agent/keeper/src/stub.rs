@@ -1,0 +1,348 @@
+//! `nave exec-stub`: between fork and the service's own program, it makes the clean world that the program starts in.
+//!
+//! A fresh image of our own binary does this rather than the forked keeper, because after a fork with threads hardly
+//! anything is safe to call, and because a keeper that sets users and limits on itself is one mistake away from
+//! keeping them. It reads [`pb::ExecOrders`] from a sealed memfd, waits for the keeper's word (that the process is
+//! noted in the ledger), and ends in execve, or in a [`Failure`] on the same socket. The socket closing without one
+//! tells the keeper that the program runs.
+
+use std::env;
+use std::ffi::{CStr, CString};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use nave_proto::pb;
+use nix::errno::Errno;
+use nix::unistd::{Gid, Uid};
+use prost::Message;
+
+use crate::sys;
+
+/// Where starting a program failed. The numbers go between a keeper and a stub of the same build, or of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Step {
+    Stub = 1,
+    Orders = 2,
+    Session = 3,
+    OomScore = 4,
+    Nice = 5,
+    Limit = 6,
+    CgroupFile = 7,
+    Cgroup = 8,
+    Output = 9,
+    Descriptors = 10,
+    Groups = 11,
+    Group = 12,
+    User = 13,
+    Privileges = 14,
+    WorkingDir = 15,
+    Lookup = 16,
+    Exec = 17,
+    Interpreter = 18,
+}
+
+const STEPS: [Step; 18] = [
+    Step::Stub,
+    Step::Orders,
+    Step::Session,
+    Step::OomScore,
+    Step::Nice,
+    Step::Limit,
+    Step::CgroupFile,
+    Step::Cgroup,
+    Step::Output,
+    Step::Descriptors,
+    Step::Groups,
+    Step::Group,
+    Step::User,
+    Step::Privileges,
+    Step::WorkingDir,
+    Step::Lookup,
+    Step::Exec,
+    Step::Interpreter,
+];
+
+/// Why a program does not run: which step, errno, and of what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) step: Step,
+    pub(crate) errno: i32,
+    pub(crate) what: String,
+}
+
+/// Longer names are cut: the report is one datagram.
+const WHAT_BYTES_MAX: usize = 1024;
+
+impl Failure {
+    pub(crate) fn new(step: Step, error: impl Into<io::Error>, what: impl Into<String>) -> Self {
+        Self { step, errno: error.into().raw_os_error().unwrap_or(libc::EINVAL), what: what.into() }
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![self.step as u8];
+        bytes.extend(self.errno.to_le_bytes());
+        bytes.extend(self.what.bytes().take(WHAT_BYTES_MAX));
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (step, rest) = bytes.split_first()?;
+        let (errno, what) = rest.split_first_chunk::<4>()?;
+        let step = STEPS.into_iter().find(|known| *known as u8 == *step).unwrap_or(Step::Stub);
+        Some(Self { step, errno: i32::from_le_bytes(*errno), what: String::from_utf8_lossy(what).into_owned() })
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = &self.what;
+        match self.step {
+            Step::Stub => write!(f, "cannot start the exec-stub {what}")?,
+            Step::Orders => write!(f, "exec-stub cannot read its orders {what}")?,
+            Step::Session => write!(f, "cannot make a session of its own")?,
+            Step::OomScore => write!(f, "cannot set oom_score_adj to {what}")?,
+            Step::Nice => write!(f, "cannot set nice to {what}")?,
+            Step::Limit => write!(f, "cannot set resource limit {what}")?,
+            Step::CgroupFile => write!(f, "cannot write {what}")?,
+            Step::Cgroup => write!(f, "cannot enter cgroup {what}")?,
+            Step::Output => write!(f, "cannot use {what} for output")?,
+            Step::Descriptors => write!(f, "cannot close inherited descriptors")?,
+            Step::Groups => write!(f, "cannot set supplementary groups {what}")?,
+            Step::Group => write!(f, "cannot become group {what}")?,
+            Step::User => write!(f, "cannot become user {what}")?,
+            Step::Privileges => write!(f, "cannot give up new privileges")?,
+            Step::WorkingDir => write!(f, "cannot enter working directory {what}")?,
+            Step::Lookup => return write!(f, "{what}: not found in PATH"),
+            Step::Exec => write!(f, "{what}")?,
+            Step::Interpreter => return write!(f, "{what}: its interpreter or loader does not exist"),
+        }
+        write!(f, ": {}", describe(self.errno))
+    }
+}
+
+/// The kernel's words for an errno, in our case.
+pub(crate) fn describe(errno: i32) -> String {
+    let text = Errno::from_raw(errno).desc();
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}
+
+/// The whole of `nave exec-stub FD`: never returns, as it becomes the service's program or ends. Its one argument,
+/// the number of the orders' descriptor, is the last of the command line.
+pub fn exec_stub_main() -> ! {
+    let Some(number) = env::args_os().next_back().and_then(|last| last.to_str()?.parse().ok()) else {
+        crate::say!("exec-stub is for the keeper's use only: it takes one descriptor number");
+        sys::exit_now(2)
+    };
+    let Ok((orders, channel)) = read_orders(number) else {
+        crate::say!("exec-stub is for the keeper's use only: descriptor {number} holds no orders");
+        sys::exit_now(2)
+    };
+    // A keeper that died before it noted this process closes its end; then nothing may run.
+    let mut word = [0; 1];
+    if !matches!(sys::receive(channel.as_fd(), &mut word), Ok((1, _))) {
+        sys::exit_now(0)
+    }
+    let failure = match prepare(&orders, channel) {
+        Ok((channel, spawn)) => Some((execute(spawn), channel)),
+        Err((failure, channel)) => Some((failure, channel)),
+    };
+    if let Some((failure, channel)) = failure {
+        let _ = sys::send(channel.as_fd(), &failure.encode(), &[]);
+    }
+    sys::exit_now(127)
+}
+
+fn read_orders(number: u32) -> io::Result<(pb::ExecOrders, OwnedFd)> {
+    let mut bytes = Vec::new();
+    File::from(sys::inherited(number)?).read_to_end(&mut bytes)?;
+    let orders = pb::ExecOrders::decode(&*bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+    let channel = sys::inherited(orders.error_fd)?;
+    Ok((orders, channel))
+}
+
+type Prepared<'a> = Result<(OwnedFd, &'a pb::Spawn), (Failure, OwnedFd)>;
+
+/// All that does not depend on who the program runs as, then who it runs as, then where.
+fn prepare(orders: &pb::ExecOrders, channel: OwnedFd) -> Prepared<'_> {
+    let Some(spawn) = &orders.spawn else {
+        return Err((Failure::new(Step::Orders, Errno::EINVAL, "(no spawn in them)"), channel));
+    };
+    let channel = match standard_descriptors(orders, channel) {
+        Ok(channel) => channel,
+        Err(failed) => return Err(failed),
+    };
+    match surroundings(spawn).and_then(|()| user(spawn)).and_then(|()| working_dir(spawn)) {
+        Ok(()) => Ok((channel, spawn)),
+        Err(failure) => Err((failure, channel)),
+    }
+}
+
+/// 0: /dev/null, 1 and 2: the FIFOs, 3: the channel until exec, nothing else.
+fn standard_descriptors(orders: &pb::ExecOrders, channel: OwnedFd) -> Result<OwnedFd, (Failure, OwnedFd)> {
+    let open = || -> Result<(OwnedFd, OwnedFd, OwnedFd), Failure> {
+        let output = |number| {
+            sys::inherited(number)
+                .and_then(|fd| sys::duplicate_above(fd, 10))
+                .map_err(|error| Failure::new(Step::Output, error, "the FIFOs"))
+        };
+        let null = File::open("/dev/null")
+            .map_err(Into::into)
+            .and_then(|null| sys::duplicate_above(null, 10))
+            .map_err(|error: io::Error| Failure::new(Step::Output, error, "/dev/null"))?;
+        Ok((null, output(orders.stdout_fd)?, output(orders.stderr_fd)?))
+    };
+    let (null, stdout, stderr) = match open() {
+        Ok(all) => all,
+        Err(failure) => return Err((failure, channel)),
+    };
+    let high = match sys::duplicate_above(&channel, 10) {
+        Ok(high) => high,
+        Err(error) => return Err((Failure::new(Step::Descriptors, error, ""), channel)),
+    };
+    // From here on only the three standard numbers and 3 stay open.
+    drop(channel);
+    let arranged = sys::duplicate_onto(null.as_fd(), 0, false)
+        .and_then(|()| sys::duplicate_onto(stdout.as_fd(), 1, false))
+        .and_then(|()| sys::duplicate_onto(stderr.as_fd(), 2, false))
+        .and_then(|()| sys::duplicate_onto(high.as_fd(), 3, true));
+    drop((null, stdout, stderr));
+    match arranged {
+        Ok(()) => drop(high),
+        Err(error) => return Err((Failure::new(Step::Descriptors, error, ""), high)),
+    }
+    let channel = match sys::inherited(3) {
+        Ok(channel) => channel,
+        Err(_) => sys::exit_now(127),
+    };
+    match sys::close_from(4) {
+        Ok(()) => Ok(channel),
+        Err(error) => Err((Failure::new(Step::Descriptors, error, ""), channel)),
+    }
+}
+
+fn surroundings(spawn: &pb::Spawn) -> Result<(), Failure> {
+    nix::unistd::setsid().map_err(|error| Failure::new(Step::Session, error, ""))?;
+    sys::reset_signals().map_err(|error| Failure::new(Step::Session, error, ""))?;
+    let score = spawn.oom_score_adj.to_string();
+    write_file("/proc/self/oom_score_adj", &score)
+        .map_err(|error| Failure::new(Step::OomScore, error, &score))?;
+    sys::set_nice(spawn.nice).map_err(|error| Failure::new(Step::Nice, error, spawn.nice.to_string()))?;
+    for limit in &spawn.rlimits {
+        sys::set_resource_limit(limit.resource, limit.soft, limit.hard).map_err(|error| {
+            Failure::new(Step::Limit, error, format!("{} to {}:{}", limit.resource, limit.soft, limit.hard))
+        })?;
+    }
+    for file in &spawn.cgroup_files {
+        if let Err(error) = write_file(&file.path, &file.value)
+            && file.required
+        {
+            return Err(Failure::new(Step::CgroupFile, error, format!("{:?} to {}", file.value, file.path)));
+        }
+    }
+    for dir in spawn.cgroup1.iter().chain((!spawn.cgroup2.is_empty()).then_some(&spawn.cgroup2)) {
+        write_file(Path::new(dir).join("cgroup.procs"), "0")
+            .map_err(|error| Failure::new(Step::Cgroup, error, dir))?;
+    }
+    let mask = if spawn.umask == 0 { 0o022 } else { spawn.umask & 0o777 };
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
+    Ok(())
+}
+
+fn user(spawn: &pb::Spawn) -> Result<(), Failure> {
+    if spawn.set_user {
+        let groups: Vec<Gid> = spawn.groups.iter().copied().map(Gid::from_raw).collect();
+        let (uid, gid) = (Uid::from_raw(spawn.uid), Gid::from_raw(spawn.gid));
+        let named = || format!("{:?}", spawn.groups);
+        nix::unistd::setgroups(&groups).map_err(|error| Failure::new(Step::Groups, error, named()))?;
+        nix::unistd::setresgid(gid, gid, gid)
+            .map_err(|error| Failure::new(Step::Group, error, spawn.gid.to_string()))?;
+        nix::unistd::setresuid(uid, uid, uid)
+            .map_err(|error| Failure::new(Step::User, error, spawn.uid.to_string()))?;
+    }
+    if spawn.no_new_privileges {
+        nix::sys::prctl::set_no_new_privs().map_err(|error| Failure::new(Step::Privileges, error, ""))?;
+    }
+    Ok(())
+}
+
+/// As the user that the program runs as, so that what it may not enter is refused here.
+fn working_dir(spawn: &pb::Spawn) -> Result<(), Failure> {
+    let dir = if spawn.working_dir.is_empty() { "/" } else { &spawn.working_dir };
+    env::set_current_dir(dir).map_err(|error| Failure::new(Step::WorkingDir, error, dir))
+}
+
+/// Returns only with the reason why the program does not run.
+fn execute(spawn: &pb::Spawn) -> Failure {
+    let strings = |list: &[String]| -> Result<Vec<CString>, Failure> {
+        let each = list.iter().map(|text| CString::new(text.as_str()));
+        each.collect::<Result<_, _>>()
+            .map_err(|_| Failure::new(Step::Orders, Errno::EINVAL, "(a zero byte in argv or env)"))
+    };
+    let (argv, env) = match (strings(&spawn.argv), strings(&spawn.env)) {
+        (Ok(argv), Ok(env)) if !argv.is_empty() => (argv, env),
+        (Err(failure), _) | (_, Err(failure)) => return failure,
+        (Ok(_), Ok(_)) => return Failure::new(Step::Orders, Errno::EINVAL, "(argv is empty)"),
+    };
+    let name = &argv[0];
+    if name.as_bytes().contains(&b'/') {
+        return attempt(name, &argv, &env);
+    }
+    let path = spawn.env.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or("/usr/bin:/bin");
+    let mut refused = None;
+    for dir in path.split(':').map(|dir| if dir.is_empty() { "." } else { dir }) {
+        let candidate = Path::new(dir).join(std::ffi::OsStr::from_bytes(name.as_bytes()));
+        let Ok(candidate) = CString::new(candidate.as_os_str().as_bytes()) else { continue };
+        let failure = attempt(&candidate, &argv, &env);
+        match failure.errno {
+            // As execvp: look on, but remember that there was one.
+            libc::EACCES => refused = Some(failure),
+            libc::ENOENT | libc::ENOTDIR if failure.step == Step::Exec => {}
+            _ => return failure,
+        }
+    }
+    refused.unwrap_or_else(|| {
+        Failure::new(Step::Lookup, Errno::ENOENT, name.to_string_lossy().into_owned())
+    })
+}
+
+fn attempt(program: &CStr, argv: &[CString], env: &[CString]) -> Failure {
+    let Err(error) = nix::unistd::execve(program, argv, env);
+    let path = program.to_string_lossy().into_owned();
+    // ENOENT about a file that is there means the file it asks for.
+    let step = if error == Errno::ENOENT && Path::new(&path).exists() { Step::Interpreter } else { Step::Exec };
+    Failure::new(step, error, path)
+}
+
+/// Cgroup and proc files want the value in one write and exist already.
+fn write_file(path: impl AsRef<Path>, value: &str) -> io::Result<()> {
+    use std::io::Write as _;
+    let mut file: fs::File = OpenOptions::new().write(true).open(path)?;
+    file.write_all(value.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_survive_the_channel_and_read_well() {
+        let cases = [
+            (Failure::new(Step::Exec, Errno::ENOENT, "/usr/bin/nope"), "/usr/bin/nope: no such file or directory"),
+            (Failure::new(Step::Lookup, Errno::ENOENT, "nope"), "nope: not found in PATH"),
+            (
+                Failure::new(Step::WorkingDir, Errno::EACCES, "/root"),
+                "cannot enter working directory /root: permission denied",
+            ),
+        ];
+        for (failure, text) in cases {
+            assert_eq!(Failure::decode(&failure.encode()).as_ref(), Some(&failure));
+            assert_eq!(failure.to_string(), text);
+        }
+        assert_eq!(Failure::decode(b""), None);
+    }
+}

@@ -1,0 +1,290 @@
+//! The system calls that neither std nor nix offers safely: the only file of this crate with `unsafe`.
+//!
+//! Each function is as thin as its call, takes owned or borrowed descriptors, and returns `io::Result`. What to do
+//! with them is decided elsewhere.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// A child that has ended, as `wait4` tells it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Reaped {
+    pub(crate) pid: u32,
+    /// The raw wait status.
+    pub(crate) status: i32,
+    pub(crate) usage: Usage,
+}
+
+/// What a process used over its life.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) user_us: u64,
+    pub(crate) system_us: u64,
+    pub(crate) max_rss_bytes: u64,
+}
+
+/// Reaps one child that has ended, if any.
+#[expect(unsafe_code, reason = "nix has no wait4")]
+pub(crate) fn reap_one() -> Option<Reaped> {
+    let mut status = 0;
+    // SAFETY: rusage is plain numbers, for which all zeroes is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to live, writable locals of the right type.
+    let pid = unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut usage) };
+    let pid = u32::try_from(pid).ok().filter(|pid| *pid != 0)?;
+    let microseconds = |time: libc::timeval| {
+        u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_usec).unwrap_or(0)
+    };
+    let usage = Usage {
+        user_us: microseconds(usage.ru_utime),
+        system_us: microseconds(usage.ru_stime),
+        max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024,
+    };
+    Some(Reaped { pid, status, usage })
+}
+
+/// A descriptor for the process that has `pid` now; close-on-exec by the kernel's rule.
+#[expect(unsafe_code, reason = "nix has no pidfd_open")]
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two integers; the descriptor that it returns is new and ours.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(raw(fd)?))
+    }
+}
+
+/// Signals the process behind `pidfd`; with `group`, its whole process group (kernel 6.9 and newer, else EINVAL).
+#[expect(unsafe_code, reason = "nix has no pidfd_send_signal")]
+pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32, group: bool) -> io::Result<()> {
+    const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_long = 4;
+    let flags = if group { PIDFD_SIGNAL_PROCESS_GROUP } else { 0 };
+    // SAFETY: integers, and a null siginfo, which means "as kill would".
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            libc::c_long::from(pidfd.as_raw_fd()),
+            libc::c_long::from(signal),
+            std::ptr::null::<libc::siginfo_t>(),
+            flags,
+        )
+    };
+    check(done)
+}
+
+/// The wait status of the ended process behind `pidfd`, once it has been reaped by whoever is its parent.
+/// `None` when it has not, or when this kernel does not tell (before 6.15).
+#[expect(unsafe_code, reason = "an ioctl of its own")]
+pub(crate) fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    // struct pidfd_info in its first size; the ids between are not wanted.
+    #[repr(C)]
+    #[derive(Default)]
+    struct PidfdInfo {
+        mask: u64,
+        cgroup_id: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const PIDFD_INFO_EXIT: u64 = 1 << 3;
+    // _IOWR(0xFF, 11, struct pidfd_info)
+    const PIDFD_GET_INFO: libc::Ioctl = (3 << 30) | (64 << 16) | (0xFF << 8) | 11;
+    const { assert!(size_of::<PidfdInfo>() == 64) };
+    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: the request names the size of the struct, which lives and is writable.
+    let done = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
+    (done == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+}
+
+/// Forks, keeps exactly `inherit` (and stderr) across the exec, and executes `program` with `argv` and no
+/// environment. When even that fails, the child sends `failure` followed by errno (4 bytes, little-endian) to
+/// `report` and ends.
+///
+/// # Errors
+/// The fork's.
+#[expect(unsafe_code, reason = "fork: only the raw call lets the parent act between fork and exec")]
+pub(crate) fn fork_exec(
+    program: &CStr,
+    argv: &[CString],
+    inherit: &[BorrowedFd<'_>],
+    report: BorrowedFd<'_>,
+    failure: u8,
+) -> io::Result<u32> {
+    // All memory is made ready here: between fork and exec another thread may hold the allocator's lock for ever.
+    let mut arguments: Vec<*const libc::c_char> = argv.iter().map(|argument| argument.as_ptr()).collect();
+    arguments.push(std::ptr::null());
+    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+    let mut message = [failure, 0, 0, 0, 0];
+    // SAFETY: the child calls async-signal-safe functions only (fcntl, execve, send, _exit) on memory prepared above.
+    unsafe {
+        let pid = libc::fork();
+        if pid < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if pid > 0 {
+            return Ok(pid.unsigned_abs());
+        }
+        for fd in inherit {
+            libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0);
+        }
+        libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr());
+        message[1..].copy_from_slice(&(*libc::__errno_location()).to_le_bytes());
+        libc::send(report.as_raw_fd(), message.as_ptr().cast(), message.len(), libc::MSG_NOSIGNAL);
+        libc::_exit(127)
+    }
+}
+
+/// Ends the process at once: no destructors, no exit handlers of the large binary around us.
+#[expect(unsafe_code, reason = "std's exit runs handlers")]
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit has no precondition.
+    unsafe { libc::_exit(code) }
+}
+
+/// Takes over a descriptor that another image of this program left open for us under a number.
+///
+/// # Errors
+/// EBADF when nothing is open there.
+#[expect(unsafe_code, reason = "a number becomes an owner")]
+pub(crate) fn inherited(number: u32) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(number).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    if fd <= 2 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: F_SETFD on a number is harmless when it is not open; the caller (stub or handed-over keeper, at its
+    // start, single-threaded) was given this number for it alone, so that we are its only owner.
+    unsafe {
+        check(libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC).into())?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Sends bytes with descriptors riding on the first of them. Never raises SIGPIPE.
+///
+/// # Errors
+/// As sendmsg; `WouldBlock` on a non-blocking socket that is full (then no descriptor was sent).
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    let parts = [io::IoSlice::new(bytes)];
+    Ok(sendmsg::<()>(socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None)?)
+}
+
+/// Receives bytes and the descriptors that came with them (close-on-exec). 0 bytes: the other side is gone.
+///
+/// # Errors
+/// As recvmsg; `WouldBlock` on a non-blocking socket with nothing to read.
+#[expect(unsafe_code, reason = "received numbers become owners")]
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let mut control = nix::cmsg_space!([RawFd; 16]);
+    let mut parts = [io::IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let mut descriptors = Vec::new();
+    if let Ok(messages) = message.cmsgs() {
+        for part in messages {
+            if let ControlMessageOwned::ScmRights(numbers) = part {
+                for number in numbers {
+                    // SAFETY: the kernel has just opened this number for us in this call.
+                    descriptors.push(unsafe { OwnedFd::from_raw_fd(number) });
+                }
+            }
+        }
+    }
+    Ok((message.bytes, descriptors))
+}
+
+/// All signals unblocked and with their default action, as a new program expects them.
+#[expect(unsafe_code, reason = "nix cannot name the real-time signals")]
+pub(crate) fn reset_signals() -> io::Result<()> {
+    for signal in 1..=64 {
+        // SAFETY: setting the default action has no precondition; KILL, STOP and the two that libc keeps to itself
+        // refuse, as they should.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    nix::sys::signal::SigSet::empty().thread_set_mask()?;
+    Ok(())
+}
+
+/// Closes every descriptor from `first` on.
+#[expect(unsafe_code, reason = "nix has no close_range")]
+pub(crate) fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: the caller (the stub, just before exec) owns no descriptor from `first` on that it still uses.
+    check(unsafe { libc::syscall(libc::SYS_close_range, libc::c_long::from(first), libc::c_long::from(u32::MAX), 0) })
+}
+
+/// Makes `number` (0 to 3) refer to what `fd` does.
+#[expect(unsafe_code, reason = "the target is a fixed number")]
+pub(crate) fn duplicate_onto(fd: BorrowedFd<'_>, number: i32, close_on_exec: bool) -> io::Result<()> {
+    let flags = if close_on_exec { libc::O_CLOEXEC } else { 0 };
+    // SAFETY: the stub calls this with standard numbers, and with 3 once nothing else lives there.
+    unsafe {
+        if fd.as_raw_fd() == number {
+            let flags = if close_on_exec { libc::FD_CLOEXEC } else { 0 };
+            return check(libc::fcntl(number, libc::F_SETFD, flags).into());
+        }
+        check(libc::dup3(fd.as_raw_fd(), number, flags).into())
+    }
+}
+
+/// A copy of `fd` with a number of at least `least`, close-on-exec.
+pub(crate) fn duplicate_above(fd: impl AsFd, least: i32) -> io::Result<OwnedFd> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let number = fcntl(fd.as_fd(), FcntlArg::F_DUPFD_CLOEXEC(least))?;
+    inherited(number.unsigned_abs())
+}
+
+/// Soft and hard limit of a resource (the kernel's number).
+#[expect(unsafe_code, reason = "resources come as numbers from the agent")]
+pub(crate) fn resource_limit(resource: u32) -> io::Result<(u64, u64)> {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a live local of the right type.
+    check(unsafe { libc::getrlimit64(resource, &raw mut limit) }.into())?;
+    Ok((limit.rlim_cur, limit.rlim_max))
+}
+
+/// Sets soft and hard limit of a resource (the kernel's number).
+#[expect(unsafe_code, reason = "resources come as numbers from the agent")]
+pub(crate) fn set_resource_limit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: the pointer is to a live local of the right type.
+    check(unsafe { libc::setrlimit64(resource, &raw const limit) }.into())
+}
+
+/// The nice value of this process.
+#[expect(unsafe_code, reason = "nix has no setpriority")]
+pub(crate) fn set_nice(nice: i32) -> io::Result<()> {
+    // SAFETY: integers only.
+    check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())
+}
+
+/// Clock ticks per second, the unit of /proc/PID/stat.
+#[expect(unsafe_code, reason = "sysconf")]
+pub(crate) fn ticks_per_second() -> u64 {
+    // SAFETY: integers only.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)
+}
+
+/// Lets the kernel unmap a range of this process's own, never written, file-backed memory; what is touched again
+/// comes back from the page cache.
+#[expect(unsafe_code, reason = "madvise takes an address")]
+pub(crate) fn forget_clean_pages(start: usize, length: usize) -> io::Result<()> {
+    let address = std::ptr::without_provenance_mut::<libc::c_void>(start);
+    // SAFETY: the caller passes whole read-and-execute mappings of files out of /proc/self/maps. Nobody writes to
+    // them, so that dropping their pages changes no content.
+    check(unsafe { libc::madvise(address, length, libc::MADV_DONTNEED) }.into())
+}
+
+fn check(done: libc::c_long) -> io::Result<()> {
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn raw(fd: libc::c_long) -> io::Result<RawFd> {
+    RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))
+}
