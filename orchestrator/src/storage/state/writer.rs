@@ -1,0 +1,125 @@
+//! The one thread that writes the state database. It encodes rows as well, which keeps that off the apply path, and
+//! writes all batches that wait as one.
+
+use std::io;
+use std::sync::Arc;
+
+use prost::Message as _;
+use rocksdb::{WriteBatch, WriteOptions};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::{APPLIED, Database, MEMBERSHIP, META, ROWS, StateBatch};
+use crate::raft::convert::{log_id_to_pb, stored_membership_to_pb};
+use crate::storage::failure::Failure;
+use crate::storage::rocks;
+use crate::storage::snapshot::SnapshotFile;
+
+/// A write is handed to RocksDB when it holds this much, whatever else waits.
+const WRITE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+pub(super) enum Message {
+    Write(StateBatch, OwnedSemaphorePermit),
+    Barrier(oneshot::Sender<()>),
+    Replace(SnapshotFile, oneshot::Sender<io::Result<()>>),
+    Close,
+}
+
+pub(super) struct Writer {
+    db: Arc<Database>,
+    queue: mpsc::UnboundedReceiver<Message>,
+    failure: Failure,
+}
+
+impl Writer {
+    pub(super) fn new(db: Arc<Database>, queue: mpsc::UnboundedReceiver<Message>, failure: Failure) -> Self {
+        Self { db, queue, failure }
+    }
+
+    pub(super) fn run(mut self) {
+        let mut next = self.queue.blocking_recv();
+        while let Some(message) = next.take() {
+            let result = match message {
+                Message::Write(batch, slot) => self.write(batch, slot).map(|following| next = following),
+                Message::Barrier(done) => {
+                    // A caller that is gone no longer cares.
+                    let _gone = done.send(());
+                    Ok(())
+                }
+                Message::Replace(file, done) => {
+                    let result = self.replace(&file);
+                    let copy = result.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string())).copied();
+                    let _gone = done.send(copy);
+                    result
+                }
+                Message::Close => return,
+            };
+            if let Err(error) = result {
+                self.failure.publish(format!("writing the state in {} failed: {error}", self.db.0.path().display()));
+                return;
+            }
+            if next.is_none() {
+                next = self.queue.blocking_recv();
+            }
+        }
+    }
+
+    /// Writes `first` and the batches that wait behind it; returns the message that ended the run of batches.
+    fn write(&mut self, first: StateBatch, first_slot: OwnedSemaphorePermit) -> io::Result<Option<Message>> {
+        let mut out = WriteBatch::default();
+        let mut slots = vec![first_slot];
+        let mut following = None;
+        self.encode(&mut out, &first);
+        while out.size_in_bytes() < WRITE_BYTES_MAX {
+            match self.queue.try_recv() {
+                Ok(Message::Write(batch, slot)) => {
+                    self.encode(&mut out, &batch);
+                    slots.push(slot);
+                }
+                Ok(other) => {
+                    following = Some(other);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        self.db.0.write(out).map_err(rocks::io_error)?;
+        Ok(following)
+    }
+
+    fn encode(&self, out: &mut WriteBatch, batch: &StateBatch) {
+        let (rows, meta) = (self.db.family(ROWS), self.db.family(META));
+        for change in &batch.changes {
+            match change.value() {
+                Some(value) => out.put_cf(rows, change.key(), value),
+                None => out.delete_cf(rows, change.key()),
+            }
+        }
+        out.put_cf(meta, APPLIED, log_id_to_pb(&batch.applied).encode_to_vec());
+        if let Some(membership) = &batch.membership {
+            out.put_cf(meta, MEMBERSHIP, stored_membership_to_pb(membership).encode_to_vec());
+        }
+    }
+
+    /// The mark goes first and comes last, both synced, so that a crash in between leaves no half that looks whole.
+    fn replace(&self, file: &SnapshotFile) -> io::Result<()> {
+        self.db.clear()?;
+        let (rows, meta) = (self.db.family(ROWS), self.db.family(META));
+        let mut reader = file.reader()?;
+        let mut out = WriteBatch::default();
+        while let Some((key, value)) = reader.next_row()? {
+            out.put_cf(rows, key, value);
+            if out.size_in_bytes() >= WRITE_BYTES_MAX {
+                self.db.0.write(std::mem::take(&mut out)).map_err(rocks::io_error)?;
+            }
+        }
+        let snapshot = reader.meta();
+        if let Some(last) = &snapshot.last_log_id {
+            out.put_cf(meta, APPLIED, log_id_to_pb(last).encode_to_vec());
+        }
+        let membership = stored_membership_to_pb(&snapshot.last_membership).encode_to_vec();
+        out.put_cf(meta, MEMBERSHIP, membership);
+        let mut synced = WriteOptions::default();
+        synced.set_sync(true);
+        self.db.0.write_opt(out, &synced).map_err(rocks::io_error)
+    }
+}
