@@ -165,7 +165,7 @@ impl Reconciler {
         if let Input::SpawnFailed { error, .. } = &input
             && error.kind == SpawnErrorKind::Unavailable
         {
-            self.keeper_known = false;
+            self.keeper_lost();
         }
         if let Input::Exited(exit) = &input {
             self.exits_taken = self.exits_taken.max(exit.sequence);
@@ -189,6 +189,7 @@ impl Reconciler {
     /// The connection to the keeper is lost: what it does from now on is known only from its next list.
     pub fn keeper_lost(&mut self) {
         self.keeper_known = false;
+        self.supervisors.values_mut().for_each(Supervisor::keeper_lost);
     }
 
     /// Whether the keeper has listed what it runs on the connection in use.

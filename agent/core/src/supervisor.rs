@@ -69,6 +69,9 @@ pub struct Supervisor {
     /// Ended processes whose cgroup is not known to be empty. Nothing starts while there is one.
     sweeps: BTreeMap<ProcessKey, Sweep>,
     state: State,
+    /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
+    /// have been made before the order and be read after it.
+    keeper_known: bool,
     persisted: Option<pb::InstanceLedger>,
     reported: Option<pb::InstanceReport>,
     wake: Option<Monotonic>,
@@ -100,6 +103,7 @@ impl Supervisor {
             last_exit: None,
             sweeps: BTreeMap::new(),
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
+            keeper_known: false,
             persisted: None,
             reported: None,
             wake: None,
@@ -200,6 +204,20 @@ impl Supervisor {
     #[must_use]
     pub fn is_forgotten(&self) -> bool {
         self.forget
+    }
+
+    /// The connection to the keeper is lost: nothing is started before its next list, and the outcome of an order
+    /// under way is known only from that.
+    pub fn keeper_lost(&mut self) {
+        self.keeper_known = false;
+        if self.state == State::Starting(Starting::Spawning) {
+            self.await_keeper();
+        }
+    }
+
+    fn await_keeper(&mut self) {
+        let recalled = Box::new(std::mem::replace(&mut self.state, State::Gone));
+        self.state = State::Pending(Pending { recalled, exit: None });
     }
 
     fn goal(&self) -> Goal {

@@ -99,6 +99,7 @@ impl Supervisor {
 
     /// The keeper has spoken: what was remembered is what we go on from. True when we were waiting for it.
     fn recall<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, out: &mut Vec<Action>) -> bool {
+        self.keeper_known = true;
         let State::Pending(pending) = &mut self.state else { return false };
         let exit = pending.exit.take();
         self.state = std::mem::replace(&mut *pending.recalled, State::Gone);

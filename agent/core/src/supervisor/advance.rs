@@ -45,7 +45,7 @@ impl Supervisor {
                 (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, Goal::Replace) => {
                     self.begin_epoch(now, out);
                 }
-                (State::BackingOff { until, .. }, Goal::Run) if now < *until => return,
+                (State::BackingOff { until, .. }, Goal::Run) if now < *until || !self.keeper_known => return,
                 (State::BackingOff { .. }, Goal::Run) => return self.start(out),
                 (State::Exited { .. } | State::Failed { .. }, Goal::Run) => return,
             }
@@ -56,7 +56,9 @@ impl Supervisor {
     #[must_use]
     pub fn next_wake(&self) -> Option<Monotonic> {
         let own = match &self.state {
-            State::BackingOff { until, .. } => self.sweeps.is_empty().then_some(*until),
+            State::BackingOff { until, .. } => {
+                (self.sweeps.is_empty() && self.keeper_known).then_some(*until)
+            }
             State::Stopping(stopping) => Some(match stopping.step {
                 super::StopStep::Draining { until } => until,
                 super::StopStep::Terminating { .. } => stopping.kill_at,

@@ -10,7 +10,7 @@ use super::advance::{give_up, ports_fit};
 use super::health::{self, Health};
 use super::input::{ProcessKey, SpawnError, SpawnErrorKind};
 use super::restart::{cannot_heal, describe, hints_at_port, is_failure};
-use super::state::{Pending, Running, Starting, State, StopCause};
+use super::state::{Running, Starting, State, StopCause};
 use super::{AFTER_OPERATOR, Ports, QUICK_EXIT, Supervisor};
 use crate::monotonic::Monotonic;
 
@@ -50,7 +50,9 @@ impl Supervisor {
         if self.state != State::Starting(Starting::PickingPorts) {
             return;
         }
-        if self.wanted.manifest.as_ref().is_some_and(|manifest| ports_fit(manifest, &ports)) {
+        if !self.keeper_known {
+            self.state = State::due(now);
+        } else if self.wanted.manifest.as_ref().is_some_and(|manifest| ports_fit(manifest, &ports)) {
             self.ports = ports;
             self.pick_ports = false;
             self.spawn(out);
@@ -130,10 +132,7 @@ impl Supervisor {
             return;
         }
         match error.kind {
-            SpawnErrorKind::Unavailable => {
-                let recalled = Box::new(State::Starting(Starting::Spawning));
-                self.state = State::Pending(Pending { recalled, exit: None });
-            }
+            SpawnErrorKind::Unavailable => self.keeper_lost(),
             SpawnErrorKind::Busy => {
                 let until = now + self.memory.next_delay(rng, Duration::ZERO);
                 self.state = State::BackingOff { until, why: error.message.clone() };
@@ -256,12 +255,14 @@ impl Supervisor {
             out.push(Action::StopProbes);
         }
         self.sweep(now, self.key(), out);
-        let uptime = match (exit.ran_ms, &running) {
-            (0, Some(running)) => now.since(running.since),
-            (ran_ms, _) => Duration::from_millis(ran_ms),
+        let uptime = match &running {
+            // Our own note of an end that nobody saw.
+            Some(running) if exit.sequence == 0 => now.since(running.since),
+            Some(_) | None => Duration::from_millis(exit.ran_ms),
         };
         if let Some(ready) = running.and_then(|running| running.health.ready_since) {
-            self.memory.was_ready(now.since(ready));
+            // Time in which the agent was away and the process dead is no good running.
+            self.memory.was_ready(now.since(ready).min(uptime));
         }
         let failed = is_failure(&exit);
         let by_operator = exit.cause() == pb::ExitCause::Operator;

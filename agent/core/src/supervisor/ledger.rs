@@ -96,7 +96,8 @@ fn write_state(state: &State, ledger: &mut pb::InstanceLedger) {
             ledger.failed = true;
             Phase::Failed
         }
-        State::Gone => Phase::Exited,
+        // Not `Exited`, which is for good: should it be wanted again, it is to run again.
+        State::Gone => Phase::Pending,
     };
     ledger.set_phase(phase);
 }

@@ -113,7 +113,18 @@ impl Scene {
 
     fn record(&self, cause: pb::ExitCause, code: i32, signal: i32) -> pb::ExitRecord {
         let key = self.supervisor.key();
+        let uptime = match &self.supervisor.state {
+            State::Running(running) => self.now.since(running.since),
+            State::Stopping(stopping) => self.now.since(stopping.running.since),
+            State::Pending(_)
+            | State::Starting(_)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => Duration::ZERO,
+        };
         pb::ExitRecord {
+            ran_ms: u64::try_from(uptime.as_millis()).unwrap(),
             instance_id: 42,
             epoch: key.epoch,
             attempt: key.attempt,
@@ -712,8 +723,8 @@ fn a_running_process_is_adopted_with_its_readiness() {
 fn an_end_while_the_agent_was_away_is_counted_once_with_its_cause() {
     let mut scene = Scene::running(manifest());
     scene.pass(seconds(30));
-    scene.restart_agent();
     let exit = scene.record(pb::ExitCause::Signal, 0, 9);
+    scene.restart_agent();
     scene.give(Input::Exited(exit.clone()));
     assert_eq!(scene.spawns(), 0, "the list has not come yet");
     scene.give(Input::Absent { fresh: true });

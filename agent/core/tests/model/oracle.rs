@@ -1,0 +1,161 @@
+//! What must hold, judged from outside: from the orders as they are carried out and from what really happened to the
+//! processes, never from the supervisor's own state.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use nave_agent_core::supervisor::{
+    Action, BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, ProcessKey, UPTIME_FOR_RESTART_AT_ONCE,
+};
+use nave_agent_core::{Monotonic, Order};
+use nave_proto::pb::{self, ledger_record::Record};
+
+use crate::keeper::FakeKeeper;
+
+pub(crate) const BUDGET: u32 = 4;
+pub(crate) const WINDOW: Duration = Duration::from_secs(60);
+
+type Process = (u64, ProcessKey);
+
+#[derive(Debug, Default)]
+pub(crate) struct Oracle {
+    /// Processes whose end the agent knows.
+    known_ended: BTreeSet<Process>,
+    /// Ends told before the keeper's list.
+    heard: Vec<Process>,
+    acknowledged: BTreeSet<Process>,
+    /// Processes whose stop signal is on record as sent.
+    stop_signalled: BTreeSet<Process>,
+    kill_at: BTreeMap<Process, i64>,
+    restarts: BTreeMap<(u64, u64), (u32, Vec<Monotonic>)>,
+    exec_failures: BTreeMap<(u64, u64), u32>,
+    /// The wait that must have passed since the last end, by (instance, epoch), and its step.
+    steps: BTreeMap<(u64, u64), u32>,
+    /// Set by tests in which nothing but exits, time and the agent's death happen.
+    pub(crate) strict: bool,
+}
+
+impl Oracle {
+    pub(crate) fn agent_restarted(&mut self) {
+        self.known_ended = self.acknowledged.clone();
+        self.heard.clear();
+    }
+
+    pub(crate) fn rebooted(&mut self) {
+        self.kill_at.clear();
+        self.stop_signalled.clear();
+        for (_, decided) in self.restarts.values_mut() {
+            decided.clear();
+        }
+    }
+
+    pub(crate) fn heard(&mut self, exit: &pb::ExitRecord, keeper_known: bool) {
+        let process = (exit.instance_id, ProcessKey { epoch: exit.epoch, attempt: exit.attempt });
+        self.heard.push(process);
+        if keeper_known {
+            self.listed();
+        }
+    }
+
+    pub(crate) fn listed(&mut self) {
+        self.known_ended.extend(self.heard.drain(..));
+    }
+
+    pub(crate) fn signal_lost(&mut self, instance: u64, key: ProcessKey) {
+        self.stop_signalled.remove(&(instance, key));
+    }
+
+    /// The agent decided on it.
+    pub(crate) fn ordered(&self, order: &Order) {
+        if let Action::Signal { key, .. } = &order.action {
+            let process = (order.instance.0, *key);
+            assert!(
+                !self.known_ended.contains(&process),
+                "signals {process:?}, which it knows to have ended"
+            );
+        }
+    }
+
+    /// It is on its way to the keeper.
+    pub(crate) fn carried_out(&self, order: &Order) {
+        if let Action::Signal { key, signal: 15, .. } = &order.action {
+            let process = (order.instance.0, *key);
+            assert!(!self.stop_signalled.contains(&process), "the stop signal of {process:?} is repeated");
+        }
+    }
+
+    /// A ledger record is on disk.
+    pub(crate) fn persisted(&mut self, ledger: &pb::InstanceLedger, now: Monotonic) {
+        let instance = ledger.instance_id;
+        let process = (instance, ProcessKey { epoch: ledger.epoch, attempt: ledger.attempt });
+        if ledger.stop_signalled {
+            self.stop_signalled.insert(process);
+        }
+        if ledger.phase() == pb::InstanceLedgerPhase::Stopping {
+            let first = *self.kill_at.entry(process).or_insert(ledger.stop_kill_boottime_ns);
+            assert_eq!(first, ledger.stop_kill_boottime_ns, "the deadline of {process:?} has moved");
+        }
+        let failures = self.exec_failures.entry((instance, ledger.epoch)).or_default();
+        *failures = (*failures).max(ledger.exec_failures);
+        let (restarts, decided) = self.restarts.entry((instance, ledger.epoch)).or_default();
+        if ledger.restarts < *restarts {
+            decided.clear(); // stopped, then wanted again: a new life
+        }
+        assert!(ledger.restarts <= *restarts + 1, "{process:?} counts two restarts at once");
+        if ledger.restarts > *restarts {
+            decided.push(now);
+        }
+        *restarts = ledger.restarts;
+        let recent = decided.iter().filter(|&&at| now.since(at) < WINDOW).count();
+        assert!(recent <= BUDGET as usize, "{process:?}: {recent} restarts within {WINDOW:?}");
+    }
+
+    /// The keeper lets go of an exit record.
+    pub(crate) fn acknowledged(&mut self, exit: &pb::ExitRecord, disk: &[pb::LedgerRecord]) {
+        let process = (exit.instance_id, ProcessKey { epoch: exit.epoch, attempt: exit.attempt });
+        self.acknowledged.insert(process);
+        let mut ledger = None;
+        for record in disk {
+            match &record.record {
+                Some(Record::Instance(one)) if one.instance_id == exit.instance_id => ledger = Some(one),
+                Some(Record::Forgotten(id)) if *id == exit.instance_id => ledger = None,
+                _ => {}
+            }
+        }
+        let Some(ledger) = ledger else { return };
+        let of_last = ledger.last_exit.as_ref().map(|exit| (exit.epoch, exit.attempt));
+        let newer = (ledger.epoch, ledger.attempt) > (exit.epoch, exit.attempt);
+        assert!(
+            newer || of_last == Some((exit.epoch, exit.attempt)),
+            "{process:?} is acknowledged but not on disk: {ledger:?}"
+        );
+    }
+
+    /// A process is started: has it waited long enough since the last one ended?
+    pub(crate) fn started(&mut self, instance: u64, key: ProcessKey, now: Monotonic, keeper: &FakeKeeper) {
+        if !self.strict {
+            return;
+        }
+        let before = keeper.ended.iter().rfind(|((id, one), _)| *id == instance && one.epoch == key.epoch);
+        let Some((_, &(ended, uptime))) = before else { return };
+        let step = self.steps.entry((instance, key.epoch)).or_default();
+        if uptime >= Duration::from_secs(60) {
+            *step = 0;
+        }
+        if *step == 0 && uptime >= UPTIME_FOR_RESTART_AT_ONCE {
+            *step = 1;
+            return;
+        }
+        *step = (*step).max(1);
+        let wait = (BACKOFF_FIRST * 2_u32.pow(*step - 1)).min(BACKOFF_MAX);
+        *step += 1;
+        let waited = now.since(ended);
+        assert!(waited >= wait.mul_f64(0.8), "{key:?} of i-{instance} waited {waited:?} instead of {wait:?}");
+    }
+
+    pub(crate) fn may_have_given_up(&self, instance: u64, epoch: u64, reason: &str) {
+        let spent = self.restarts.get(&(instance, epoch)).is_some_and(|(restarts, _)| *restarts >= BUDGET);
+        let hopeless = self.exec_failures.get(&(instance, epoch)).is_some_and(|&n| n >= EXEC_FAILURES_MAX);
+        assert!(spent || hopeless, "i-{instance} was given up too early: {reason}");
+    }
+}
