@@ -1,0 +1,102 @@
+//! `HostService`: the hosts as the hub knows them. What the log says of a host (lost or not) every member knows;
+//! when it was last heard only the leader does, so a follower asks it and does without when it does not answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nave_proto::ids::HostId;
+use nave_proto::pb;
+use pb::host_service_server::HostService;
+use tonic::{Request, Response, Status};
+
+use crate::api::{Hub, convert};
+use crate::clock;
+use crate::dispatch::beats::{Heard, TTL};
+
+/// A listing is worth little waiting for a leader that does not answer.
+const LEADER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The service of this name on one member.
+#[derive(Debug)]
+pub(crate) struct Hosts {
+    hub: Arc<Hub>,
+}
+
+impl Hosts {
+    pub(crate) fn new(hub: Arc<Hub>) -> Self {
+        Self { hub }
+    }
+
+    /// When each host was last heard, by the leader; nothing when it cannot be asked.
+    async fn heard(&self) -> Option<Heard> {
+        let status = self.hub.raft.status();
+        let leader = status.leader?;
+        if leader == self.hub.id {
+            return Some(self.hub.beats.heard());
+        }
+        let (_, node, _) = status.members.into_iter().find(|(id, _, _)| *id == leader)?;
+        let info = self.hub.peers.info(leader, &node.address, LEADER_TIMEOUT).await?;
+        Some(info.last_heard_unix_ns.into_iter().map(|(id, at)| (HostId(id), at)).collect())
+    }
+}
+
+#[tonic::async_trait]
+impl HostService for Hosts {
+    async fn list_hosts(
+        &self,
+        request: Request<pb::ListHostsRequest>,
+    ) -> Result<Response<pb::ListHostsResponse>, Status> {
+        let linearizable = request.get_ref().linearizable;
+        self.hub.read(&request, linearizable).await?;
+        let heard = self.heard().await;
+        let now = clock::unix_now_ns();
+        let state = self.hub.raft.state();
+        let hosts = state
+            .hosts()
+            .map(|record| {
+                let mut host = convert::host(&state, record);
+                if let Some(heard) = &heard {
+                    show_heard(&mut host, record, heard.get(&HostId(record.id)).copied(), now);
+                }
+                host
+            })
+            .collect();
+        let freshness = self.hub.freshness(&state, linearizable);
+        drop(state);
+        Ok(Response::new(pb::ListHostsResponse { hosts, freshness }))
+    }
+}
+
+/// Adds what the leader has heard: a host that the log calls connected and that has missed its lease is silent.
+fn show_heard(host: &mut pb::Host, record: &pb::HostRecord, heard_ns: Option<i64>, now_ns: i64) {
+    host.last_heard = heard_ns.and_then(convert::timestamp);
+    let ttl_ns = i64::try_from(TTL.as_nanos()).unwrap_or(i64::MAX);
+    let silent = heard_ns.is_none_or(|at| now_ns.saturating_sub(at) > ttl_ns);
+    if silent && record.status() == pb::HostStatus::Connected {
+        "silent".clone_into(&mut host.status);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connected_host_that_is_not_heard_is_shown_silent() {
+        const SECOND: i64 = 1_000_000_000;
+        let table = [
+            (pb::HostStatus::Connected, Some(99 * SECOND), "connected"),
+            (pb::HostStatus::Connected, Some(95 * SECOND), "silent"),
+            (pb::HostStatus::Connected, None, "silent"),
+            (pb::HostStatus::Lost, Some(99 * SECOND), "lost"),
+            (pb::HostStatus::Lost, None, "lost"),
+        ];
+        for (status, heard, expected) in table {
+            let record = pb::HostRecord { id: 1, status: status.into(), ..Default::default() };
+            let mut host = convert::host(&nave_orchestrator_core::ClusterState::new(), &record);
+            show_heard(&mut host, &record, heard, 100 * SECOND);
+            assert_eq!(host.status, expected, "{status:?} {heard:?}");
+            assert_eq!(host.last_heard.is_some(), heard.is_some());
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! Lines of several hosts in the order of their times. Each host sends its own in order, so the earliest of all
+//! heads is next once every host has shown one. When following, a quiet host must not hold up the others: a line
+//! then waits for at most a short window, which is what clocks and network may differ by.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::task::Poll;
+use std::time::Duration;
+
+use nave_proto::pb;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+/// How long a followed line waits for an earlier one of another host.
+const REORDER: Duration = Duration::from_millis(200);
+/// Without following, a host that sends nothing for this long is left behind with a warning.
+const STALLED: Duration = Duration::from_secs(10);
+/// A host's queue is filled up to here and then left waiting.
+const LINES_PER_HOST: usize = 512;
+/// Lines in one answer; at a few hundred bytes each, 100 KB.
+const LINES_PER_ANSWER: usize = 256;
+/// Bytes in one answer, as lines may be long.
+const BYTES_PER_ANSWER: usize = 256 * 1024;
+
+#[derive(Debug)]
+struct Host {
+    name: String,
+    waiting: mpsc::Receiver<pb::ReadLogsResponse>,
+    lines: VecDeque<(Instant, pb::LogLine)>,
+    ended: bool,
+    /// When it last sent anything.
+    heard: Instant,
+}
+
+/// The hosts being read.
+#[derive(Debug)]
+pub(super) struct Merge {
+    hosts: Vec<Host>,
+    follow: bool,
+    warnings: VecDeque<String>,
+}
+
+/// What keeps the earliest line back.
+enum Next {
+    Line(usize),
+    WaitUntil(Instant),
+    End,
+}
+
+impl Merge {
+    pub(super) fn new(follow: bool) -> Self {
+        Self { hosts: Vec::new(), follow, warnings: VecDeque::new() }
+    }
+
+    pub(super) fn add(&mut self, name: String, waiting: mpsc::Receiver<pb::ReadLogsResponse>) {
+        let heard = Instant::now();
+        self.hosts.push(Host { name, waiting, lines: VecDeque::new(), ended: false, heard });
+    }
+
+    /// The next lines, as many as are due; nothing at the end of all.
+    pub(super) async fn next(&mut self) -> Option<pb::ReadLogsResponse> {
+        loop {
+            if let Some(warning) = self.warnings.pop_front() {
+                return Some(pb::ReadLogsResponse { lines: Vec::new(), warning });
+            }
+            let lines = self.due();
+            if !lines.is_empty() {
+                return Some(pb::ReadLogsResponse { lines, warning: String::new() });
+            }
+            let until = match self.decide() {
+                Next::End => return None,
+                Next::Line(_) => continue,
+                Next::WaitUntil(until) => until,
+            };
+            tokio::select! {
+                () = self.receive() => {}
+                () = sleep_until(until) => self.leave_stalled_behind(),
+            }
+        }
+    }
+
+    fn due(&mut self) -> Vec<pb::LogLine> {
+        let mut due = Vec::new();
+        let mut bytes = 0;
+        while due.len() < LINES_PER_ANSWER && bytes < BYTES_PER_ANSWER {
+            self.receive_ready();
+            let Next::Line(index) = self.decide() else { break };
+            let Some((_, line)) = self.hosts[index].lines.pop_front() else { break };
+            bytes += line.text.len();
+            due.push(line);
+        }
+        due
+    }
+
+    fn decide(&self) -> Next {
+        let now = Instant::now();
+        let earliest = self
+            .hosts
+            .iter()
+            .enumerate()
+            .filter_map(|(index, host)| host.lines.front().map(|(came, line)| (line.unix_ns, index, *came)))
+            .min();
+        let silent = self.hosts.iter().filter(|host| !host.ended && host.lines.is_empty());
+        let Some(stalled_at) = silent.map(|host| host.heard + STALLED).min() else {
+            // Every host shows its head, or all have ended.
+            return earliest.map_or(Next::End, |(_, index, _)| Next::Line(index));
+        };
+        match earliest {
+            Some((_, index, came)) if self.follow => {
+                if now >= came + REORDER { Next::Line(index) } else { Next::WaitUntil(came + REORDER) }
+            }
+            // A follower waits as long as it takes.
+            None if self.follow => Next::WaitUntil(now + STALLED),
+            _ => Next::WaitUntil(stalled_at),
+        }
+    }
+
+    /// Takes what has arrived without waiting.
+    fn receive_ready(&mut self) {
+        for index in 0..self.hosts.len() {
+            while self.hosts[index].is_wanted() {
+                match self.hosts[index].waiting.try_recv() {
+                    Ok(response) => self.accept(index, response),
+                    Err(mpsc::error::TryRecvError::Empty) => break,
+                    Err(mpsc::error::TryRecvError::Disconnected) => self.hosts[index].ended = true,
+                }
+            }
+        }
+    }
+
+    /// Waits until any host whose queue has room has sent something or ended. Cancel-safe: what is received is kept.
+    async fn receive(&mut self) {
+        poll_fn(|context| {
+            let mut progress = Poll::Pending;
+            for index in 0..self.hosts.len() {
+                if !self.hosts[index].is_wanted() {
+                    continue;
+                }
+                match self.hosts[index].waiting.poll_recv(context) {
+                    Poll::Ready(Some(response)) => self.accept(index, response),
+                    Poll::Ready(None) => self.hosts[index].ended = true,
+                    Poll::Pending => continue,
+                }
+                progress = Poll::Ready(());
+            }
+            progress
+        })
+        .await;
+    }
+
+    fn accept(&mut self, index: usize, response: pb::ReadLogsResponse) {
+        let now = Instant::now();
+        if !response.warning.is_empty() {
+            self.warnings.push_back(response.warning);
+        }
+        let host = &mut self.hosts[index];
+        host.heard = now;
+        host.lines.extend(response.lines.into_iter().map(|line| (now, line)));
+    }
+
+    fn leave_stalled_behind(&mut self) {
+        if self.follow {
+            return;
+        }
+        for host in self.hosts.iter_mut().filter(|host| !host.ended && host.lines.is_empty()) {
+            if host.heard.elapsed() >= STALLED {
+                host.ended = true;
+                self.warnings.push_back(format!("host {} stopped answering; its output is not complete", host.name));
+            }
+        }
+    }
+}
+
+impl Host {
+    fn is_wanted(&self) -> bool {
+        !self.ended && self.lines.len() < LINES_PER_HOST
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(host: &str, times: &[i64]) -> pb::ReadLogsResponse {
+        let line = |unix_ns: &i64| pb::LogLine { host: host.to_owned(), unix_ns: *unix_ns, ..Default::default() };
+        pb::ReadLogsResponse { lines: times.iter().map(line).collect(), warning: String::new() }
+    }
+
+    async fn all(merge: &mut Merge) -> (Vec<i64>, Vec<String>) {
+        let (mut times, mut warnings) = (Vec::new(), Vec::new());
+        while let Some(answer) = merge.next().await {
+            times.extend(answer.lines.iter().map(|line| line.unix_ns));
+            warnings.extend((!answer.warning.is_empty()).then_some(answer.warning));
+        }
+        (times, warnings)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lines_of_all_hosts_come_in_the_order_of_their_times() {
+        let mut merge = Merge::new(false);
+        for (name, parts) in [("a", [vec![1, 4], vec![9]]), ("b", [vec![2, 3], vec![5, 8]]), ("c", [vec![], vec![7]])] {
+            let (sender, waiting) = mpsc::channel(4);
+            for part in parts {
+                sender.send(lines(name, &part)).await.unwrap();
+            }
+            merge.add(name.to_owned(), waiting);
+        }
+        assert_eq!(all(&mut merge).await, (vec![1, 2, 3, 4, 5, 7, 8, 9], Vec::<String>::new()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_stalls_is_left_behind_with_a_warning() {
+        let mut merge = Merge::new(false);
+        let (good, waiting) = mpsc::channel(4);
+        merge.add("a".to_owned(), waiting);
+        let (_stalled, waiting) = mpsc::channel(4);
+        merge.add("b".to_owned(), waiting);
+        good.send(lines("a", &[1, 2])).await.unwrap();
+        drop(good);
+        let (times, warnings) = all(&mut merge).await;
+        assert_eq!(times, [1, 2]);
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("host b stopped answering"), "{warnings:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_follower_is_not_held_up_by_a_quiet_host() {
+        let mut merge = Merge::new(true);
+        let (a, waiting) = mpsc::channel(4);
+        merge.add("a".to_owned(), waiting);
+        let (b, waiting) = mpsc::channel(4);
+        merge.add("b".to_owned(), waiting);
+        a.send(lines("a", &[5])).await.unwrap();
+        b.send(lines("b", &[4])).await.unwrap();
+        let begun = Instant::now();
+        let first = merge.next().await.unwrap();
+        assert_eq!(first.lines[0].unix_ns, 4);
+        let second = merge.next().await.unwrap();
+        assert_eq!(second.lines[0].unix_ns, 5);
+        assert!(begun.elapsed() <= REORDER, "{:?}", begun.elapsed());
+    }
+}

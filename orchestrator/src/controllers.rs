@@ -1,0 +1,35 @@
+//! What the leader does of itself: the scheduler places and stops instances, liveness says which hosts are lost.
+//!
+//! Controllers take no input. Woken by changes and timers, they look at the state, decide, and propose; so a change
+//! of leader needs nothing special: the next leader's controllers look at the same state. On the other members they
+//! wait.
+
+pub(crate) mod liveness;
+pub(crate) mod scheduler;
+
+use std::sync::Arc;
+
+use crate::api::Hub;
+
+/// Waits until this member leads, and returns the term in which it does; nothing when the member stops.
+async fn leadership(hub: &Arc<Hub>) -> Option<u64> {
+    let mut status = hub.raft.subscribe_status();
+    loop {
+        {
+            let status = status.borrow_and_update();
+            if status.leader == Some(hub.id) {
+                return Some(status.term);
+            }
+        }
+        tokio::select! {
+            changed = status.changed() => changed.ok()?,
+            () = hub.stop.cancelled() => return None,
+        }
+    }
+}
+
+/// Whether this member still leads in that term.
+fn still_leads(hub: &Hub, term: u64) -> bool {
+    let status = hub.raft.status();
+    status.leader == Some(hub.id) && status.term == term
+}

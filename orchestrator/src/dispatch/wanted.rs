@@ -1,0 +1,189 @@
+//! What is wanted on one host, and what its agent has been told of it. The state is the truth; this remembers only
+//! enough to leave out what an agent knows already, such as the echo of its own reports.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nave_orchestrator_core::ClusterState;
+use nave_proto::ids::{HostId, InstanceId};
+use nave_proto::pb;
+
+/// What the agent of one host has been told.
+#[derive(Debug)]
+pub(super) struct Told {
+    host: HostId,
+    instances: BTreeMap<InstanceId, Wish>,
+}
+
+/// The parts of a wanted instance that ever change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Wish {
+    epoch: u64,
+    version: u64,
+    desired: pb::Desired,
+}
+
+impl Wish {
+    fn of(record: &pb::InstanceRecord) -> Self {
+        Self { epoch: record.epoch, version: record.version, desired: record.desired() }
+    }
+}
+
+impl Told {
+    pub(super) fn nothing(host: HostId) -> Self {
+        Self { host, instances: BTreeMap::new() }
+    }
+
+    /// Whether a change of this instance may concern the host: it is there, or the agent has been told of it.
+    pub(super) fn concerns(&self, id: InstanceId, on: Option<HostId>) -> bool {
+        on == Some(self.host) || self.instances.contains_key(&id)
+    }
+
+    /// Everything that is wanted on the host.
+    pub(super) fn whole(&mut self, state: &ClusterState, incarnation: u64) -> pb::WantedSet {
+        let records: Vec<_> = state.instances_on(self.host).collect();
+        self.instances =
+            records.iter().map(|record| (InstanceId(record.id), Wish::of(record))).collect();
+        pb::WantedSet {
+            incarnation,
+            generation: state.revision(),
+            instances: records.into_iter().map(|record| wanted(state, record)).collect(),
+        }
+    }
+
+    /// What these instances' changes mean for the agent; nothing when it knows it all.
+    pub(super) fn delta(
+        &mut self,
+        state: &ClusterState,
+        incarnation: u64,
+        from: u64,
+        touched: BTreeSet<InstanceId>,
+    ) -> Option<pb::WantedDelta> {
+        let mut put = Vec::new();
+        let mut removed = Vec::new();
+        for id in touched {
+            match state.instance(id).filter(|record| record.host_id == self.host.0) {
+                Some(record) => {
+                    let wish = Wish::of(record);
+                    if self.instances.insert(id, wish) != Some(wish) {
+                        put.push(wanted(state, record));
+                    }
+                }
+                None => {
+                    if self.instances.remove(&id).is_some() {
+                        removed.push(id.0);
+                    }
+                }
+            }
+        }
+        let delta = pb::WantedDelta {
+            incarnation,
+            from_generation: from,
+            to_generation: state.revision(),
+            put,
+            removed,
+        };
+        (!delta.put.is_empty() || !delta.removed.is_empty()).then_some(delta)
+    }
+}
+
+fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstance {
+    let service = state.service(&record.service);
+    let manifest = state.manifest(&record.service, record.version);
+    pb::WantedInstance {
+        instance_id: record.id,
+        epoch: record.epoch,
+        version: record.version,
+        ordinal: record.ordinal,
+        desired: record.desired,
+        manifest: manifest.or_else(|| service?.manifest.as_ref()).cloned(),
+        address_suffix: service.map_or(0, |service| service.address_suffix),
+        uid: service.map_or(0, |service| service.uid),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: HostId = HostId(1);
+
+    fn state(records: &[pb::InstanceRecord]) -> ClusterState {
+        let host = |id| pb::HostRecord {
+            id,
+            facts: Some(pb::HostFacts { name: format!("host-{id}"), ..Default::default() }),
+            public_key_sha256: vec![u8::try_from(id).unwrap(); 32],
+            ..Default::default()
+        };
+        let service = pb::ServiceRecord {
+            name: "web".to_owned(),
+            version: 1,
+            template_version: 1,
+            manifest: Some(pb::Manifest { name: "web".to_owned(), ..Default::default() }),
+            address_suffix: 300,
+            oldest_version: 1,
+            ..Default::default()
+        };
+        let version = pb::VersionRecord { service: "web".to_owned(), version: 1, ..Default::default() };
+        let cluster = pb::ClusterRecord { incarnation: 1, ..Default::default() };
+        let rows = [
+            pb::row::Row::Cluster(cluster),
+            pb::row::Row::Host(host(1)),
+            pb::row::Row::Host(host(2)),
+            pb::row::Row::Service(service),
+            pb::row::Row::Version(version),
+        ];
+        let instances = records.iter().cloned().map(pb::row::Row::Instance);
+        let rows = rows.into_iter().chain(instances).map(|row| pb::Row { row: Some(row) });
+        ClusterState::from_rows(rows, 10).unwrap()
+    }
+
+    fn instance(id: u64, host_id: u64, epoch: u64) -> pb::InstanceRecord {
+        let desired = pb::Desired::Run.into();
+        pb::InstanceRecord {
+            id,
+            host_id,
+            epoch,
+            desired,
+            version: 1,
+            service: "web".to_owned(),
+            ..Default::default()
+        }
+    }
+
+    fn touched(ids: &[u64]) -> BTreeSet<InstanceId> {
+        ids.iter().copied().map(InstanceId).collect()
+    }
+
+    #[test]
+    fn the_whole_set_is_the_hosts_own() {
+        let mut told = Told::nothing(HOST);
+        let set = told.whole(&state(&[instance(1, 1, 1), instance(2, 2, 1)]), 1);
+        assert_eq!((set.incarnation, set.generation), (1, 10));
+        assert_eq!(set.instances.len(), 1);
+        let first = &set.instances[0];
+        assert_eq!((first.instance_id, first.epoch, first.address_suffix), (1, 1, 300));
+        assert_eq!(first.manifest.as_ref().map(|manifest| manifest.name.as_str()), Some("web"));
+    }
+
+    #[test]
+    fn an_agent_is_not_told_what_it_knows() {
+        let mut told = Told::nothing(HOST);
+        let before = state(&[instance(1, 1, 1)]);
+        told.whole(&before, 1);
+        let observed = pb::InstanceRecord { restarts: 3, attempt: 4, ..instance(1, 1, 1) };
+        assert_eq!(told.delta(&state(&[observed]), 1, 10, touched(&[1])), None);
+    }
+
+    #[test]
+    fn a_new_epoch_is_put_and_what_left_the_host_is_removed() {
+        let mut told = Told::nothing(HOST);
+        told.whole(&state(&[instance(1, 1, 1), instance(2, 1, 1), instance(3, 1, 1)]), 1);
+        let after = state(&[instance(1, 1, 2), instance(2, 2, 2)]);
+        assert!(told.concerns(InstanceId(2), Some(HostId(2))), "it was told of this one");
+        assert!(!told.concerns(InstanceId(9), Some(HostId(2))));
+        let delta = told.delta(&after, 1, 10, touched(&[1, 2, 3])).unwrap();
+        assert_eq!(delta.put.iter().map(|put| (put.instance_id, put.epoch)).collect::<Vec<_>>(), [(1, 2)]);
+        assert_eq!((delta.removed, delta.from_generation), (vec![2, 3], 10));
+        assert!(!told.concerns(InstanceId(2), Some(HostId(2))), "and has been told that it is gone");
+    }
+}

@@ -1,0 +1,80 @@
+//! A new cluster's first steps. Every member of the configured list offers the same first membership when its log
+//! is pristine, which is safe to do on all of them; whoever then leads and finds no cluster in the state makes it,
+//! with the first join token. On an old cluster both find nothing to do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nave_proto::pb;
+use pb::command::Body;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, info, warn};
+
+use crate::api::{self, Hub};
+use crate::config::{Bootstrap, MemberConfig};
+use crate::raft::{InitializeError, MemberNode};
+
+/// Between tries while the others are not up yet.
+const RETRY: Duration = Duration::from_millis(100);
+const DEADLINE: Duration = Duration::from_secs(2);
+/// A first token's uses, as of any token that does not say.
+const TOKEN_USES: u32 = 1000;
+/// Before any restore.
+const FIRST_INCARNATION: u64 = 1;
+
+/// Does its part, then waits for the member to stop.
+pub(super) async fn run(hub: Arc<Hub>, config: MemberConfig) -> Result<(), String> {
+    let members = config
+        .members
+        .iter()
+        .map(|member| (member.id, MemberNode { name: member.name.clone(), address: member.address.clone() }))
+        .collect();
+    match hub.raft.initialize(members).await {
+        Ok(()) => info!(members = config.members.len(), "a new log has begun"),
+        Err(InitializeError::NotPristine) => debug!("the log has begun before"),
+        Err(error) => return Err(format!("cannot begin a new cluster: {error}")),
+    }
+    tokio::select! {
+        () = found(&hub, &config) => {}
+        () = hub.stop.cancelled() => return Ok(()),
+    }
+    hub.stop.cancelled().await;
+    Ok(())
+}
+
+/// Returns once there is a cluster in the state.
+async fn found(hub: &Hub, config: &MemberConfig) {
+    loop {
+        if let Some(cluster) = hub.raft.state().cluster() {
+            info!(incarnation = cluster.incarnation, "the cluster is there");
+            return;
+        }
+        let status = hub.raft.status();
+        if status.leader == Some(hub.id) && status.leader_proven {
+            let body = pb::InitCluster {
+                cluster_id: config.cluster_id.to_string(),
+                incarnation: FIRST_INCARNATION,
+                first_token: config.bootstrap.as_ref().map(token),
+            };
+            let command = api::command("hub".to_owned(), None, Body::InitCluster(body));
+            match hub.raft.propose(command, Instant::now() + DEADLINE).await {
+                Ok(_) => info!(cluster = %config.cluster_id, "a new cluster has begun"),
+                Err(error) => warn!(%error, "the new cluster has not begun yet, trying again"),
+            }
+        }
+        sleep(RETRY).await;
+    }
+}
+
+fn token(bootstrap: &Bootstrap) -> pb::TokenRecord {
+    let secret_sha256 = bootstrap.secret_sha256().expect("checked with the configuration").to_vec();
+    pb::TokenRecord {
+        id: bootstrap.token_id.clone(),
+        secret_sha256,
+        created_unix_ns: 0,
+        expires_unix_ns: bootstrap.token_expires_unix.saturating_mul(1_000_000_000),
+        uses_left: TOKEN_USES,
+        actor: "hub".to_owned(),
+        revision: 0,
+    }
+}

@@ -1,0 +1,72 @@
+//! Watching: one ring of the newest changes per member, and cursors into it.
+//!
+//! Every member applies the same log, so every member can serve watches from what it has applied. There is no
+//! queue per watcher: a watcher is a revision, it is woken through one `tokio::sync::watch`, and it reads what lies
+//! behind its revision. One that falls out of the ring is given the state instead. So a slow watcher costs nothing
+//! but itself, and memory is bounded by the ring whatever the number of watchers.
+//!
+//! Written to by the Raft state machine (`ApplyObserver`, under the state's write lock, so state and ring always
+//! show the same revision to whoever holds the state's read lock). Read by `watch/feed.rs` (people) and by
+//! `dispatch` (agents).
+
+pub(crate) mod feed;
+mod ring;
+
+use nave_orchestrator_core::{Change, ClusterState};
+use parking_lot::RwLock;
+use tokio::sync::watch;
+
+pub(crate) use ring::{Read, Ring, RingSize};
+
+use crate::raft::ApplyObserver;
+
+/// The ring of one member and the means to wait for its next change.
+#[derive(Debug)]
+pub(crate) struct Changes {
+    ring: RwLock<Ring>,
+    revision: watch::Sender<u64>,
+}
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self { ring: RwLock::new(Ring::default()), revision: watch::Sender::new(0) }
+    }
+}
+
+impl Changes {
+    /// The changes after a revision that `wanted` picks, at most `limit` of them.
+    pub(crate) fn read(&self, after: u64, limit: usize, wanted: impl FnMut(&Change) -> bool) -> Read {
+        self.ring.read().read(after, limit, wanted)
+    }
+
+    /// Holds the newest revision; changes when anything was applied.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+
+    /// For the metrics.
+    pub(crate) fn size(&self) -> RingSize {
+        self.ring.read().size()
+    }
+
+    /// How many watchers wait for changes now.
+    pub(crate) fn watchers(&self) -> usize {
+        self.revision.receiver_count()
+    }
+
+    fn wake(&self, revision: u64) {
+        self.revision.send_replace(revision);
+    }
+}
+
+impl ApplyObserver for Changes {
+    fn applied(&self, revision: u64, changes: &[Change]) {
+        self.ring.write().push(revision, changes);
+        self.wake(revision);
+    }
+
+    fn restored(&self, state: &ClusterState) {
+        self.ring.write().restart(state.revision());
+        self.wake(state.revision());
+    }
+}
