@@ -23,10 +23,10 @@ use crate::context::{self, Context};
 use crate::failure::{Exit, Failure};
 use crate::{out, tls};
 
-/// One try of one call. A member without a leader answers within 5 s; a second more is for the way.
-const TRY_TIMEOUT: Duration = Duration::from_secs(6);
+/// One try of one call. A member that finds no leader says so within 4 s; the rest is for the way.
+const TRY_TIMEOUT: Duration = Duration::from_secs(5);
 /// No new round over the members begins after this. A new leader is there within 1.5 s of the death of the old.
-const ROUNDS_FOR: Duration = Duration::from_secs(4);
+const ROUNDS_FOR: Duration = Duration::from_secs(3);
 const PAUSE_BETWEEN_ROUNDS: Duration = Duration::from_millis(100);
 
 /// One member, as a verb speaks to it.

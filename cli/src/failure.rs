@@ -69,20 +69,18 @@ impl Failure {
 
     /// A refusal by the hub, in its words.
     pub(crate) fn from_status(status: &Status) -> Self {
-        let mut failure = Self::new(exit_of(status.code()), message_of(status));
+        let mut failure = Self::new(exit_of(status), message_of(status));
+        let said = failure.message.clone();
         if let Some(bad) = status.get_details_bad_request() {
-            failure = failure.details(bad.field_violations.iter().map(|violation| {
-                if violation.field.is_empty() {
-                    violation.description.clone()
-                } else {
-                    format!("{}: {}", violation.field, violation.description)
-                }
+            let unsaid = bad.field_violations.iter().filter(|violation| !said.contains(&violation.description));
+            failure = failure.details(unsaid.map(|violation| match violation.field.as_str() {
+                "" => violation.description.clone(),
+                field => format!("{field}: {}", violation.description),
             }));
         }
         if let Some(failed) = status.get_details_precondition_failure() {
-            let said = failure.message.clone();
             let lines = failed.violations.iter().map(|violation| violation.description.clone());
-            failure = failure.details(lines.filter(|line| !line.is_empty() && !said.contains(line.as_str())));
+            failure = failure.details(lines.filter(|line| !said.contains(line.as_str())));
         }
         if let Some(help) = status.get_details_help()
             && let Some(link) = help.links.first()
@@ -93,9 +91,15 @@ impl Failure {
     }
 }
 
+/// The hub's reason for a request that is well formed and does not fit what there is, such as a cycle of needs.
+const DOES_NOT_FIT: &str = "INVALID";
+
 /// DESIGN 5: what was refused is 1, what was wrong in the request is 2, what nobody knows is 3.
-pub(crate) fn exit_of(code: Code) -> Exit {
-    match code {
+fn exit_of(status: &Status) -> Exit {
+    match status.code() {
+        Code::InvalidArgument if status.get_details_error_info().is_some_and(|info| info.reason == DOES_NOT_FIT) => {
+            Exit::Refused
+        }
         Code::InvalidArgument | Code::OutOfRange => Exit::Usage,
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => Exit::Unknown,
         Code::Ok
@@ -162,8 +166,15 @@ mod tests {
             (Code::Unavailable, Exit::Unknown),
             (Code::DeadlineExceeded, Exit::Unknown),
         ] {
-            assert_eq!(exit_of(code), exit, "{code:?}");
+            assert_eq!(exit_of(&Status::new(code, "")), exit, "{code:?}");
         }
+    }
+
+    #[test]
+    fn a_manifest_that_does_not_fit_what_there_is_is_refused_rather_than_invalid() {
+        let details = ErrorDetails::with_error_info("INVALID", "nave.v1", Default::default());
+        let status = Status::with_error_details(Code::InvalidArgument, "a and b need each other", details);
+        assert_eq!(exit_of(&status), Exit::Refused);
     }
 
     #[test]

@@ -91,16 +91,18 @@ pub(crate) fn create(cluster: &NewCluster) -> Result<(), Failure> {
     let operator = authority
         .issue_new(Role::Operator(cluster.operator.clone()), OPERATOR_VALIDITY, now)
         .context("issue the operator's certificate")?;
+    let [ca, certificate, key] = ["ca.pem", "operator.pem", "operator.key"];
+    let in_dir = |name: &str| cluster.dir.join(name);
+    operator.save(&in_dir(certificate), &in_dir(key), &in_dir(ca)).context("write the operator's certificate")?;
     let client = ClientFile {
         addresses: cluster.members.iter().map(|member| member.address.clone()).collect(),
-        ca: pem("CERTIFICATE", operator.ca_der()),
-        certificate: pem("CERTIFICATE", &operator.certificate_der()),
-        key: operator.key_pair().to_pem(),
+        ca: ca.to_owned(),
+        certificate: certificate.to_owned(),
+        key: key.to_owned(),
     };
     let text = toml::to_string(&client).context("write client.toml as TOML")?;
     // Last: who finds it finds a whole cluster.
-    write(&cluster.client_file(), 0o600, &format!("# An operator's way to the cluster; whoever has this file may do everything.\n{text}"))?;
-    Ok(())
+    write(&cluster.client_file(), 0o644, &format!("# An operator's way to the cluster: export NAVE_CONTEXT=FILE\n{text}"))
 }
 
 fn member_config(cluster: &NewCluster, index: usize, id: ClusterId, bootstrap: &Bootstrap) -> MemberConfig {
@@ -170,11 +172,11 @@ fn refuse_wrong(addresses: &[String]) -> Result<(), Failure> {
 
 fn refuse_occupied(dir: &Path) -> Result<(), Failure> {
     match std::fs::read_dir(dir) {
-        Ok(mut entries) if entries.next().is_some() => {
-            Err(Failure::refused(format!("{} is not empty", dir.display()))
-                .next("choose another --out; keys that are in use are never overwritten"))
-        }
-        Ok(_) => Ok(()),
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => Err(Failure::refused(format!("{} is not empty", dir.display()))
+                .next("choose another --out; keys that are in use are never overwritten")),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(Failure::refused(format!("cannot use {}: {}", dir.display(), plain(&error)))),
     }
@@ -250,14 +252,6 @@ pub(crate) fn write(path: &Path, mode: u32, text: &str) -> Result<(), Failure> {
     written.map_err(|error| Failure::refused(format!("cannot write {}: {}", path.display(), plain(&error))))
 }
 
-fn pem(label: &str, der: &[u8]) -> String {
-    use base64::Engine as _;
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let lines: Vec<&str> =
-        text.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).expect("base64 is ASCII")).collect();
-    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
@@ -286,7 +280,7 @@ mod tests {
     #[test]
     fn secrets_are_their_owners_alone() {
         let (_folder, cluster) = made();
-        assert_eq!(mode(&cluster.client_file()), 0o600);
+        assert_eq!(mode(&cluster.dir.join("operator.key")), 0o600);
         assert_eq!(mode(&cluster.token_file()), 0o600);
         for member in &cluster.members {
             assert_eq!(mode(&member.folder.join("ca.key")), 0o600);

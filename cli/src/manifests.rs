@@ -71,8 +71,7 @@ fn gather(paths: &[PathBuf], mut stdin: impl io::Read) -> Result<Vec<Source>, Fa
     let mut sources = Vec::new();
     for path in paths {
         if path.as_os_str() == "-" {
-            let mut text = String::new();
-            bounded(&mut stdin).read_to_string(&mut text).map_err(|error| unreadable("standard input", &error))?;
+            let text = text_of(&mut stdin).map_err(|error| unreadable("standard input", &error))?;
             let format = guess(&text);
             sources.push(Source { file: "standard input".to_owned(), format, text });
         } else if path.is_dir() {
@@ -114,16 +113,22 @@ fn files_in(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
 
 fn read(path: &Path, format: Format) -> Result<Source, Failure> {
     let file = path.display().to_string();
-    let mut text = String::new();
-    std::fs::File::open(path)
-        .and_then(|opened| bounded(opened).read_to_string(&mut text))
-        .map_err(|error| unreadable(&file, &error))?;
+    let text = std::fs::File::open(path).and_then(text_of).map_err(|error| unreadable(&file, &error))?;
     Ok(Source { file, format, text })
 }
 
-/// A little more than a manifest may have, so that the parser still says by how much it is too large.
-fn bounded(reader: impl io::Read) -> impl io::Read {
-    reader.take(4 * manifest::MANIFEST_BYTES_MAX as u64)
+/// No more than it takes for the parser to say that it is too much.
+fn text_of(reader: impl io::Read) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    reader.take(2 * manifest::MANIFEST_BYTES_MAX as u64).read_to_end(&mut bytes)?;
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(text),
+        // Cut within a character, above.
+        Err(error) if error.utf8_error().error_len().is_none() => {
+            Ok(String::from_utf8_lossy(error.as_bytes()).into_owned())
+        }
+        Err(_) => Err(io::ErrorKind::InvalidData.into()),
+    }
 }
 
 fn unreadable(file: &str, error: &io::Error) -> Failure {

@@ -163,8 +163,8 @@ fn refuse_strange(dir: &Path) -> Result<(), Failure> {
     let strange = entries.filter_map(Result::ok).map(|entry| entry.file_name()).find(|name| {
         // Left by a start that was cut short before dev.toml was there: nothing has run yet.
         let name = name.to_string_lossy();
-        !(name == "dev.lock" || name == "client.toml" || name == "join-token" || name.ends_with(".new"))
-            && !name.starts_with("member-")
+        let ours = ["dev.lock", "client.toml", "join-token", "ca.pem", "operator.pem", "operator.key"];
+        !ours.contains(&&*name) && !name.ends_with(".new") && !name.starts_with("member-")
     });
     match strange {
         None => Ok(()),

@@ -1,7 +1,7 @@
 //! A process that dev watches, its child or one that an earlier dev has left: a pidfd cannot come to mean another.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Child, ExitStatus};
 
@@ -13,7 +13,6 @@ use tokio::io::unix::AsyncFd;
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) pid: u32,
-    /// Registered with the runtime on first use, so that a process can be looked at without one.
     pidfd: OwnedFd,
     /// Ours to reap; an adopted process has another parent.
     child: Option<Child>,
@@ -43,7 +42,7 @@ impl Process {
 
     /// Waits for the end; the status of an adopted process is its parent's to know.
     pub(super) async fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
-        let watched = AsyncFd::with_interest(&self.pidfd, Interest::READABLE)?;
+        let watched = AsyncFd::with_interest(self.pidfd.as_raw_fd(), Interest::READABLE)?;
         watched.readable().await?.retain_ready();
         drop(watched);
         self.child.as_mut().map(Child::wait).transpose()

@@ -16,6 +16,7 @@ struct HostRow<'a> {
     name: &'a str,
     address: &'a str,
     status: &'a str,
+    status_reason: &'a str,
     draining: bool,
     instances: u32,
     cpu_millicores: u64,
@@ -41,6 +42,7 @@ impl<'a> HostRow<'a> {
             name: &host.name,
             address: &host.address,
             status: &host.status,
+            status_reason: &host.status_reason,
             draining: host.draining,
             instances: host.instances,
             cpu_millicores: facts.cpu_millicores,
@@ -94,6 +96,9 @@ pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
     }
     table.print();
     for host in &listed.hosts {
+        if host.status != "connected" && !host.status_reason.is_empty() {
+            out::line(format_args!("{}: {}", host.name, host.status_reason));
+        }
         for lack in host.facts.iter().flat_map(|facts| &facts.lacks) {
             out::line(out::paint(Tone::Dim, &format!("{}: {lack}", host.name)));
         }

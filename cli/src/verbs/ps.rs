@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use nave_proto::pb;
 use serde::Serialize;
 
-use super::{no_service, observed_text, observed_tone};
+use super::{no_service, observed_tone};
 use crate::args::Ps;
 use crate::client::{Hub, note_age};
 use crate::failure::Failure;
-use crate::out;
+use crate::out::{self, Tone};
 use crate::table::{Cell, Table};
 use crate::{clock, when};
 
@@ -121,7 +121,7 @@ async fn exists(hub: &Hub, name: &str) -> Result<bool, Failure> {
 pub(super) fn table(instances: &[pb::Instance], with_service: bool, indent: usize) -> Table {
     let now = clock::now();
     let service: &[&'static str] = if with_service { &["SERVICE"] } else { &[] };
-    let headers = ["VERSION", "HOST", "STATE", "PID", "PORTS", "RESTARTS", "SINCE", "REASON"];
+    let headers = ["VERSION", "HOST", "STATE", "READY", "PID", "PORTS", "RESTARTS", "SINCE", "REASON"];
     let mut table = Table::new(["ID"].into_iter().chain(service.iter().copied()).chain(headers)).indented(indent);
     for instance in instances {
         let mut row = vec![Cell::from(instance.id.as_str())];
@@ -131,7 +131,8 @@ pub(super) fn table(instances: &[pb::Instance], with_service: bool, indent: usiz
         row.extend([
             instance.version.to_string().into(),
             instance.host.as_str().into(),
-            Cell::new(observed_text(instance), observed_tone(&instance.observed, instance.ready)),
+            state(instance),
+            if instance.ready { Cell::new("yes", Tone::Good) } else { Cell::new("no", Tone::Warning) },
             if instance.pid == 0 { "-".into() } else { instance.pid.to_string().into() },
             ports(&instance.ports).into(),
             instance.restarts.to_string().into(),
@@ -141,6 +142,13 @@ pub(super) fn table(instances: &[pb::Instance], with_service: bool, indent: usiz
         table.row(row);
     }
     table
+}
+
+/// What the agent saw; with what the hub wants, when that is something else.
+fn state(instance: &pb::Instance) -> Cell {
+    let stopping = instance.desired == "stop" && !matches!(instance.observed.as_str(), "stopping" | "exited");
+    let text = if stopping { format!("{}, to stop", instance.observed) } else { instance.observed.clone() };
+    Cell::new(text, observed_tone(&instance.observed, instance.ready))
 }
 
 /// `http 20017, admin 20018`; the name is left out when there is but one.

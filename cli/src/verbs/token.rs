@@ -21,6 +21,18 @@ struct TokenRow<'a> {
     actor: &'a str,
 }
 
+impl<'a> From<&'a pb::Token> for TokenRow<'a> {
+    fn from(token: &'a pb::Token) -> Self {
+        Self {
+            id: &token.id,
+            created: when::rfc3339(when::timestamp(token.created.as_ref())),
+            expires: when::rfc3339(when::timestamp(token.expires.as_ref())),
+            uses_left: token.uses_left,
+            actor: &token.actor,
+        }
+    }
+}
+
 /// The token alone on stdout, so that `nave token create > FILE` is a token file.
 pub(super) async fn create(ttl: Duration, uses: u32, hub: &Hub) -> Result<(), Failure> {
     let ttl = prost_types::Duration::try_from(ttl).map_err(|_| Failure::usage("--ttl is too long"))?;
@@ -42,12 +54,7 @@ pub(super) async fn list(args: &Listing, hub: &Hub) -> Result<(), Failure> {
         .await?;
     note_age(listed.freshness.as_ref());
     if args.json() {
-        let row = |token| {
-            let pb::Token { id, created, expires, uses_left, actor } = token;
-            let [created, expires] = [created, expires].map(|time| when::rfc3339(when::timestamp(time.as_ref())));
-            TokenRow { id, created, expires, uses_left: *uses_left, actor }
-        };
-        out::json(&listed.tokens.iter().map(row).collect::<Vec<_>>());
+        out::json(&listed.tokens.iter().map(TokenRow::from).collect::<Vec<_>>());
         return Ok(());
     }
     if listed.tokens.is_empty() {

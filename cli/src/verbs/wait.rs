@@ -174,7 +174,8 @@ fn why_not(service: &pb::Service, instances: &[&pb::Instance]) -> Vec<String> {
         let reason = if instance.reason.is_empty() { String::new() } else { format!(": {}", instance.reason) };
         format!("{} on {} is {}{reason}", instance.id, instance.host, observed_text(instance))
     });
-    service.unplaced.iter().cloned().chain(missing).collect()
+    // The hub's own sentences cover the instances too.
+    if service.unplaced.is_empty() { missing.collect() } else { service.unplaced.clone() }
 }
 
 fn failed(target: &Target, reason: &str, details: Vec<String>) -> Failure {
@@ -207,10 +208,10 @@ async fn superseded(hub: &Hub, target: &Target, by: u64, events: &[pb::Event]) -
     failed(target, &reason, Vec::new())
 }
 
-fn timed_out(target: &Target, last: Option<&Result<pb::GetServiceResponse, Status>>, timeout: Duration) -> Failure {
+fn timed_out(target: &Target, last: Option<&pb::GetServiceResponse>, timeout: Duration) -> Failure {
     let within = crate::when::exact(timeout);
     match (target.goal, last) {
-        (Goal::Ready { version }, Some(Ok(response))) => {
+        (Goal::Ready { version }, Some(response)) => {
             let service = response.service.clone().unwrap_or_default();
             let wanted: Vec<_> = response
                 .instances
@@ -221,7 +222,7 @@ fn timed_out(target: &Target, last: Option<&Result<pb::GetServiceResponse, Statu
             let reason = format!("not ready within {within}: {ready} of {}; it goes on", service.desired);
             failed(target, &reason, why_not(&service, &wanted))
         }
-        (Goal::Gone, Some(Ok(response))) => {
+        (Goal::Gone, Some(response)) => {
             let left = super::count(response.instances.len(), "instance");
             failed(target, &format!("not gone within {within}: {left} left; it goes on"), Vec::new())
         }
