@@ -27,7 +27,11 @@ pub(crate) struct Oracle {
     /// Processes whose stop signal is on record as sent.
     stop_signalled: BTreeSet<Process>,
     kill_at: BTreeMap<Process, i64>,
+    /// Stop signals given to the keeper by orders of which some are not carried out yet.
+    stop_signalling: Vec<Process>,
     restarts: BTreeMap<(u64, u64), (u32, Vec<Monotonic>)>,
+    /// When a restart was decided that may not be on disk yet, by (instance, epoch, number of the restart).
+    deciding: BTreeMap<(u64, u64, u32), Monotonic>,
     exec_failures: BTreeMap<(u64, u64), u32>,
     /// The wait that must have passed since the last end, by (instance, epoch), and its step.
     steps: BTreeMap<(u64, u64), u32>,
@@ -39,11 +43,14 @@ impl Oracle {
     pub(crate) fn agent_restarted(&mut self) {
         self.known_ended = self.acknowledged.clone();
         self.heard.clear();
+        self.stop_signalling.clear();
+        self.deciding.clear();
     }
 
     pub(crate) fn rebooted(&mut self) {
         self.kill_at.clear();
         self.stop_signalled.clear();
+        self.stop_signalling.clear();
         for (_, decided) in self.restarts.values_mut() {
             decided.clear();
         }
@@ -63,10 +70,15 @@ impl Oracle {
 
     pub(crate) fn signal_lost(&mut self, instance: u64, key: ProcessKey) {
         self.stop_signalled.remove(&(instance, key));
+        self.stop_signalling.retain(|process| *process != (instance, key));
     }
 
     /// The agent decided on it.
-    pub(crate) fn ordered(&self, order: &Order) {
+    pub(crate) fn ordered(&mut self, order: &Order, now: Monotonic) {
+        if let Action::Persist(ledger) = &order.action {
+            let restart = (ledger.instance_id, ledger.epoch, ledger.restarts);
+            self.deciding.entry(restart).or_insert(now);
+        }
         if let Action::Signal { key, .. } = &order.action {
             let process = (order.instance.0, *key);
             assert!(
@@ -77,20 +89,24 @@ impl Oracle {
     }
 
     /// It is on its way to the keeper.
-    pub(crate) fn carried_out(&self, order: &Order) {
+    pub(crate) fn carried_out(&mut self, order: &Order) {
         if let Action::Signal { key, signal: 15, .. } = &order.action {
             let process = (order.instance.0, *key);
             assert!(!self.stop_signalled.contains(&process), "the stop signal of {process:?} is repeated");
+            self.stop_signalling.push(process);
         }
+    }
+
+    /// All that was ordered is carried out: what is sent is on record as sent.
+    pub(crate) fn all_carried_out(&mut self) {
+        self.stop_signalled.extend(self.stop_signalling.drain(..));
+        self.deciding.clear();
     }
 
     /// A ledger record is on disk.
     pub(crate) fn persisted(&mut self, ledger: &pb::InstanceLedger, now: Monotonic) {
         let instance = ledger.instance_id;
         let process = (instance, ProcessKey { epoch: ledger.epoch, attempt: ledger.attempt });
-        if ledger.stop_signalled {
-            self.stop_signalled.insert(process);
-        }
         if ledger.phase() == pb::InstanceLedgerPhase::Stopping {
             let first = *self.kill_at.entry(process).or_insert(ledger.stop_kill_boottime_ns);
             assert_eq!(first, ledger.stop_kill_boottime_ns, "the deadline of {process:?} has moved");
@@ -103,7 +119,8 @@ impl Oracle {
         }
         assert!(ledger.restarts <= *restarts + 1, "{process:?} counts two restarts at once");
         if ledger.restarts > *restarts {
-            decided.push(now);
+            let restart = (instance, ledger.epoch, ledger.restarts);
+            decided.push(self.deciding.get(&restart).copied().unwrap_or(now));
         }
         *restarts = ledger.restarts;
         let recent = decided.iter().filter(|&&at| now.since(at) < WINDOW).count();
@@ -122,7 +139,8 @@ impl Oracle {
                 _ => {}
             }
         }
-        let Some(ledger) = ledger else { return };
+        // Forgotten, and perhaps named once more by a hub that has not yet: nothing is left to be known.
+        let Some(ledger) = ledger.filter(|ledger| ledger.attempt > 0) else { return };
         let of_last = ledger.last_exit.as_ref().map(|exit| (exit.epoch, exit.attempt));
         let newer = (ledger.epoch, ledger.attempt) > (exit.epoch, exit.attempt);
         assert!(

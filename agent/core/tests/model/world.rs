@@ -238,7 +238,7 @@ impl World {
 
     fn ordered(&mut self, orders: Vec<Order>) {
         for order in &orders {
-            self.oracle.ordered(order);
+            self.oracle.ordered(order, self.now);
         }
         self.outbox.extend(orders);
     }
@@ -249,7 +249,10 @@ impl World {
 
     /// One order of the agent; false when there is none.
     fn carry_out(&mut self) -> bool {
-        let Some(order) = self.outbox.pop_front() else { return false };
+        let Some(order) = self.outbox.pop_front() else {
+            self.oracle.all_carried_out();
+            return false;
+        };
         let instance = order.instance;
         match &order.action {
             Action::Persist(ledger) => {
