@@ -1,1 +1,48 @@
-//! agent
+//! The agent: one per host, child of the keeper. It enrols, keeps a session with the hub, makes the host run what
+//! the hub wants (decided by `nave-agent-core`, performed here), and answers for the host's logs.
+//!
+//! The shell is dull on purpose: one task owns the `Reconciler`; everything else is a task in `run`'s set that
+//! sends it events over bounded channels and performs what it decides. Its end, by any means, ends no service.
+
+mod api;
+mod backoff;
+mod cgroups;
+mod clock;
+mod config;
+mod data_dir;
+mod executor;
+mod facts;
+mod host;
+mod hub;
+mod identity;
+mod keeper;
+mod ledger;
+mod logs;
+mod metrics;
+mod notify;
+mod probes;
+mod run;
+mod uplink;
+
+pub use config::{AgentConfig, ConfigError};
+pub use data_dir::DataDirError;
+pub use identity::IdentityError;
+pub use keeper::KeeperError;
+pub use ledger::LedgerError;
+pub use run::{RunError, run};
+
+/// An error and its causes in one line, for logs and for messages that travel.
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Some errors repeat their source.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -1,0 +1,164 @@
+//! The agent's own gRPC API, for members and operators: this host's logs, and what the agent says of itself.
+//! Everything else goes through the hub. Other agents are known here too, and refused.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::Stream;
+use nave_proto::pb;
+use nave_tls::{ClientPolicy, IncomingLimits, Role};
+use pb::agent_service_server::{AgentService, AgentServiceServer};
+use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::data_dir::DataDir;
+use crate::identity::Identity;
+use crate::logs::LogReader;
+use crate::metrics::Metrics;
+
+/// Members ask on behalf of everybody who reads logs; each reader of a busy host holds about a megabyte.
+const LOG_READERS: usize = 32;
+/// Members, operators, and strangers until their handshake has failed.
+const CONNECTIONS: usize = 256;
+const HANDSHAKES: usize = 16;
+/// A look at a few files; ten a second is soon enough for a person's eye.
+const FOLLOW_POLL: Duration = Duration::from_millis(100);
+
+/// What the main loop knows and this API tells.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Shown {
+    pub(crate) generation: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Api {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) name: String,
+    pub(crate) keeper_pid: u32,
+    pub(crate) logs_dir: std::path::PathBuf,
+    pub(crate) metrics: Metrics,
+    pub(crate) shown: Shown,
+    pub(crate) log_readers: Arc<Semaphore>,
+}
+
+impl Api {
+    pub(crate) fn new(
+        identity: Arc<Identity>,
+        name: String,
+        keeper_pid: u32,
+        data: &DataDir,
+        metrics: Metrics,
+        shown: Shown,
+    ) -> Self {
+        let log_readers = Arc::new(Semaphore::new(LOG_READERS));
+        Self { identity, name, keeper_pid, logs_dir: data.logs(), metrics, shown, log_readers }
+    }
+
+    /// Serves until `shutdown`, then ends open streams.
+    pub(crate) async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+    ) -> Result<(), tonic::transport::Error> {
+        let config = nave_tls::server_config(&self.identity.credentials, ClientPolicy::default());
+        let limits =
+            IncomingLimits { handshakes: HANDSHAKES, connections: CONNECTIONS, ..IncomingLimits::default() };
+        let incoming = nave_tls::incoming(listener, config, limits, shutdown.child_token());
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<AgentServiceServer<Self>>().await;
+        let serving = tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+            .max_concurrent_streams(64)
+            .add_service(health_service)
+            .add_service(AgentServiceServer::new(self))
+            .serve_with_incoming(incoming);
+        tokio::select! {
+            served = serving => served,
+            // Followed logs would never end by themselves.
+            () = shutdown.cancelled() => Ok(()),
+        }
+    }
+}
+
+/// Members and operators only.
+fn check_caller<T>(request: &Request<T>) -> Result<(), Status> {
+    match nave_tls::peer(request).map(|peer| &peer.role) {
+        Some(Role::Member(_) | Role::Operator(_)) => Ok(()),
+        Some(role @ Role::Agent(_)) => {
+            Err(Status::permission_denied(format!("{role} may not ask an agent; members and operators may")))
+        }
+        None => Err(Status::unauthenticated("a valid certificate of this cluster is needed")),
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Api {
+    type ReadHostLogsStream = Pin<Box<dyn Stream<Item = Result<pb::ReadLogsResponse, Status>> + Send>>;
+
+    async fn read_host_logs(
+        &self,
+        request: Request<pb::ReadHostLogsRequest>,
+    ) -> Result<Response<Self::ReadHostLogsStream>, Status> {
+        check_caller(&request)?;
+        let request = request.into_inner();
+        let permit = self.log_readers.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{LOG_READERS} readers follow logs on {} already; try again when one has ended",
+                self.name
+            ))
+        })?;
+        let reader = LogReader::new(&self.logs_dir, self.name.clone(), &request)
+            .map_err(|e| Status::invalid_argument(crate::error_chain(&e)))?;
+        Ok(Response::new(Box::pin(stream(reader, request.follow, permit))))
+    }
+
+    async fn get_agent_info(
+        &self,
+        request: Request<pb::GetAgentInfoRequest>,
+    ) -> Result<Response<pb::AgentInfo>, Status> {
+        check_caller(&request)?;
+        Ok(Response::new(pb::AgentInfo {
+            host_id: self.identity.host.to_string(),
+            name: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            keeper_pid: self.keeper_pid,
+            hub_connected: self.metrics.session_connected.get() == 1,
+            generation: self.shown.generation.load(Ordering::Relaxed),
+        }))
+    }
+}
+
+/// Polled by the connection: a reader that goes away takes all of this with it, and one that is slow reads slowly.
+fn stream(
+    reader: LogReader,
+    follow: bool,
+    permit: OwnedSemaphorePermit,
+) -> impl Stream<Item = Result<pb::ReadLogsResponse, Status>> + Send {
+    futures::stream::unfold(Some((reader, permit)), move |state| async move {
+        let (mut reader, permit) = state?;
+        loop {
+            let read = tokio::task::spawn_blocking(move || {
+                let batch = reader.next_batch();
+                (reader, batch)
+            });
+            let (back, batch) = read.await.expect("reading files does not panic");
+            reader = back;
+            match batch {
+                Ok(lines) if !lines.is_empty() => {
+                    let answer = pb::ReadLogsResponse { lines, warning: String::new() };
+                    return Some((Ok(answer), Some((reader, permit))));
+                }
+                Ok(_) if follow => tokio::time::sleep(FOLLOW_POLL).await,
+                Ok(_) => return None,
+                Err(error) => {
+                    return Some((Err(Status::internal(format!("reading the logs failed: {error}"))), None));
+                }
+            }
+        }
+    })
+}

@@ -1,0 +1,355 @@
+//! Performs what the reconciler decides: talks to the keeper, looks for ports, makes directories, runs probes.
+//!
+//! What touches the disk or waits is a job of its own, one at a time per instance, so that what was ordered first is
+//! done first while instances never wait for each other. Answers come back as inputs, or, from the keeper, as its
+//! events. Called by the main loop alone, after what an action relies on is in the ledger.
+
+pub(crate) mod directories;
+mod ports;
+pub(crate) mod spawn;
+pub(crate) mod users;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nave_agent_core::ports::{PickPortsError, pick};
+use nave_agent_core::supervisor::{ProbeOrder, SpawnOrder};
+use nave_agent_core::{Input, ProcessKey, Supervisor};
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+use pb::keeper_request::Request;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::warn;
+
+use crate::keeper::{CallError, KeeperHandle, Purpose};
+use crate::notify::{NotifySockets, NotifyTasks};
+use crate::probes::{Check, Probes};
+use spawn::SpawnContext;
+
+/// Ports that others hold are met by chance; after so many the range is as good as full.
+const PICK_TRIES: usize = 100;
+/// Pauses of one sweep: killed processes are gone within milliseconds, or stuck in the kernel for long.
+const SWEEP_PAUSES_MS: [u64; 6] = [5, 20, 75, 200, 400, 800];
+/// The keeper needs a moment to remove directories of processes that have just ended.
+const FORGET_TRIES: u32 = 5;
+const FORGET_PAUSE: Duration = Duration::from_secs(1);
+
+/// What is done beside the main loop.
+#[derive(Debug, Clone, PartialEq)]
+enum Job {
+    Spawn(Box<SpawnOrder>),
+    Signal(pb::Signal),
+    Sweep(ProcessKey),
+}
+
+#[derive(Debug)]
+pub(crate) struct Executor {
+    context: Arc<SpawnContext>,
+    keeper: KeeperHandle,
+    port_range: RangeInclusive<u16>,
+    inputs: mpsc::Sender<(InstanceId, Input)>,
+    probes: Probes,
+    notify: NotifyTasks,
+    /// Per instance, what waits behind the job that runs.
+    queues: BTreeMap<InstanceId, VecDeque<Job>>,
+    /// `None`: a job that nothing waits for.
+    running: JoinSet<Option<InstanceId>>,
+}
+
+impl Executor {
+    pub(crate) fn new(
+        context: Arc<SpawnContext>,
+        keeper: KeeperHandle,
+        port_range: RangeInclusive<u16>,
+        inputs: mpsc::Sender<(InstanceId, Input)>,
+    ) -> Self {
+        Self {
+            context,
+            keeper,
+            port_range,
+            probes: Probes::new(inputs.clone()),
+            notify: NotifyTasks::new(inputs.clone()),
+            inputs,
+            queues: BTreeMap::new(),
+            running: JoinSet::new(),
+        }
+    }
+
+    /// Waits for a job to end and starts the next one of its instance. Cancel-safe; never ends while nothing runs.
+    pub(crate) async fn job_done(&mut self) {
+        match self.running.join_next().await {
+            Some(Ok(Some(instance))) => self.next_job(instance),
+            Some(Ok(None) | Err(_)) => {} // jobs do not panic, and only the end of the agent aborts them
+            None => std::future::pending().await,
+        }
+    }
+
+    pub(crate) fn spawn(&mut self, instance: InstanceId, order: Box<SpawnOrder>) {
+        self.enqueue(instance, Job::Spawn(order));
+    }
+
+    pub(crate) fn signal(&mut self, instance: InstanceId, signal: pb::Signal) {
+        self.enqueue(instance, Job::Signal(signal));
+    }
+
+    pub(crate) fn sweep(&mut self, instance: InstanceId, key: ProcessKey) {
+        // Asked again while the last one still looks.
+        let waits = self.queues.get(&instance).is_some_and(|queue| queue.contains(&Job::Sweep(key)));
+        if !waits {
+            self.enqueue(instance, Job::Sweep(key));
+        }
+    }
+
+    pub(crate) fn list(&mut self) {
+        let keeper = self.keeper.clone();
+        self.running.spawn(async move {
+            keeper.ask(Request::List(pb::ListProcesses {}), Purpose::List).await;
+            None
+        });
+    }
+
+    pub(crate) fn acknowledge_exits(&mut self, up_to_sequence: u64) {
+        let keeper = self.keeper.clone();
+        self.running.spawn(async move {
+            keeper.tell(Request::AcknowledgeExits(pb::AcknowledgeExits { up_to_sequence })).await;
+            None
+        });
+    }
+
+    /// Removes what a placement left behind, then logs that are too old. `alive`: placements that may still write.
+    pub(crate) fn forget(&mut self, instance: InstanceId, epoch: u64, alive: BTreeSet<(InstanceId, u64)>) {
+        let (keeper, context) = (self.keeper.clone(), self.context.clone());
+        self.running.spawn(async move {
+            forget(&keeper, instance, epoch).await;
+            let pruned = tokio::task::spawn_blocking(move || {
+                context.directories.prune_logs(&|instance, epoch| alive.contains(&(instance, epoch)));
+            });
+            // It fails only when the runtime is going down.
+            let _ended = pruned.await;
+            None
+        });
+    }
+
+    /// The instance has left this host for good.
+    pub(crate) fn remove_directory(&mut self, instance: InstanceId) {
+        self.notify.stop(&self.context.notify, instance);
+        let context = self.context.clone();
+        self.running.spawn(async move {
+            let _ended = tokio::task::spawn_blocking(move || context.directories.forget(instance)).await;
+            None
+        });
+    }
+
+    /// A free port for each name, none of `taken` and none that somebody else listens on.
+    pub(crate) fn pick_ports(
+        &mut self,
+        instance: InstanceId,
+        fixed: &BTreeMap<String, u16>,
+        dynamic: &[String],
+        taken: &BTreeMap<u16, String>,
+    ) -> Option<BTreeMap<String, u16>> {
+        let mut unusable: BTreeSet<u16> = taken.keys().copied().collect();
+        for _ in 0..PICK_TRIES {
+            let picked = match pick(&mut rand::rng(), self.port_range.clone(), fixed, dynamic, &unusable) {
+                Ok(picked) => picked,
+                Err(error) => {
+                    let by = match &error {
+                        PickPortsError::Taken { port, .. } => taken.get(port).cloned(),
+                        PickPortsError::Exhausted { .. } => None,
+                    };
+                    self.port_clash(instance, error, by);
+                    return None;
+                }
+            };
+            let strangers: BTreeMap<&String, u16> = picked
+                .iter()
+                .filter(|(_, port)| !ports::is_free(**port))
+                .map(|(name, port)| (name, *port))
+                .collect();
+            if strangers.is_empty() {
+                return Some(picked);
+            }
+            let clash = strangers.iter().find(|(name, _)| fixed.contains_key(**name));
+            if let Some((name, port)) = clash {
+                let error = PickPortsError::Taken { name: (*name).clone(), port: *port };
+                self.port_clash(instance, error, None);
+                return None;
+            }
+            unusable.extend(strangers.into_values());
+        }
+        let name = dynamic.first().cloned().unwrap_or_default();
+        let (first, last) = (*self.port_range.start(), *self.port_range.end());
+        self.port_clash(instance, PickPortsError::Exhausted { name, first, last }, None);
+        None
+    }
+
+    /// Says who holds it, which takes a look through /proc.
+    fn port_clash(&mut self, instance: InstanceId, error: PickPortsError, by: Option<String>) {
+        let inputs = self.inputs.clone();
+        self.running.spawn(async move {
+            let explained = tokio::task::spawn_blocking(move || explain_clash(&error, by));
+            if let Ok(message) = explained.await {
+                let _ending = inputs.send((instance, Input::PortClash { message })).await;
+            }
+            None
+        });
+    }
+
+    pub(crate) fn start_probe(&mut self, instance: InstanceId, order: ProbeOrder, supervisor: &Supervisor) {
+        match self.check(&order, supervisor) {
+            Ok(Some(check)) => self.probes.start(instance, order, check),
+            Ok(None) => {} // told by the process itself
+            Err(why) => warn!(%instance, why, "this probe cannot run"),
+        }
+    }
+
+    pub(crate) fn stop_probes(&mut self, instance: InstanceId) {
+        self.probes.stop(instance);
+    }
+
+    /// Hears what a running process says of itself, when its manifest says that it does.
+    pub(crate) fn listen(&mut self, instance: InstanceId, key: ProcessKey, wanted: &pb::WantedInstance) {
+        let Some(manifest) = wanted.manifest.as_ref().filter(|manifest| NotifySockets::is_wanted(manifest))
+        else {
+            return;
+        };
+        let owner = users::resolve(&manifest.user, wanted.uid).ok().and_then(|run_as| run_as.ids);
+        if let Err(error) = self.notify.listen(&self.context.notify, instance, key, owner) {
+            warn!(%instance, %error, "its notify socket cannot be made, so it will not be seen ready");
+        }
+    }
+
+    fn check(&self, order: &ProbeOrder, supervisor: &Supervisor) -> Result<Option<Check>, String> {
+        let port = || order.port.ok_or_else(|| "it names a port that the instance does not have".to_owned());
+        let check = match &order.spec.check {
+            Some(pb::probe::Check::Http(path)) => Check::Http { port: port()?, path: path.clone() },
+            Some(pb::probe::Check::Tcp(_)) => Check::Tcp { port: port()? },
+            Some(pb::probe::Check::Grpc(_)) => Check::Grpc { port: port()? },
+            Some(pb::probe::Check::Exec(exec)) => Check::Exec(self.context.exec_check(
+                supervisor.wanted(),
+                supervisor.ports(),
+                &exec.command,
+            )?),
+            Some(pb::probe::Check::Notify(_)) | None => return Ok(None),
+        };
+        Ok(Some(check))
+    }
+
+    fn enqueue(&mut self, instance: InstanceId, job: Job) {
+        let queue = self.queues.entry(instance).or_default();
+        queue.push_back(job);
+        if queue.len() == 1 {
+            self.start_job(instance);
+        }
+    }
+
+    fn next_job(&mut self, instance: InstanceId) {
+        let Some(queue) = self.queues.get_mut(&instance) else { return };
+        queue.pop_front();
+        match queue.is_empty() {
+            true => drop(self.queues.remove(&instance)),
+            false => self.start_job(instance),
+        }
+    }
+
+    /// The job at the head stays there while it runs.
+    fn start_job(&mut self, instance: InstanceId) {
+        let Some(job) = self.queues.get(&instance).and_then(|queue| queue.front()).cloned() else { return };
+        let (keeper, inputs, context) = (self.keeper.clone(), self.inputs.clone(), self.context.clone());
+        self.running.spawn(async move {
+            match job {
+                Job::Spawn(order) => spawn_process(&keeper, &inputs, context, instance, order).await,
+                Job::Signal(signal) => {
+                    let key = ProcessKey { epoch: signal.epoch, attempt: signal.attempt };
+                    let purpose = Purpose::Signal { instance, key, signal: signal.signal };
+                    keeper.ask(Request::Signal(signal), purpose).await;
+                }
+                Job::Sweep(key) => sweep(&keeper, &inputs, instance, key).await,
+            }
+            Some(instance)
+        });
+    }
+}
+
+/// Done when the order is on its way; the keeper's answer goes to the main loop.
+async fn spawn_process(
+    keeper: &KeeperHandle,
+    inputs: &mpsc::Sender<(InstanceId, Input)>,
+    context: Arc<SpawnContext>,
+    instance: InstanceId,
+    order: Box<SpawnOrder>,
+) {
+    let key = order.key;
+    let prepared = tokio::task::spawn_blocking(move || context.orders(instance, &order)).await;
+    match prepared {
+        Ok(Ok(spawn)) => keeper.ask(Request::Spawn(spawn), Purpose::Spawn { instance, key }).await,
+        Ok(Err(error)) => {
+            let _ending = inputs.send((instance, Input::SpawnFailed { key, error })).await;
+        }
+        Err(_) => {} // the runtime is going down
+    }
+}
+
+/// Kills what is left of an ended process until the keeper sees nothing of it. No answer: something is stuck, and
+/// the reconciler asks again.
+async fn sweep(
+    keeper: &KeeperHandle,
+    inputs: &mpsc::Sender<(InstanceId, Input)>,
+    instance: InstanceId,
+    key: ProcessKey,
+) {
+    let left = async || {
+        let list = keeper.list().await?;
+        Ok::<bool, CallError>(list.iter().any(|process| {
+            process.instance_id == instance.0 && process.epoch == key.epoch && process.attempt == key.attempt
+        }))
+    };
+    for pause in SWEEP_PAUSES_MS {
+        match left().await {
+            Err(_) => return,
+            Ok(false) => {
+                let _ending = inputs.send((instance, Input::CgroupEmpty { key })).await;
+                return;
+            }
+            Ok(true) => {
+                let kill = pb::Signal {
+                    instance_id: instance.0,
+                    epoch: key.epoch,
+                    attempt: key.attempt,
+                    signal: libc::SIGKILL,
+                    scope: pb::SignalScope::Cgroup.into(),
+                    cause: pb::ExitCause::Unspecified.into(),
+                };
+                keeper.tell(Request::Signal(kill)).await;
+                tokio::time::sleep(Duration::from_millis(pause)).await;
+            }
+        }
+    }
+}
+
+async fn forget(keeper: &KeeperHandle, instance: InstanceId, epoch: u64) {
+    let request = || Request::Forget(pb::Forget { instance_id: instance.0, epoch, remove_logs: false });
+    let mut failure = String::new();
+    for _ in 0..FORGET_TRIES {
+        match keeper.call(request()).await {
+            Ok(_) | Err(CallError::Lost | CallError::Unsupported) => return,
+            Err(CallError::Refused(error)) if error.kind() == pb::KeeperErrorKind::NotFound => return,
+            Err(CallError::Refused(error)) => failure = error.message,
+        }
+        tokio::time::sleep(FORGET_PAUSE).await;
+    }
+    warn!(%instance, epoch, failure, "the keeper could not remove what this placement left behind");
+}
+
+fn explain_clash(error: &PickPortsError, by: Option<String>) -> String {
+    match error {
+        PickPortsError::Taken { port, .. } => match by.or_else(|| ports::holder(*port)) {
+            Some(holder) => format!("{error}, by {holder}"),
+            None => error.to_string(),
+        },
+        PickPortsError::Exhausted { .. } => error.to_string(),
+    }
+}

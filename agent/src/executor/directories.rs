@@ -1,0 +1,195 @@
+//! The directories of services and instances, and what becomes of them.
+//!
+//! `services/<name>` is a service's home and data, kept for ever; `instances/<id>` an instance's own, gone with it;
+//! `logs/<service>/<id>-<epoch>` its output, of which the last few outlive it. The parents belong to the agent alone
+//! and what a service may write lies beside, never above, what we make: so no link of its making can lead us astray.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use nave_proto::ids::InstanceId;
+use nix::unistd::{Gid, Uid, fchown};
+use tracing::{debug, warn};
+
+use crate::logs::source::parse_folder;
+
+/// Ended placements whose output is kept, per service: enough to read what a crash loop said.
+const ENDED_LOGS_PER_SERVICE: usize = 5;
+/// And on the whole host: with 5 segments of 10 MiB each, at most 2.5 GiB.
+const ENDED_LOGS: usize = 50;
+
+/// The agent's directory tree, by name.
+#[derive(Debug, Clone)]
+pub(crate) struct Directories {
+    root: PathBuf,
+}
+
+/// Of one instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct InstanceDirectories {
+    pub(crate) home: PathBuf,
+    pub(crate) own: PathBuf,
+    pub(crate) logs: PathBuf,
+}
+
+impl Directories {
+    pub(crate) fn new(data_dir: &Path) -> Self {
+        Self { root: data_dir.to_owned() }
+    }
+
+    pub(crate) fn logs(&self) -> PathBuf {
+        self.root.join("logs")
+    }
+
+    pub(crate) fn of(&self, service: &str, instance: InstanceId, epoch: u64) -> InstanceDirectories {
+        InstanceDirectories {
+            home: self.root.join("services").join(service),
+            own: self.root.join("instances").join(instance.to_string()),
+            logs: self.logs().join(service).join(format!("{instance}-{epoch}")),
+        }
+    }
+
+    /// Makes what a process needs. `owner`: the service's user and group, when it has one of its own.
+    pub(crate) fn prepare(
+        &self,
+        service: &str,
+        instance: InstanceId,
+        epoch: u64,
+        owner: Option<(u32, u32)>,
+    ) -> io::Result<InstanceDirectories> {
+        let dirs = self.of(service, instance, epoch);
+        for parent in ["services", "instances"] {
+            // Passed through by services on the way to their own, listed by nobody.
+            DirBuilder::new().recursive(true).mode(0o711).create(self.root.join(parent))?;
+        }
+        make_private(&dirs.home, owner)?;
+        make_private(&dirs.own, owner)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(&dirs.logs)?;
+        Ok(dirs)
+    }
+
+    /// The instance has left this host for good.
+    pub(crate) fn forget(&self, instance: InstanceId) {
+        let own = self.root.join("instances").join(instance.to_string());
+        match std::fs::remove_dir_all(&own) {
+            Ok(()) => debug!(%instance, "its directory is removed"),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                warn!(%instance, path = %own.display(), %error, "its directory could not be removed")
+            }
+        }
+    }
+
+    /// Removes the output of all but the last ended placements. `alive` says which may still write.
+    pub(crate) fn prune_logs(&self, alive: &dyn Fn(InstanceId, u64) -> bool) {
+        let mut all = Vec::new();
+        for service in folders(&self.logs()) {
+            let mut ended = folders(&service);
+            ended.retain(|folder| {
+                let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
+                name.as_deref().and_then(parse_folder).is_some_and(|(id, epoch)| !alive(id, epoch))
+            });
+            newest_first(&mut ended);
+            let kept = ended.len().min(ENDED_LOGS_PER_SERVICE);
+            remove(&ended.split_off(kept));
+            all.extend(ended);
+        }
+        newest_first(&mut all);
+        let kept = all.len().min(ENDED_LOGS);
+        remove(&all.split_off(kept));
+    }
+}
+
+/// A directory for one user alone; also when it was there before.
+fn make_private(path: &Path, owner: Option<(u32, u32)>) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(e),
+    }
+    let dir = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY).open(path)?;
+    dir.set_permissions(std::fs::Permissions::from_mode(0o700))?;
+    if let Some((uid, gid)) = owner {
+        fchown(&dir, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    Ok(())
+}
+
+fn folders(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// By the newest file in each: the directory's own time does not move with writes.
+fn newest_first(folders: &mut [PathBuf]) {
+    let written = |folder: &Path| {
+        let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let times = files.filter_map(|file| file.metadata().ok()?.modified().ok());
+        times.max().unwrap_or(SystemTime::UNIX_EPOCH)
+    };
+    folders.sort_by_cached_key(|folder| std::cmp::Reverse(written(folder)));
+}
+
+fn remove(folders: &[PathBuf]) {
+    for folder in folders {
+        match std::fs::remove_dir_all(folder) {
+            Ok(()) => debug!(path = %folder.display(), "old logs removed"),
+            Err(error) => warn!(path = %folder.display(), %error, "old logs could not be removed"),
+        }
+        // The service's folder goes with its last one; while there are others this does nothing.
+        let _not_empty = folder.parent().map(std::fs::remove_dir);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_process_needs_is_private_and_a_link_in_its_place_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let directories = Directories::new(dir.path());
+        let made = directories.prepare("web", InstanceId(1), 1, None).unwrap();
+        for path in [&made.home, &made.own, &made.logs] {
+            assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700, "{path:?}");
+        }
+        std::fs::remove_dir(&made.own).unwrap();
+        std::os::unix::fs::symlink("/etc", &made.own).unwrap();
+        let error = directories.prepare("web", InstanceId(1), 1, None).unwrap_err();
+        assert!(matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)), "{error}");
+    }
+
+    #[test]
+    fn the_last_few_logs_outlive_their_instances_and_the_living_are_never_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let directories = Directories::new(dir.path());
+        for id in 1..=12 {
+            let made = directories.prepare("web", InstanceId(id), 1, None).unwrap();
+            let file = std::fs::File::create(made.logs.join("0000000001.log")).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(id)).unwrap();
+        }
+        directories.prune_logs(&|instance, _| instance == InstanceId(1));
+        let mut left: Vec<String> = folders(&directories.logs().join("web"))
+            .iter()
+            .map(|folder| folder.file_name().unwrap().to_string_lossy().into_owned())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["i-1-1", "i-10-1", "i-11-1", "i-12-1", "i-8-1", "i-9-1"]);
+    }
+
+    #[test]
+    fn an_instance_takes_its_directory_along_and_leaves_the_services_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let directories = Directories::new(dir.path());
+        let made = directories.prepare("web", InstanceId(1), 1, None).unwrap();
+        std::fs::write(made.own.join("scratch"), "x").unwrap();
+        directories.forget(InstanceId(1));
+        assert!(!made.own.exists() && made.home.exists());
+    }
+}

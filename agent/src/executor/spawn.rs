@@ -1,0 +1,240 @@
+//! From "start this instance" to the keeper's orders: user, directories, environment, arguments, cgroups. Touches the
+//! disk and the user database, so it runs where blocking is allowed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use nave_agent_core::env::{EnvironmentInput, arguments, environment};
+use nave_agent_core::supervisor::{SpawnError, SpawnErrorKind, SpawnOrder};
+use nave_proto::ids::{ClusterId, InstanceId};
+use nave_proto::pb;
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::{User, geteuid};
+use tracing::warn;
+
+use super::directories::Directories;
+use super::users::{self, RunAs};
+use crate::cgroups::Cgroups;
+use crate::notify::NotifySockets;
+use crate::probes::ExecCheck;
+
+/// Open files that a service may have unless the machine allows fewer; what modern servers expect.
+const OPEN_FILES_SOFT: u64 = 65_536;
+
+/// What all spawns on this host have in common.
+#[derive(Debug)]
+pub(crate) struct SpawnContext {
+    pub(crate) cluster: ClusterId,
+    pub(crate) host_name: String,
+    pub(crate) directories: Directories,
+    pub(crate) cgroups: Cgroups,
+    pub(crate) notify: NotifySockets,
+    /// The agent's own user, for services that run as it.
+    own_user: String,
+    /// A directory on the way to the services' own that other users may not pass.
+    closed: Option<PathBuf>,
+}
+
+/// A process's surroundings, the same for its start and for commands that probe it.
+#[derive(Debug)]
+struct Surroundings {
+    env: BTreeMap<String, String>,
+    unknown: BTreeSet<String>,
+    working_dir: String,
+}
+
+impl SpawnContext {
+    pub(crate) fn new(
+        cluster: ClusterId,
+        host_name: String,
+        directories: Directories,
+        cgroups: Cgroups,
+        notify: NotifySockets,
+        closed: Option<PathBuf>,
+    ) -> Self {
+        let own_user =
+            User::from_uid(geteuid()).ok().flatten().map_or_else(|| geteuid().to_string(), |user| user.name);
+        Self { cluster, host_name, directories, cgroups, notify, own_user, closed }
+    }
+
+    /// Makes directories and looks up users; then all is said that the keeper needs. Blocks.
+    pub(crate) fn orders(&self, instance: InstanceId, order: &SpawnOrder) -> Result<pb::Spawn, SpawnError> {
+        let wanted = &order.wanted;
+        let manifest =
+            wanted.manifest.as_ref().ok_or_else(|| error(SpawnErrorKind::Invalid, "no manifest came"))?;
+        let run_as =
+            users::resolve(&manifest.user, wanted.uid).map_err(|m| error(SpawnErrorKind::Exec, m))?;
+        let name = &manifest.name;
+        let dirs = self.directories.prepare(name, instance, order.key.epoch, run_as.ids).map_err(|e| {
+            SpawnError {
+                kind: SpawnErrorKind::System,
+                errno: e.raw_os_error().unwrap_or_default(),
+                message: format!("its directories cannot be made: {e}"),
+            }
+        })?;
+        let mut around = self.surroundings(instance, wanted, &order.ports, &run_as, order.key.epoch);
+        if NotifySockets::is_wanted(manifest) {
+            let socket = self.notify.path(instance).display().to_string();
+            around.env.insert("NOTIFY_SOCKET".to_owned(), socket);
+        }
+        let argv = arguments(&manifest.command, &around.env);
+        let unknown: Vec<_> = around.unknown.union(&argv.unknown).cloned().collect();
+        if !unknown.is_empty() {
+            warn!(service = name, %instance, ?unknown, "variables without a value are left as they are written");
+        }
+        let group = self.cgroups.instance(
+            name,
+            &format!("{instance}-{}", order.key.epoch),
+            &manifest.resources.unwrap_or_default(),
+        );
+        let (uid, gid) = run_as.ids.unwrap_or_default();
+        Ok(pb::Spawn {
+            instance_id: instance.0,
+            epoch: order.key.epoch,
+            attempt: order.key.attempt,
+            service: name.clone(),
+            argv: argv.value,
+            env: pairs(&around.env),
+            working_dir: around.working_dir,
+            uid,
+            gid,
+            set_user: run_as.ids.is_some(),
+            groups: run_as.groups,
+            cgroup2: group.cgroup2,
+            cgroup1: group.cgroup1,
+            cgroup_files: group.files,
+            log_dir: dirs.logs.display().to_string(),
+            rlimits: open_files().into_iter().collect(),
+            // A service with a user of its own has no business gaining another one's rights.
+            no_new_privileges: run_as.ids.is_some(),
+            ..pb::Spawn::default()
+        })
+    }
+
+    /// A command that looks at a running instance from where the instance stands.
+    pub(crate) fn exec_check(
+        &self,
+        wanted: &pb::WantedInstance,
+        ports: &BTreeMap<String, u16>,
+        command: &[String],
+    ) -> Result<ExecCheck, String> {
+        let instance = InstanceId(wanted.instance_id);
+        let user = wanted.manifest.as_ref().map(|manifest| manifest.user.as_str()).unwrap_or_default();
+        let run_as = users::resolve(user, wanted.uid)?;
+        let around = self.surroundings(instance, wanted, ports, &run_as, wanted.epoch);
+        Ok(ExecCheck {
+            command: arguments(command, &around.env).value,
+            env: pairs(&around.env),
+            working_dir: around.working_dir,
+            user: run_as.ids,
+        })
+    }
+
+    fn surroundings(
+        &self,
+        instance: InstanceId,
+        wanted: &pb::WantedInstance,
+        ports: &BTreeMap<String, u16>,
+        run_as: &RunAs,
+        epoch: u64,
+    ) -> Surroundings {
+        let default = pb::Manifest::default();
+        let manifest = wanted.manifest.as_ref().unwrap_or(&default);
+        let dirs = self.directories.of(&manifest.name, instance, epoch);
+        let user = match (run_as.name.as_str(), run_as.ids) {
+            ("", None) => self.own_user.clone(),
+            ("", Some(_)) => format!("nave-{}", manifest.name),
+            (name, _) => name.to_owned(),
+        };
+        let expanded = environment(&EnvironmentInput {
+            manifest,
+            ports,
+            instance,
+            ordinal: wanted.ordinal,
+            version: wanted.version,
+            host: &self.host_name,
+            cluster: self.cluster,
+            user: &user,
+            home: &dirs.home.display().to_string(),
+        });
+        let working_dir = match manifest.working_dir.as_str() {
+            // Better at the root than not at all; `facts.lacks` says so.
+            "" if run_as.ids.is_some() && self.closed.is_some() => "/".to_owned(),
+            "" => dirs.own.display().to_string(),
+            given => given.to_owned(),
+        };
+        Surroundings { env: expanded.value, unknown: expanded.unknown, working_dir }
+    }
+}
+
+fn pairs(env: &BTreeMap<String, String>) -> Vec<String> {
+    env.iter().map(|(name, value)| format!("{name}={value}")).collect()
+}
+
+fn error(kind: SpawnErrorKind, message: impl Into<String>) -> SpawnError {
+    SpawnError { kind, errno: 0, message: message.into() }
+}
+
+fn open_files() -> Option<pb::Rlimit> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    let resource = u32::try_from(libc::RLIMIT_NOFILE).ok()?;
+    Some(pb::Rlimit { resource, soft: OPEN_FILES_SOFT.min(hard), hard })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nave_agent_core::ProcessKey;
+
+    fn context(dir: &std::path::Path) -> SpawnContext {
+        SpawnContext::new(
+            ClusterId(7),
+            "north".into(),
+            Directories::new(dir),
+            Cgroups::detect(&[]),
+            NotifySockets::new(dir.join("notify")),
+            users::closed_to_others(dir).map(ToOwned::to_owned),
+        )
+    }
+
+    fn order(manifest: pb::Manifest) -> SpawnOrder {
+        let manifest = pb::Manifest { name: "web".into(), ..manifest };
+        SpawnOrder {
+            key: ProcessKey { epoch: 3, attempt: 2 },
+            wanted: pb::WantedInstance {
+                instance_id: 42,
+                epoch: 3,
+                manifest: Some(manifest),
+                ..Default::default()
+            },
+            ports: [("http".to_owned(), 20_001)].into(),
+        }
+    }
+
+    #[test]
+    fn orders_hold_the_expanded_command_and_a_clean_environment() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest =
+            pb::Manifest { command: vec!["serve".into(), "${HOST}:${PORT}".into()], ..Default::default() };
+        let orders = context(dir.path()).orders(InstanceId(42), &order(manifest)).unwrap();
+        assert_eq!(orders.argv, ["serve", "127.0.0.1:20001"]);
+        assert_eq!((orders.instance_id, orders.epoch, orders.attempt), (42, 3, 2));
+        assert!(orders.env.contains(&"NAVE_PORT_HTTP=20001".to_owned()), "{:?}", orders.env);
+        assert!(!orders.env.iter().any(|pair| pair.starts_with("CARGO")), "{:?}", orders.env);
+        assert!(!orders.env.iter().any(|pair| pair.starts_with("NOTIFY_SOCKET")), "{:?}", orders.env);
+        assert!(!orders.set_user);
+        assert_eq!(orders.log_dir, dir.path().join("logs/web/i-42-3").display().to_string());
+        assert_eq!(orders.working_dir, dir.path().join("instances/i-42").display().to_string());
+        assert!(std::path::Path::new(&orders.working_dir).is_dir());
+    }
+
+    #[test]
+    fn a_user_that_does_not_exist_is_the_reason_of_the_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest =
+            pb::Manifest { command: vec!["true".into()], user: "no-such-user".into(), ..Default::default() };
+        let error = context(dir.path()).orders(InstanceId(42), &order(manifest)).unwrap_err();
+        assert_eq!(error.kind, SpawnErrorKind::Exec);
+        assert!(error.message.contains("no-such-user"), "{}", error.message);
+    }
+}

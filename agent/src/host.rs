@@ -1,0 +1,442 @@
+//! The main loop: the one owner of the `Reconciler` and of the ledger.
+//!
+//! A turn takes what has happened, lets the reconciler decide, makes what must be remembered durable (one sync for
+//! all of it), then performs what was decided, and tells the hub what is new. Nothing here waits for a process, for
+//! the network or for another task; only for the ledger's disk, because an effect that is not written down may be
+//! repeated by the next agent.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind, Starting, State};
+use nave_agent_core::{Action, Input, Order, Reconciler, Supervisor, WallOffset};
+use nave_proto::ids::InstanceId;
+use nave_proto::pb;
+use pb::hub_message::Message as FromHub;
+use pb::keeper_reply::Reply;
+use pb::ledger_record::Record;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::api::Shown;
+use crate::clock;
+use crate::executor::Executor;
+use crate::hub::HubEvent;
+use crate::keeper::{CallError, KeeperEvent, Purpose};
+use crate::ledger::Ledger;
+use crate::metrics::{Metrics, StateLabel};
+use crate::run::RunError;
+use crate::uplink::Uplink;
+
+/// Taken in one turn, so that a burst shares one sync; more would keep the effects of the first waiting.
+const EVENTS_PER_TURN: usize = 64;
+/// The longest sleep: a machine that was suspended has its deadlines looked at soon after it wakes.
+const SLEEP_MAX: Duration = Duration::from_secs(10);
+
+/// Where events come from.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    pub(crate) keeper: mpsc::Receiver<KeeperEvent>,
+    pub(crate) hub: mpsc::Receiver<HubEvent>,
+    /// From probes, notify sockets and jobs.
+    pub(crate) inputs: mpsc::Receiver<(InstanceId, Input)>,
+}
+
+#[derive(Debug)]
+enum Event {
+    Keeper(KeeperEvent),
+    Hub(HubEvent),
+    Input(InstanceId, Input),
+    Timer,
+    JobDone,
+}
+
+impl Inbox {
+    /// What is there already. The keeper first: its exits explain what the others complain about.
+    fn try_next(&mut self) -> Option<Event> {
+        if let Ok(event) = self.keeper.try_recv() {
+            return Some(Event::Keeper(event));
+        }
+        if let Ok((instance, input)) = self.inputs.try_recv() {
+            return Some(Event::Input(instance, input));
+        }
+        self.hub.try_recv().ok().map(Event::Hub)
+    }
+}
+
+/// What one turn has to do.
+#[derive(Debug, Default)]
+struct Work {
+    records: Vec<Record>,
+    orders: Vec<Order>,
+}
+
+pub(crate) struct HostTask {
+    reconciler: Reconciler,
+    /// `None` only while it is being written.
+    ledger: Option<Ledger>,
+    executor: Executor,
+    uplink: Uplink,
+    inbox: Inbox,
+    metrics: Metrics,
+    shown: Shown,
+}
+
+impl std::fmt::Debug for HostTask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostTask").field("generation", &self.reconciler.generation()).finish_non_exhaustive()
+    }
+}
+
+impl HostTask {
+    pub(crate) fn new(
+        reconciler: Reconciler,
+        ledger: Ledger,
+        executor: Executor,
+        uplink: Uplink,
+        inbox: Inbox,
+        metrics: Metrics,
+        shown: Shown,
+    ) -> Self {
+        Self { reconciler, ledger: Some(ledger), executor, uplink, inbox, metrics, shown }
+    }
+
+    /// Runs until `shutdown`, at the end of a turn; processes are left alone.
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) -> Result<(), RunError> {
+        self.executor.list();
+        loop {
+            let sleep = self.until_wake();
+            let event = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                event = self.inbox.keeper.recv() => match event {
+                    Some(event) => Event::Keeper(event),
+                    None => return Err(RunError::KeeperLost),
+                },
+                () = self.executor.job_done() => Event::JobDone,
+                Some((instance, input)) = self.inbox.inputs.recv() => Event::Input(instance, input),
+                Some(event) = self.inbox.hub.recv() => Event::Hub(event),
+                () = tokio::time::sleep(sleep) => Event::Timer,
+            };
+            self.turn(event).await?;
+        }
+    }
+
+    fn until_wake(&self) -> Duration {
+        let next = [self.reconciler.next_wake(), self.uplink.next_wake()].into_iter().flatten().min();
+        next.map_or(SLEEP_MAX, |at| at.since(clock::monotonic())).min(SLEEP_MAX)
+    }
+
+    async fn turn(&mut self, event: Event) -> Result<(), RunError> {
+        let mut work = Work::default();
+        self.take(event, &mut work)?;
+        for _ in 1..EVENTS_PER_TURN {
+            let Some(event) = self.inbox.try_next() else { break };
+            self.take(event, &mut work)?;
+        }
+        work.orders.extend(self.reconciler.tick(clock::monotonic(), &mut rand::rng()));
+        self.carry_out(work).await?;
+        let now = clock::monotonic();
+        let wall = WallOffset::measure(now, clock::wall_unix_ns());
+        self.uplink.say(&mut self.reconciler, now, wall);
+        self.show();
+        Ok(())
+    }
+
+    fn take(&mut self, event: Event, work: &mut Work) -> Result<(), RunError> {
+        match event {
+            Event::Timer | Event::JobDone => {}
+            Event::Input(instance, input) => self.input(instance, input, work),
+            Event::Keeper(event) => self.keeper_event(event, work)?,
+            Event::Hub(event) => self.hub_event(event, work),
+        }
+        Ok(())
+    }
+
+    fn input(&mut self, instance: InstanceId, input: Input, work: &mut Work) {
+        let orders = self.reconciler.input(clock::monotonic(), &mut rand::rng(), instance, input);
+        work.orders.extend(orders);
+    }
+
+    fn keeper_event(&mut self, event: KeeperEvent, work: &mut Work) -> Result<(), RunError> {
+        match event {
+            KeeperEvent::Exited(exit) => {
+                self.metrics.process_exits.inc();
+                work.orders.extend(self.reconciler.exited(clock::monotonic(), &mut rand::rng(), *exit));
+            }
+            KeeperEvent::OutputDropped(dropped) => {
+                self.metrics.lines_dropped.inc_by(dropped.lines);
+                let (instance, lines) = (InstanceId(dropped.instance_id), dropped.lines);
+                warn!(%instance, lines, "lines of output were dropped: it writes faster than the disk takes");
+            }
+            KeeperEvent::Answered { purpose: Purpose::Spawn { instance, key }, result } => {
+                let input = match result {
+                    Ok(Reply::Spawned(spawned)) => {
+                        self.metrics.process_starts.inc();
+                        Input::Spawned {
+                            key,
+                            process: spawned.process.unwrap_or_default(),
+                            started_unix_ns: spawned.started_unix_ns,
+                        }
+                    }
+                    other => Input::SpawnFailed { key, error: spawn_error(other) },
+                };
+                self.input(instance, input, work);
+            }
+            KeeperEvent::Answered { purpose: Purpose::Signal { instance, key, signal }, result } => {
+                if let Err(failed) = result {
+                    let error = signal_error(&failed);
+                    self.input(instance, Input::SignalFailed { key, signal, error }, work);
+                }
+            }
+            KeeperEvent::Answered { purpose: Purpose::List, result } => match result {
+                Ok(Reply::Processes(list)) => self.keeper_processes(&list.processes, work),
+                other => return Err(RunError::KeeperList { message: format!("{other:?}") }),
+            },
+        }
+        Ok(())
+    }
+
+    fn keeper_processes(&mut self, processes: &[pb::KeptProcess], work: &mut Work) {
+        if !self.reconciler.is_keeper_known() {
+            let alive = processes.iter().filter(|process| !process.leftover).count();
+            info!(processes = alive, "the keeper has said what it runs");
+        }
+        let now = clock::monotonic();
+        work.orders.extend(self.reconciler.keeper_processes(now, &mut rand::rng(), processes));
+        for supervisor in self.reconciler.supervisors() {
+            if supervisor.state().process().is_some() {
+                self.executor.listen(supervisor.instance(), supervisor.key(), supervisor.wanted());
+            }
+        }
+    }
+
+    fn hub_event(&mut self, event: HubEvent, work: &mut Work) {
+        match event {
+            HubEvent::Opening { outgoing, close } => {
+                self.uplink.opening(outgoing, close, self.reconciler.generation());
+            }
+            HubEvent::Closed => {
+                self.uplink.closed();
+                self.metrics.session_connected.set(0);
+            }
+            HubEvent::Message(message) => match *message {
+                FromHub::Welcome(_) => {
+                    self.uplink.welcomed();
+                    self.metrics.session_connected.set(1);
+                    self.metrics.sessions.inc();
+                }
+                FromHub::Wanted(set) => self.wanted(set, work),
+                FromHub::Delta(delta) => self.delta(delta, work),
+                FromHub::ReportAcknowledged(acknowledged) => {
+                    let gone = self.uplink.acknowledged(acknowledged.sequence);
+                    work.orders.extend(self.reconciler.acknowledge_gone(&gone));
+                }
+                FromHub::Endpoints(update) => self.uplink.endpoints(update.revision),
+                FromHub::Goodbye(_) => {} // the session's affair
+            },
+        }
+    }
+
+    fn wanted(&mut self, set: pb::WantedSet, work: &mut Work) {
+        let known = self.reconciler.generation() == (set.incarnation, set.generation);
+        let (generation, instances) = (set.generation, set.instances.len());
+        match self.reconciler.apply_wanted(clock::monotonic(), &mut rand::rng(), set.clone()) {
+            Ok(orders) => {
+                info!(generation, instances, "the hub has said what it wants");
+                if !known {
+                    work.records.push(Record::Wanted(set));
+                }
+                work.orders.extend(orders);
+            }
+            Err(stale) => {
+                warn!(%stale, "this member is behind; looking for another");
+                self.uplink.leave();
+            }
+        }
+    }
+
+    fn delta(&mut self, delta: pb::WantedDelta, work: &mut Work) {
+        match self.reconciler.apply_delta(clock::monotonic(), &mut rand::rng(), delta.clone()) {
+            Ok(orders) => {
+                work.records.push(Record::Delta(delta));
+                work.orders.extend(orders);
+            }
+            Err(gap) => {
+                // Every session begins with the whole set.
+                warn!(%gap, "a change of the wanted set is missing; beginning a new session");
+                self.uplink.leave();
+            }
+        }
+    }
+
+    /// Ledger first, effects after; what an effect answers at once is decided upon at once.
+    async fn carry_out(&mut self, mut work: Work) -> Result<(), RunError> {
+        while !work.records.is_empty() || !work.orders.is_empty() {
+            let mut effects = Vec::new();
+            for Order { instance, action } in std::mem::take(&mut work.orders) {
+                match action {
+                    Action::Persist(record) => work.records.push(Record::Instance(*record)),
+                    Action::ForgetLedger => {
+                        work.records.push(Record::Forgotten(instance.0));
+                        effects.push(Order { instance, action });
+                    }
+                    action => effects.push(Order { instance, action }),
+                }
+            }
+            self.write_down(std::mem::take(&mut work.records)).await?;
+            for Order { instance, action } in effects {
+                self.perform(instance, action, &mut work);
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_down(&mut self, records: Vec<Record>) -> Result<(), RunError> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let mut ledger = self.ledger.take().expect("it is put back after each write");
+        let written = tokio::task::spawn_blocking(move || ledger.append(records).map(|()| ledger)).await;
+        let mut ledger = written.map_err(|_| RunError::Stopped)??;
+        if ledger.is_long() {
+            let records = self.reconciler.ledger_records();
+            let written =
+                tokio::task::spawn_blocking(move || ledger.rewrite(&records).map(|()| ledger)).await;
+            ledger = written.map_err(|_| RunError::Stopped)??;
+        }
+        self.ledger = Some(ledger);
+        Ok(())
+    }
+
+    fn perform(&mut self, instance: InstanceId, action: Action, work: &mut Work) {
+        match action {
+            Action::PickPorts { fixed, dynamic } => {
+                let taken = self.taken_ports(instance);
+                if let Some(ports) = self.executor.pick_ports(instance, &fixed, &dynamic, &taken) {
+                    // Decided now, so that the next to pick sees these as taken.
+                    self.input(instance, Input::PortsPicked { ports }, work);
+                }
+            }
+            Action::Spawn(order) => {
+                self.executor.listen(instance, order.key, &order.wanted);
+                self.executor.spawn(instance, order);
+            }
+            Action::Signal { key, signal, scope, cause } => self.executor.signal(
+                instance,
+                pb::Signal {
+                    instance_id: instance.0,
+                    epoch: key.epoch,
+                    attempt: key.attempt,
+                    signal,
+                    scope: pb::SignalScope::from(scope).into(),
+                    cause: cause.into(),
+                },
+            ),
+            Action::SweepCgroup { key } => self.executor.sweep(instance, key),
+            Action::StartProbe(order) => {
+                if let Some(supervisor) = self.reconciler.supervisor(instance) {
+                    self.executor.start_probe(instance, order, supervisor);
+                }
+            }
+            Action::StopProbes => self.executor.stop_probes(instance),
+            Action::ListProcesses => self.executor.list(),
+            Action::Forget { epoch } => self.executor.forget(instance, epoch, self.alive()),
+            Action::AcknowledgeExits { up_to_sequence } => self.executor.acknowledge_exits(up_to_sequence),
+            Action::ForgetLedger => self.executor.remove_directory(instance),
+            Action::Log { level, message } => self.log(instance, level, &message),
+            // Taken out before, or kept by the reconciler.
+            Action::Persist(_) | Action::Report | Action::Gone | Action::WakeAt(_) => {}
+        }
+    }
+
+    /// Ports of all other instances, and whose they are.
+    fn taken_ports(&self, instance: InstanceId) -> BTreeMap<u16, String> {
+        let others = self.reconciler.supervisors().filter(|one| one.instance() != instance && !one.is_gone());
+        others
+            .flat_map(|one| {
+                let holder = format!("{} of {}", one.instance(), service(one));
+                one.ports().values().map(move |port| (*port, holder.clone()))
+            })
+            .collect()
+    }
+
+    /// Placements whose logs may still be written.
+    fn alive(&self) -> BTreeSet<(InstanceId, u64)> {
+        let there = self.reconciler.supervisors().filter(|one| !one.is_gone());
+        there
+            .flat_map(|one| [one.key().epoch, one.wanted().epoch].map(|epoch| (one.instance(), epoch)))
+            .collect()
+    }
+
+    fn log(&self, instance: InstanceId, level: Level, message: &str) {
+        let service = self.reconciler.supervisor(instance).map(service).unwrap_or_default();
+        match level {
+            Level::Info => info!(service, %instance, "{message}"),
+            Level::Warn => warn!(service, %instance, "{message}"),
+            Level::Error => error!(service, %instance, "{message}"),
+        }
+    }
+
+    fn show(&self) {
+        let (_, generation) = self.reconciler.generation();
+        self.shown.generation.store(generation, Ordering::Relaxed);
+        self.metrics.wanted_generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
+        let mut counts: BTreeMap<&'static str, i64> = STATES.map(|state| (state, 0)).into();
+        for supervisor in self.reconciler.supervisors() {
+            if let Some(state) = state_name(supervisor.state()) {
+                *counts.entry(state).or_default() += 1;
+            }
+        }
+        for (state, count) in counts {
+            self.metrics.instances.get_or_create(&StateLabel { state }).set(count);
+        }
+    }
+}
+
+const STATES: [&str; 7] = ["pending", "starting", "running", "backing_off", "stopping", "exited", "failed"];
+
+fn state_name(state: &State) -> Option<&'static str> {
+    match state {
+        State::Pending(_) => Some("pending"),
+        State::Starting(Starting::PickingPorts | Starting::Spawning) => Some("starting"),
+        State::Running(_) => Some("running"),
+        State::BackingOff { .. } => Some("backing_off"),
+        State::Stopping(_) => Some("stopping"),
+        State::Exited { .. } => Some("exited"),
+        State::Failed { .. } => Some("failed"),
+        State::Gone => None,
+    }
+}
+
+fn service(supervisor: &Supervisor) -> &str {
+    supervisor.wanted().manifest.as_ref().map(|manifest| manifest.name.as_str()).unwrap_or_default()
+}
+
+fn spawn_error(result: Result<Reply, CallError>) -> SpawnError {
+    match result {
+        Err(CallError::Refused(error)) => {
+            SpawnError { kind: error.kind().into(), errno: error.errno, message: error.message }
+        }
+        Err(CallError::Unsupported) => SpawnError {
+            kind: SpawnErrorKind::System,
+            errno: 0,
+            message: "the keeper is too old to start processes".to_owned(),
+        },
+        Err(CallError::Lost) | Ok(_) => SpawnError {
+            kind: SpawnErrorKind::Unavailable,
+            errno: 0,
+            message: "the keeper did not say what became of it".to_owned(),
+        },
+    }
+}
+
+fn signal_error(error: &CallError) -> SignalError {
+    match error {
+        CallError::Refused(error) => error.kind().into(),
+        CallError::Lost => SignalError::Unavailable,
+        CallError::Unsupported => SignalError::System,
+    }
+}

@@ -1,0 +1,162 @@
+//! One stream with one member: hello first (the main loop writes it), a beat each second, and everything that comes
+//! handed on. A member that has died without a word is noticed by HTTP/2 pings within three seconds.
+
+use std::time::Duration;
+
+use nave_proto::pb;
+use nave_tls::{ChannelOptions, Expect};
+use pb::agent_message::Message as ToHub;
+use pb::agent_session_client::AgentSessionClient;
+use pb::hub_message::Message as FromHub;
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+use tracing::info;
+
+use super::{HubEvent, Members, explain, is_refusal};
+
+/// The lease is three beats.
+const BEAT: Duration = Duration::from_secs(1);
+const PING: Duration = Duration::from_secs(1);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
+/// Until the member has taken the hello and said welcome.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Hello, one report and one acknowledgement at a time, and some beats that wait for a slow network.
+const OUTGOING: usize = 16;
+/// A wanted set of a thousand instances with manifests of 64 KiB.
+const MESSAGE_BYTES_MAX: usize = 80 * 1024 * 1024;
+/// A wanted set arrives in a few round trips, and an idle session holds no such buffer.
+const WINDOW_BYTES: u32 = 256 * 1024;
+
+/// How a session ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Goodbye { reason: String, members: Vec<String> },
+    Lost { why: String },
+    Refused { why: String },
+}
+
+impl From<Status> for Ended {
+    fn from(status: Status) -> Self {
+        let why = explain(&status);
+        match is_refusal(&status) {
+            true => Self::Refused { why },
+            false => Self::Lost { why },
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Session<'a> {
+    pub(super) members: &'a Members,
+    pub(super) events: &'a mpsc::Sender<HubEvent>,
+}
+
+impl Session<'_> {
+    pub(super) async fn run(&self, address: &str) -> Ended {
+        let (outgoing, to_send) = mpsc::channel(OUTGOING);
+        let close = CancellationToken::new();
+        let opening = HubEvent::Opening { outgoing: outgoing.clone(), close: close.clone() };
+        if self.events.send(opening).await.is_err() {
+            return Ended::Lost { why: "the agent is ending".to_owned() };
+        }
+        let opening = tokio::time::timeout(OPEN_TIMEOUT, self.open(address, to_send));
+        let incoming = match opening.await {
+            Ok(Ok(incoming)) => incoming,
+            Ok(Err(status)) => return status.into(),
+            Err(_) => {
+                return Ended::Lost { why: format!("no answer from {address} within {OPEN_TIMEOUT:?}") };
+            }
+        };
+        tokio::select! {
+            ended = self.converse(address, incoming, outgoing) => ended,
+            () = close.cancelled() => Ended::Lost { why: format!("what {address} says does not fit what is known") },
+        }
+    }
+
+    async fn open(
+        &self,
+        address: &str,
+        to_send: mpsc::Receiver<pb::AgentMessage>,
+    ) -> Result<Streaming<pb::HubMessage>, Status> {
+        let options = ChannelOptions {
+            keep_alive_interval: Some(PING),
+            keep_alive_timeout: PING_TIMEOUT,
+            stream_window_bytes: WINDOW_BYTES,
+            connection_window_bytes: WINDOW_BYTES,
+            ..ChannelOptions::default()
+        };
+        let channel = nave_tls::channel(address, &self.members.identity.credentials, Expect::Member, options);
+        let mut client = AgentSessionClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        Ok(client.open_session(ReceiverStream::new(to_send)).await?.into_inner())
+    }
+
+    async fn converse(
+        &self,
+        address: &str,
+        mut incoming: Streaming<pb::HubMessage>,
+        outgoing: mpsc::Sender<pb::AgentMessage>,
+    ) -> Ended {
+        let mut beats = tokio::time::interval(BEAT);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sequence = 0;
+        loop {
+            tokio::select! {
+                message = incoming.message() => match message {
+                    Ok(Some(pb::HubMessage { message: Some(message) })) => {
+                        if let Some(ended) = self.take(address, message).await {
+                            return ended;
+                        }
+                    }
+                    Ok(Some(pb::HubMessage { message: None })) => {} // of a newer hub
+                    Ok(None) => return Ended::Lost { why: format!("{address} ended the stream") },
+                    Err(status) => return status.into(),
+                },
+                _ = beats.tick() => {
+                    sequence += 1;
+                    let beat = ToHub::Beat(pb::Beat { sequence, endpoints_revision: 0 });
+                    // When older messages still wait for the network, a beat would only wait behind them.
+                    let _skipped = outgoing.try_send(pb::AgentMessage { message: Some(beat) });
+                }
+            }
+        }
+    }
+
+    async fn take(&self, address: &str, message: FromHub) -> Option<Ended> {
+        match &message {
+            FromHub::Goodbye(goodbye) => {
+                return Some(Ended::Goodbye {
+                    reason: goodbye.reason.clone(),
+                    members: goodbye.members.clone(),
+                });
+            }
+            FromHub::Welcome(welcome) => {
+                let ours = self.members.identity.cluster.to_string();
+                if welcome.cluster_id != ours {
+                    return Some(Ended::Refused {
+                        why: format!(
+                            "{address} is of cluster {}, this host is of {ours}",
+                            welcome.cluster_id
+                        ),
+                    });
+                }
+                info!(address, member = welcome.member, "session with the hub");
+                let (identity, welcome) = (self.members.identity.clone(), welcome.clone());
+                let kept = tokio::task::spawn_blocking(move || {
+                    identity.heard(&welcome.members, welcome.hub_time_unix_ns);
+                });
+                kept.await.expect("writing a small file does not panic");
+            }
+            FromHub::Wanted(_)
+            | FromHub::Delta(_)
+            | FromHub::ReportAcknowledged(_)
+            | FromHub::Endpoints(_) => {}
+        }
+        match self.events.send(HubEvent::Message(Box::new(message))).await {
+            Ok(()) => None,
+            Err(_) => Some(Ended::Lost { why: "the agent is ending".to_owned() }),
+        }
+    }
+}

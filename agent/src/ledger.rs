@@ -1,0 +1,323 @@
+//! What must outlive the agent: the last wanted set and, per instance, attempts, back-off and deadlines.
+//!
+//! One append-only file of frames (u32 length, u32 CRC-32 of the body, body = `LedgerRecord`), synced once per
+//! turn of the main loop and before the effects that the records guard. It is rewritten when most of it is old.
+//! Space is reserved ahead, so that a disk that others filled does not stop us from writing down a restart.
+//! Only the main loop owns one. Exit records live in the keeper's file; this one only says how far we took them.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use nave_proto::pb;
+use nave_proto::pb::ledger_record::Record;
+use nix::fcntl::{FallocateFlags, fallocate};
+use prost::Message as _;
+use tracing::{debug, warn};
+
+use crate::data_dir::sync_folder;
+
+const MAGIC: &[u8; 8] = b"navelgr1";
+const FRAME_HEADER_BYTES: usize = 8;
+/// Longer than any record we write (a wanted set of a thousand instances with 64 KiB manifests), short enough
+/// that a damaged length cannot make us allocate the machine away.
+const FRAME_BYTES_MAX: usize = 80 * 1024 * 1024;
+/// Reserved ahead of the end: some thousand instance records, hours of crash loops.
+const RESERVE_BYTES: u64 = 1024 * 1024;
+/// Not worth a rewrite below this.
+const COMPACT_BYTES_MIN: u64 = 1024 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    #[error("{path} is not an agent ledger (wrong first bytes); move it away to start this host afresh")]
+    Strange { path: String },
+    #[error("cannot {action} the agent ledger {path}")]
+    Io { path: String, action: &'static str, source: std::io::Error },
+}
+
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    path: PathBuf,
+    file: File,
+    /// End of the last whole frame.
+    len: u64,
+    reserved: u64,
+    /// Length right after the last rewrite.
+    compacted_len: u64,
+}
+
+impl Ledger {
+    /// Opens or makes it, reads all whole frames and cuts off a torn tail.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<pb::LedgerRecord>), LedgerError> {
+        let io = |action| move |source| LedgerError::Io { path: path.display().to_string(), action, source };
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(io("open"))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(io("read"))?;
+        if bytes.len() < MAGIC.len() && MAGIC.starts_with(&bytes) {
+            // New, or we died while making it.
+            file.set_len(0).map_err(io("write"))?;
+            file.seek(SeekFrom::Start(0)).map_err(io("write"))?;
+            file.write_all(MAGIC).map_err(io("write"))?;
+            file.sync_all().map_err(io("sync"))?;
+            sync_folder(path).map_err(io("sync"))?;
+            bytes = MAGIC.to_vec();
+        }
+        if !bytes.starts_with(MAGIC) {
+            return Err(LedgerError::Strange { path: path.display().to_string() });
+        }
+        let (records, whole) = read_frames(&bytes);
+        if whole < bytes.len() {
+            let dropped = bytes.len() - whole;
+            warn!(path = %path.display(), offset = whole, dropped, "the agent ledger ends in a torn record, dropped");
+            file.set_len(to_u64(whole)).map_err(io("truncate"))?;
+            file.sync_all().map_err(io("sync"))?;
+        }
+        file.seek(SeekFrom::Start(to_u64(whole))).map_err(io("seek in"))?;
+        let mut ledger = Self {
+            path: path.to_owned(),
+            file,
+            len: to_u64(whole),
+            reserved: 0,
+            compacted_len: to_u64(whole),
+        };
+        ledger.reserve();
+        Ok((ledger, records))
+    }
+
+    /// Writes and syncs all of `records`; they are durable once this returns. Blocks on the disk.
+    /// After an error the agent must end: what a failed sync left on disk nobody can know.
+    pub(crate) fn append(&mut self, records: Vec<Record>) -> Result<(), LedgerError> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let mut frames = Vec::new();
+        for record in records {
+            push_frame(&mut frames, &pb::LedgerRecord { record: Some(record) });
+        }
+        self.file.write_all(&frames).map_err(|e| self.io("write", e))?;
+        self.file.sync_data().map_err(|e| self.io("sync", e))?;
+        self.len += to_u64(frames.len());
+        if self.reserved < self.len + RESERVE_BYTES / 2 {
+            self.reserve();
+        }
+        Ok(())
+    }
+
+    /// Whether most of the file is old, so that it should be rewritten.
+    pub(crate) fn is_long(&self) -> bool {
+        self.len > COMPACT_BYTES_MIN && self.len > self.compacted_len.saturating_mul(4)
+    }
+
+    /// Puts a new file with `records`, which say all that is true now, in the old one's place. A full disk only
+    /// postpones it.
+    pub(crate) fn rewrite(&mut self, records: &[pb::LedgerRecord]) -> Result<(), LedgerError> {
+        let new_path = self.path.with_extension("new");
+        match write_whole(&new_path, records) {
+            Ok((file, len)) => {
+                std::fs::rename(&new_path, &self.path).map_err(|e| self.io("replace", e))?;
+                sync_folder(&self.path).map_err(|e| self.io("sync", e))?;
+                debug!(from_bytes = self.len, to_bytes = len, "agent ledger rewritten");
+                self.file = file;
+                self.len = len;
+                self.reserved = 0;
+                self.reserve();
+            }
+            Err(error) => {
+                warn!(%error, "the agent ledger could not be rewritten; it grows on");
+                // The reason to go on is that the old file is whole; the leftover is overwritten next time.
+                let _gone = std::fs::remove_file(&new_path);
+            }
+        }
+        self.compacted_len = self.len;
+        Ok(())
+    }
+
+    /// Best effort: file systems without it simply have no reserve.
+    fn reserve(&mut self) {
+        let (Ok(offset), Ok(length)) = (i64::try_from(self.len), i64::try_from(RESERVE_BYTES)) else {
+            return;
+        };
+        if fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length).is_ok() {
+            self.reserved = self.len + RESERVE_BYTES;
+        }
+    }
+
+    fn io(&self, action: &'static str, source: std::io::Error) -> LedgerError {
+        LedgerError::Io { path: self.path.display().to_string(), action, source }
+    }
+}
+
+fn write_whole(path: &Path, records: &[pb::LedgerRecord]) -> std::io::Result<(File, u64)> {
+    let mut bytes = MAGIC.to_vec();
+    for record in records {
+        push_frame(&mut bytes, record);
+    }
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(&bytes)?;
+    file.sync_all()?;
+    Ok((file, to_u64(bytes.len())))
+}
+
+/// All whole frames, and where they end.
+fn read_frames(bytes: &[u8]) -> (Vec<pb::LedgerRecord>, usize) {
+    let mut records = Vec::new();
+    let mut at = MAGIC.len();
+    while let Some((record, end)) = read_frame(bytes, at) {
+        records.push(record);
+        at = end;
+    }
+    (records, at)
+}
+
+fn read_frame(bytes: &[u8], at: usize) -> Option<(pb::LedgerRecord, usize)> {
+    let body_at = at + FRAME_HEADER_BYTES;
+    let header = bytes.get(at..body_at)?;
+    let length = u32::from_le_bytes(header[..4].try_into().ok()?);
+    let crc = u32::from_le_bytes(header[4..].try_into().ok()?);
+    let length = usize::try_from(length).ok().filter(|length| *length <= FRAME_BYTES_MAX)?;
+    let body = bytes.get(body_at..body_at + length)?;
+    if crc32(body) != crc {
+        return None;
+    }
+    Some((pb::LedgerRecord::decode(body).ok()?, body_at + length))
+}
+
+fn push_frame(out: &mut Vec<u8>, record: &pb::LedgerRecord) {
+    let body = record.encode_to_vec();
+    let length = u32::try_from(body.len()).expect("records are far below 4 GiB");
+    out.extend_from_slice(&length.to_le_bytes());
+    out.extend_from_slice(&crc32(&body).to_le_bytes());
+    out.extend_from_slice(&body);
+}
+
+fn to_u64(length: usize) -> u64 {
+    u64::try_from(length).expect("usize fits u64 on every Linux")
+}
+
+/// CRC-32 as in zlib and Ethernet. Written out, since the ledger is small and this is the whole of it.
+pub(crate) fn crc32(bytes: &[u8]) -> u32 {
+    const TABLE: [u32; 256] = {
+        let mut table = [0_u32; 256];
+        let mut index = 0;
+        let mut seed = 0_u32;
+        while index < 256 {
+            let mut value = seed;
+            let mut bit = 0;
+            while bit < 8 {
+                value = if value & 1 == 1 { (value >> 1) ^ 0xEDB8_8320 } else { value >> 1 };
+                bit += 1;
+            }
+            table[index] = value;
+            index += 1;
+            seed += 1;
+        }
+        table
+    };
+    let step = |crc: u32, byte: &u8| {
+        let [low, ..] = crc.to_le_bytes();
+        (crc >> 8) ^ TABLE[usize::from(low ^ byte)]
+    };
+    !bytes.iter().fold(u32::MAX, step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instance(id: u64, attempt: u32) -> Record {
+        Record::Instance(pb::InstanceLedger { instance_id: id, attempt, ..Default::default() })
+    }
+
+    fn read(path: &Path) -> Vec<Record> {
+        Ledger::open(path).unwrap().1.into_iter().filter_map(|record| record.record).collect()
+    }
+
+    #[test]
+    fn crc_is_the_standard_one() {
+        assert_eq!(crc32(b"123456789"), 0xCBF4_3926);
+    }
+
+    #[test]
+    fn what_was_appended_is_read_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, records) = Ledger::open(&path).unwrap();
+        assert_eq!(records, []);
+        let wanted = Record::Wanted(pb::WantedSet { incarnation: 1, generation: 5, instances: Vec::new() });
+        ledger.append(vec![wanted.clone(), instance(1, 1)]).unwrap();
+        ledger.append(vec![Record::Forgotten(1)]).unwrap();
+        assert_eq!(read(&path), [wanted, instance(1, 1), Record::Forgotten(1)]);
+    }
+
+    /// Power is lost in the middle of a write: whatever length is left, all records before are read, and what
+    /// is appended afterwards is read as well.
+    #[test]
+    fn a_tail_torn_anywhere_costs_only_the_last_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path).unwrap();
+        ledger.append(vec![instance(1, 7)]).unwrap();
+        let whole = std::fs::metadata(&path).unwrap().len();
+        ledger.append(vec![instance(1, 8)]).unwrap();
+        drop(ledger);
+        let bytes = std::fs::read(&path).unwrap();
+        for cut in usize::try_from(whole).unwrap()..bytes.len() {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            let (mut ledger, _) = Ledger::open(&path).unwrap();
+            ledger.append(vec![instance(2, 1)]).unwrap();
+            drop(ledger);
+            assert_eq!(read(&path), [instance(1, 7), instance(2, 1)], "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_noticed_and_what_came_before_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path).unwrap();
+        ledger.append(vec![instance(1, 7), instance(1, 8)]).unwrap();
+        drop(ledger);
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(read(&path), [instance(1, 7)]);
+    }
+
+    #[test]
+    fn somebody_elses_file_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        std::fs::write(&path, "#!/bin/sh\necho hello\n").unwrap();
+        assert!(matches!(Ledger::open(&path), Err(LedgerError::Strange { .. })));
+        assert!(std::fs::read_to_string(&path).unwrap().starts_with("#!/bin/sh"));
+    }
+
+    #[test]
+    fn the_file_stays_bounded_however_often_things_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path).unwrap();
+        let reason = "x".repeat(4096);
+        for attempt in 0..2000 {
+            let record =
+                pb::InstanceLedger { instance_id: 1, attempt, reason: reason.clone(), ..Default::default() };
+            ledger.append(vec![Record::Instance(record.clone())]).unwrap();
+            if ledger.is_long() {
+                ledger.rewrite(&[pb::LedgerRecord { record: Some(Record::Instance(record)) }]).unwrap();
+            }
+        }
+        assert!(std::fs::metadata(&path).unwrap().len() < 2 * COMPACT_BYTES_MIN);
+        drop(ledger);
+        let last = read(&path).pop();
+        assert!(matches!(last, Some(Record::Instance(last)) if last.attempt == 1999));
+    }
+}

@@ -1,0 +1,267 @@
+//! How an agent begins and ends: lock, identity, ledger, keeper; then its tasks, until the first ends or it is told
+//! to stop. Called by the cli. Services are never touched by either: the next agent adopts them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+
+use nave_agent_core::Reconciler;
+use nave_proto::pb;
+use rand::Rng as _;
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::api::{Api, Shown};
+use crate::cgroups::Cgroups;
+use crate::clock;
+use crate::config::{AgentConfig, ConfigError};
+use crate::data_dir::{DataDir, DataDirError};
+use crate::executor::Executor;
+use crate::executor::directories::Directories;
+use crate::executor::spawn::SpawnContext;
+use crate::executor::users;
+use crate::facts;
+use crate::host::{HostTask, Inbox};
+use crate::hub::{HubTask, Members};
+use crate::identity::{Identity, IdentityError, RenewTask, enrol};
+use crate::keeper::{self, KeeperError};
+use crate::ledger::{Ledger, LedgerError};
+use crate::metrics::{self, Metrics};
+use crate::notify::NotifySockets;
+use crate::uplink::{Hello, Uplink};
+
+/// Exits after a hello and answers under way: a burst of every instance on a full host.
+const KEEPER_EVENTS: usize = 256;
+/// Messages are taken faster than a network brings them.
+const HUB_EVENTS: usize = 16;
+/// Probe results of some hundred instances within a turn.
+const INPUTS: usize = 256;
+
+/// Why an agent ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    #[error(transparent)]
+    Keeper(#[from] KeeperError),
+    #[error(
+        "{key} = {address} cannot be used: another program has that port; stop it, or set {key} to a free one"
+    )]
+    PortTaken { key: &'static str, address: SocketAddr },
+    #[error("{key} = {address} cannot be used")]
+    Listen { key: &'static str, address: SocketAddr, source: std::io::Error },
+    #[error("the keeper is lost; the next one starts the agent again")]
+    KeeperLost,
+    #[error("the keeper does not say what it runs: {message}")]
+    KeeperList { message: String },
+    #[error("cannot read the machine's boot id")]
+    BootId(#[source] std::io::Error),
+    #[error("the agent's API failed")]
+    Api(#[source] tonic::transport::Error),
+    #[error("the metrics listener failed")]
+    Metrics(#[source] std::io::Error),
+    #[error("a part of the agent ended unexpectedly: {0}")]
+    Task(String),
+    #[error("the agent was stopped in the middle of a write")]
+    Stopped,
+}
+
+impl RunError {
+    /// Whether starting again cannot help until a person has acted.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Config(_) => true,
+            Self::DataDir(error) => !matches!(error, DataDirError::Io { .. }),
+            Self::Identity(error) => !matches!(error, IdentityError::Stopped | IdentityError::Write { .. }),
+            Self::Ledger(error) => matches!(error, LedgerError::Strange { .. }),
+            Self::Keeper(_)
+            | Self::PortTaken { .. }
+            | Self::Listen { .. }
+            | Self::KeeperLost
+            | Self::KeeperList { .. }
+            | Self::BootId(_)
+            | Self::Api(_)
+            | Self::Metrics(_)
+            | Self::Task(_)
+            | Self::Stopped => false,
+        }
+    }
+}
+
+/// The agent's whole life. Returns `Ok` after `shutdown`, an error when it cannot go on.
+pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), RunError> {
+    config.check()?;
+    let data = DataDir::open(&config.data_dir)?;
+    let boot_id = clock::boot_id().map_err(RunError::BootId)?;
+    info!(?config, "agent begins");
+    let listener = listen("listen", config.listen).await?;
+    let metrics_listener = listen("metrics_listen", config.metrics_listen).await?;
+
+    let metrics = Metrics::default();
+    let mut tasks: JoinSet<Result<(), RunError>> = JoinSet::new();
+    let serving = metrics::serve(metrics_listener, metrics.clone(), shutdown.clone());
+    tasks.spawn(async move { serving.await.map_err(RunError::Metrics) });
+
+    let (keeper, keeper_task, welcome) = keeper::connect(data.path()).await?;
+    let (keeper_events, keeper_inbox) = mpsc::channel(KEEPER_EVENTS);
+    tasks.spawn(async move { Err(keeper_task.run(keeper_events).await.into()) });
+    metrics.keeper_up.set(1);
+
+    let cgroups = Cgroups::detect(&[welcome.keeper_pid, std::process::id()]);
+    let mut facts = facts::facts(&config, &cgroups, advertised(&config, &listener).await);
+    let closed = closed_to_services(data.path());
+    facts.lacks.extend(closed.map(|dir| {
+        format!(
+            "services with users of their own cannot reach their directories: {} is closed to others",
+            dir.display()
+        )
+    }));
+
+    let identity = tokio::select! {
+        identity = identify(&data, &config, &facts, &shutdown) => match identity {
+            Err(IdentityError::Stopped) => return Ok(()),
+            identity => identity?,
+        },
+        ended = tasks.join_next() => return Err(why(ended)),
+    };
+    let (cluster, host) = (identity.cluster, identity.host);
+    let runtime_name = format!("nave-{cluster}-{host}");
+    let directories = Directories::new(data.path());
+    let notify = NotifySockets::for_host(data.path(), &runtime_name, closed.is_some());
+    let context = SpawnContext::new(
+        cluster,
+        facts.name.clone(),
+        directories,
+        cgroups.named(cluster, host),
+        notify,
+        closed.map(Path::to_owned),
+    );
+
+    let (ledger, records) = Ledger::open(&data.ledger())?;
+    let reconciler = Reconciler::restore(&boot_id, records, clock::monotonic());
+    let (_, generation) = reconciler.generation();
+    let known = reconciler.supervisors().count();
+    info!(%cluster, %host, name = facts.name, generation, instances = known, "this host is known");
+
+    let shown = Shown::default();
+    let members = Members { identity: identity.clone(), join: config.join.clone() };
+    let api = Api::new(
+        identity.clone(),
+        facts.name.clone(),
+        welcome.keeper_pid,
+        &data,
+        metrics.clone(),
+        shown.clone(),
+    );
+    let api_shutdown = shutdown.clone();
+    tasks.spawn(async move { api.serve(listener, api_shutdown).await.map_err(RunError::Api) });
+    let renew = RenewTask { identity, members: members.clone(), metrics: metrics.clone() };
+    tasks.spawn(async move { never(renew.run().await) });
+    let (hub_events, hub_inbox) = mpsc::channel(HUB_EVENTS);
+    let hub = HubTask { members, events: hub_events };
+    tasks.spawn(async move { never(hub.run().await) });
+
+    let (inputs, input_inbox) = mpsc::channel(INPUTS);
+    let executor = Executor::new(context.into(), keeper, config.port_min..=config.port_max, inputs);
+    let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
+    let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
+    let main = HostTask::new(reconciler, ledger, executor, uplink, inbox, metrics, shown);
+    tasks.spawn(main.run(shutdown.clone()));
+
+    // The main task ends at the end of a turn, so that what it began to write is whole; the others hold nothing.
+    let mut result = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        if !shutdown.is_cancelled() {
+            result = Err(why(Some(ended)));
+            break;
+        }
+        if tasks.len() <= ENDLESS_TASKS {
+            break;
+        }
+    }
+    tasks.shutdown().await;
+    info!("agent ends; services go on");
+    result
+}
+
+/// Tasks that end only by being dropped: keeper, renewal, hub.
+const ENDLESS_TASKS: usize = 3;
+
+fn never((): ()) -> Result<(), RunError> {
+    Err(RunError::Task("it was not meant to end".to_owned()))
+}
+
+fn why(ended: Option<Result<Result<(), RunError>, tokio::task::JoinError>>) -> RunError {
+    match ended {
+        Some(Ok(Err(error))) => error,
+        Some(Ok(Ok(()))) => RunError::Task("without an error".to_owned()),
+        Some(Err(error)) => RunError::Task(error.to_string()),
+        None => RunError::Task("all at once".to_owned()),
+    }
+}
+
+async fn identify(
+    data: &DataDir,
+    config: &AgentConfig,
+    facts: &pb::HostFacts,
+    shutdown: &CancellationToken,
+) -> Result<std::sync::Arc<Identity>, IdentityError> {
+    match Identity::load(data.path(), config)? {
+        Some(identity) => Ok(identity),
+        None => enrol(data.path(), config, facts, shutdown).await,
+    }
+}
+
+async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
+    TcpListener::bind(address).await.map_err(|source| match source.kind() {
+        std::io::ErrorKind::AddrInUse => RunError::PortTaken { key, address },
+        _ => RunError::Listen { key, address, source },
+    })
+}
+
+/// How others reach `listen`: as configured, else its own address, else this machine's address towards the hub.
+async fn advertised(config: &AgentConfig, listener: &TcpListener) -> String {
+    if let Some(address) = &config.advertise {
+        return address.clone();
+    }
+    let bound = listener.local_addr().unwrap_or(config.listen);
+    if !bound.ip().is_unspecified() {
+        return bound.to_string();
+    }
+    for member in &config.join {
+        if let Some(ip) = address_towards(member).await {
+            return SocketAddr::new(ip, bound.port()).to_string();
+        }
+    }
+    SocketAddr::new(IpAddr::from([127, 0, 0, 1]), bound.port()).to_string()
+}
+
+/// The kernel's choice of a source address; connecting a datagram socket sends nothing.
+async fn address_towards(member: &str) -> Option<IpAddr> {
+    let to = tokio::net::lookup_host(member).await.ok()?.next()?;
+    let any: SocketAddr = if to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0_u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any).await.ok()?;
+    socket.connect(to).await.ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+/// A directory above the services' own that their users may not pass; matters only to an agent that is root.
+fn closed_to_services(data_dir: &Path) -> Option<&Path> {
+    match users::own_uid().is_root() {
+        true => users::closed_to_others(data_dir),
+        false => None,
+    }
+}
+
+/// Tells two agents with one identity apart.
+fn run_id() -> String {
+    format!("{:016x}", rand::rng().random::<u64>())
+}
