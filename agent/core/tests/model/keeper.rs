@@ -49,7 +49,8 @@ pub(crate) struct FakeKeeper {
     pub(crate) ran: BTreeMap<(u64, u64), u32>,
     /// When each process that ended did so, with its uptime.
     pub(crate) ended: BTreeMap<(u64, ProcessKey), (Monotonic, std::time::Duration)>,
-    pub(crate) next: Option<Temper>,
+    /// Of the next processes, the last first; after those all are polite.
+    pub(crate) next: Vec<Temper>,
 }
 
 pub(crate) type SpawnAnswer = Result<(pb::ProcessIdentity, Option<pb::ExitRecord>), SpawnError>;
@@ -70,7 +71,7 @@ impl FakeKeeper {
             errno,
             message: message.to_owned(),
         };
-        let temper = self.next.take().unwrap_or(Temper::Polite);
+        let temper = self.next.pop().unwrap_or(Temper::Polite);
         match temper {
             Temper::Busy => return Err(failed(26, "text file busy")),
             Temper::Missing => return Err(failed(2, "no such file or directory")),
@@ -112,7 +113,7 @@ impl FakeKeeper {
             process: Some(process.identity),
             cause: cause.into(),
             code,
-            ran_ms: u64::try_from(uptime.as_millis()).unwrap(),
+            ran_ms: u64::try_from(uptime.as_millis()).expect("no test runs for ever"),
             sequence: self.sequence,
             ..Default::default()
         };
@@ -199,7 +200,7 @@ impl FakeKeeper {
 
     /// From now on all processes behave.
     pub(crate) fn behave(&mut self) {
-        self.next = None;
+        self.next.clear();
         for process in self.running.values_mut() {
             process.temper = Temper::Polite;
         }

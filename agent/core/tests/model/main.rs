@@ -22,7 +22,7 @@ enum Event {
     Turns(usize),
     Pass(u64),
     Exit(u64, i32),
-    Next(Temper),
+    Next(Temper, usize),
     Probe(u64, bool, bool),
     Run(u64),
     Stop(u64),
@@ -71,7 +71,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
         }),
         Event::Pass(ms) => world.pass(Duration::from_millis(ms)),
         Event::Exit(instance, code) => world.exit(instance, code),
-        Event::Next(temper) => world.keeper.next = Some(temper),
+        Event::Next(temper, times) => world.keeper.next.extend(vec![temper; times]),
         Event::Probe(instance, live, passed) => {
             world.probe(instance, if live { ProbeKind::Live } else { ProbeKind::Ready }, passed);
         }
@@ -138,7 +138,7 @@ fn anything() -> impl Strategy<Value = Event> {
         12 => (0..12_usize).prop_map(Event::Turns),
         8 => time().prop_map(Event::Pass),
         6 => (instance(), 0..2_i32).prop_map(|(id, code)| Event::Exit(id, code)),
-        5 => temper().prop_map(Event::Next),
+        5 => (temper(), 1..5_usize).prop_map(|(temper, times)| Event::Next(temper, times)),
         4 => (instance(), any::<bool>(), any::<bool>()).prop_map(|(id, live, ok)| Event::Probe(id, live, ok)),
         4 => instance().prop_map(Event::Run),
         3 => instance().prop_map(Event::Stop),

@@ -199,15 +199,17 @@ impl World {
             removed,
         };
         if from_generation > 0 && self.rng.random_bool(0.5) {
-            let orders = self.agent.apply_delta(self.now, &mut self.rng, delta.clone()).unwrap();
+            let orders = self.agent.apply_delta(self.now, &mut self.rng, delta.clone());
+            let orders = orders.expect("it continues the generation in force");
             self.disk.push(pb::LedgerRecord { record: Some(Record::Delta(delta)) });
             self.ordered(orders);
         } else {
-            let orders = self.agent.apply_wanted(self.now, &mut self.rng, whole.clone()).unwrap();
+            let orders = self.agent.apply_wanted(self.now, &mut self.rng, whole.clone());
+            let orders = orders.expect("it is newer");
             self.disk.push(pb::LedgerRecord { record: Some(Record::Wanted(whole.clone())) });
             self.ordered(orders);
             let stale = pb::WantedSet { generation: from_generation, instances: vec![], ..whole };
-            assert!(self.agent.apply_wanted(self.now, &mut self.rng, stale).is_err());
+            self.agent.apply_wanted(self.now, &mut self.rng, stale).expect_err("it is older");
         }
     }
 
@@ -267,7 +269,7 @@ impl World {
                 let taken = self.agent.ports_in_use();
                 let ports =
                     nave_agent_core::ports::pick(&mut self.rng, 20_000..=20_050, fixed, dynamic, &taken);
-                let ports = ports.unwrap();
+                let ports = ports.expect("more ports than instances");
                 self.told.push_back(Told::Input {
                     instance: instance.0,
                     input: Input::PortsPicked { ports },
@@ -381,11 +383,8 @@ impl World {
         if self.carry_out() {
             return true;
         }
-        if self.rng.random_bool(0.5) {
-            self.keeper_turn() || self.agent_turn()
-        } else {
-            self.agent_turn() || self.keeper_turn()
-        }
+        let keeper_first = self.rng.random_bool(0.5);
+        (keeper_first && self.keeper_turn()) || self.agent_turn() || self.keeper_turn()
     }
 
     /// Until nothing is left to do and nothing is left to wait for.
