@@ -60,6 +60,12 @@ impl Failure {
         self
     }
 
+    #[must_use]
+    pub(crate) fn exiting(mut self, exit: Exit) -> Self {
+        self.exit = exit;
+        self
+    }
+
     /// With what it is about in front.
     #[must_use]
     pub(crate) fn of(mut self, what: &str) -> Self {

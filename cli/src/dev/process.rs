@@ -1,7 +1,7 @@
 //! A process that dev watches, its child or one that an earlier dev has left: a pidfd cannot come to mean another.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, ExitStatus};
 
@@ -12,7 +12,6 @@ use tokio::io::unix::AsyncFd;
 /// A running process.
 #[derive(Debug)]
 pub(super) struct Process {
-    pub(super) pid: u32,
     pidfd: OwnedFd,
     /// Ours to reap; an adopted process has another parent.
     child: Option<Child>,
@@ -21,7 +20,7 @@ pub(super) struct Process {
 impl Process {
     pub(super) fn of_child(child: Child) -> io::Result<Self> {
         let pidfd = open(child.id())?;
-        Ok(Self { pid: child.id(), pidfd, child: Some(child) })
+        Ok(Self { pidfd, child: Some(child) })
     }
 
     /// The process that a pid file names, when its command line has all of `words`: a number alone may have gone
@@ -32,19 +31,20 @@ impl Process {
         let pidfd = open(pid).ok()?;
         let line = command_line(pid)?;
         let known = words.iter().all(|word| line.iter().any(|found| found == word));
-        known.then_some(Self { pid, pidfd, child: None })
+        known.then_some(Self { pidfd, child: None })
     }
 
     pub(super) fn signal(&self, signal: Signal) {
         // The only way to fail is that it has ended, which is what the signal is for.
-        drop(pidfd_send_signal(&self.pidfd, signal));
+        let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
     /// Waits for the end; the status of an adopted process is its parent's to know.
     pub(super) async fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
-        let watched = AsyncFd::with_interest(self.pidfd.as_raw_fd(), Interest::READABLE)?;
+        #[expect(deprecated, reason = "unsound only for a type that lies about its descriptor; an OwnedFd does not")]
+        let watched = AsyncFd::with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
+        // Readable once it has ended, and from then on.
         watched.readable().await?.retain_ready();
-        drop(watched);
         self.child.as_mut().map(Child::wait).transpose()
     }
 }

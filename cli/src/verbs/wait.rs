@@ -227,7 +227,7 @@ fn timed_out(target: &Target, last: Option<&pb::GetServiceResponse>, timeout: Du
             failed(target, &format!("not gone within {within}: {left} left; it goes on"), Vec::new())
         }
         // Not one answer in all that time: nobody knows.
-        _ => Failure { exit: Exit::Unknown, ..failed(target, &format!("no answer within {within}"), Vec::new()) },
+        _ => failed(target, &format!("no answer within {within}"), Vec::new()).exiting(Exit::Unknown),
     }
 }
 
