@@ -66,9 +66,6 @@ impl DataDir {
     pub(crate) fn logs(&self) -> PathBuf {
         self.path.join("logs")
     }
-    pub(crate) fn services(&self) -> PathBuf {
-        self.path.join("services")
-    }
 }
 
 fn check_format(path: &Path) -> Result<(), DataDirError> {
