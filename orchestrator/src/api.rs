@@ -84,11 +84,22 @@ impl Hub {
         let outcome = self.raft.propose(command, deadline).await;
         self.metrics.propose_seconds.observe(begun.elapsed().as_secs_f64());
         match outcome {
-            Ok(reply) => Committed::from_reply(reply),
+            Ok(reply) => Committed::from_reply(reply).map_err(|refusal| self.or_not_begun(refusal)),
             Err(error) => {
                 self.metrics.propose_failures.inc();
                 Err(errors::propose(&error, self.reach().await))
             }
+        }
+    }
+
+    /// Before the cluster has begun every command is refused, which is nobody's fault and passes.
+    fn or_not_begun(&self, refusal: Status) -> Status {
+        match self.raft.state().cluster() {
+            Some(_) => refusal,
+            None => errors::unavailable(
+                "NOT_BEGUN",
+                "the cluster is only just beginning; nothing was changed; try again in a moment",
+            ),
         }
     }
 

@@ -124,7 +124,8 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
         credentials: credentials.clone(),
         metrics: Arc::new(Metrics::new()),
         leaderless,
-        stop: shutdown.child_token(),
+        // Its own: leadership is handed over before anything stops.
+        stop: CancellationToken::new(),
         tasks: TaskTracker::new(),
     });
     info!(
@@ -148,6 +149,7 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
     parts.spawn("liveness", ok(liveness::run(hub.clone())));
 
     let ended = tokio::select! {
+        biased;
         () = shutdown.cancelled() => None,
         failure = raft.failed() => Some(failure),
         ended = parts.next() => Some(ended),

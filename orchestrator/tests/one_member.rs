@@ -133,7 +133,7 @@ impl Member {
         };
         let answer = client.enroll(request).await.expect("enrolled").into_inner();
         assert_eq!(answer.members, [self.address.clone()]);
-        let credentials = key.with_certificate(&answer.certificate_der, &answer.ca_der).expect("they fit");
+        let credentials = key.with_certificate(answer.certificate_der, answer.ca_der).expect("they fit");
         (answer.host_id.parse().expect("a host id"), credentials)
     }
 }
