@@ -103,7 +103,9 @@ impl Agent {
     fn start(&self) -> io::Result<(u32, OwnedFd)> {
         let (program, arguments) = self.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         // A group of its own: a Ctrl-C on the keeper's terminal reaches the keeper, which decides what that means.
-        let child = Command::new(program).args(arguments).stdin(Stdio::null()).process_group(0).spawn()?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).process_group(0);
+        let child = sys::with_default_signals(&mut command).spawn()?;
         let pid = child.id();
         Ok((pid, sys::pidfd_open(pid)?))
     }

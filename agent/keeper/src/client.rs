@@ -237,6 +237,6 @@ mod tests {
         std::fs::create_dir(&long).unwrap();
         let socket = socket_path(&long);
         assert!(socket.as_os_str().len() < 70, "{}", socket.display());
-        assert_eq!(socket, socket_path(&base.path().join("y/..").join("x".repeat(120)).join(".")).clone());
+        assert_eq!(socket, socket_path(&long.join(".")), "the same by any path");
     }
 }

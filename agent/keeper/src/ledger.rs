@@ -73,7 +73,10 @@ impl Ledger {
 
     /// Notes one thing. A disk that refuses is said once and made good by [`Ledger::catch_up`]: the cgroup still
     /// tells what runs, and services must go on starting.
-    pub(crate) fn note(&mut self, record: Record) {
+    pub(crate) fn note(&mut self, mut record: Record) {
+        if let Record::Started(pb::KeptSpawn { spawn: Some(spawn), .. }) = &mut record {
+            strip(spawn);
+        }
         self.content.take(record.clone());
         if self.behind {
             return;
@@ -104,9 +107,8 @@ impl Ledger {
 impl Content {
     fn take(&mut self, record: Record) {
         match record {
-            Record::Started(mut started) => {
-                let Some(spawn) = &mut started.spawn else { return };
-                strip(spawn);
+            Record::Started(started) => {
+                let Some(spawn) = &started.spawn else { return };
                 let key = Key { instance_id: spawn.instance_id, epoch: spawn.epoch };
                 let deadline = self.kept.remove(&key).and_then(|before| before.deadline);
                 self.kept.insert(key, Noted { started, deadline, ..Noted::default() });

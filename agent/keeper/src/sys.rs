@@ -200,15 +200,29 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
 }
 
 /// All signals unblocked and with their default action, as a new program expects them.
-#[expect(unsafe_code, reason = "nix cannot name the real-time signals")]
+#[expect(unsafe_code, reason = "the C library lets nobody touch the signals it keeps to itself")]
 pub(crate) fn reset_signals() -> io::Result<()> {
-    for signal in 1..=64 {
-        // SAFETY: setting the default action has no precondition; KILL, STOP and the two that libc keeps to itself
-        // refuse, as they should.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // The kernel's struct sigaction, whose zeroes mean: default action, no flags, empty mask.
+    let default = [0_u64; 4];
+    for signal in 1..=64 as libc::c_long {
+        // SAFETY: the memory is as long as the kernel's struct and outlives the call. KILL and STOP refuse, as they
+        // should. The two of the C library may be inherited as ignored; nothing of it uses them in a process that has
+        // one thread and is about to exec.
+        unsafe {
+            let old = std::ptr::null_mut::<u64>();
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, size_of::<u64>());
+        }
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()?;
     Ok(())
+}
+
+/// Has the child start with [`reset_signals`]; std passes a blocked mask on.
+#[expect(unsafe_code, reason = "code between fork and exec")]
+pub(crate) fn with_default_signals(command: &mut std::process::Command) -> &mut std::process::Command {
+    use std::os::unix::process::CommandExt as _;
+    // SAFETY: reset_signals makes system calls only.
+    unsafe { command.pre_exec(reset_signals) }
 }
 
 /// Closes every descriptor from `first` on.
