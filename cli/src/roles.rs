@@ -4,7 +4,9 @@
 use std::ffi::OsString;
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use nave_agent::AgentConfig;
@@ -146,10 +148,17 @@ where
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let shutdown = CancellationToken::new();
         let role = run(shutdown.clone());
+        let mut settled = pin!(tokio::time::sleep(SETTLED));
+        let mut lean = false;
         tokio::pin!(role);
         loop {
             tokio::select! {
                 ended = &mut role => return ended,
+                () = &mut settled, if !lean => {
+                    lean = true;
+                    release_startup_pages();
+                    continue;
+                }
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
@@ -163,6 +172,16 @@ where
     // What is still blocked in a thread of the runtime must not keep the process.
     runtime.shutdown_background();
     ended.map_err(Failure::from)
+}
+
+/// A role that has been up this long is past its start.
+const SETTLED: Duration = Duration::from_secs(5);
+
+fn release_startup_pages() {
+    match nave_keeper::memory::release_startup_pages() {
+        Ok(bytes) => tracing::debug!(bytes, "gave back the pages of the program that starting up needed"),
+        Err(error) => tracing::debug!(%error, "cannot give back pages of the program"),
+    }
 }
 
 pub(crate) fn runtime() -> anyhow::Result<Runtime> {

@@ -29,6 +29,7 @@ mod stub;
 mod sys;
 
 pub mod client;
+pub mod memory;
 
 use std::ffi::OsString;
 use std::io;
