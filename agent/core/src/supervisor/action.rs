@@ -1,6 +1,8 @@
 //! What a supervisor wants done. The shell performs actions in the order given and feeds results back as inputs.
 //! The order is part of the contract: a `Persist` that stands before a `Spawn` or a `Signal` must be durable first,
-//! else a restart of the agent repeats or forgets what it did.
+//! else a restart of the agent repeats or forgets what it did; and one that stands after them says that they are done,
+//! so it must not be durable before. Several records may share one write as long as no `Persist` overtakes an earlier
+//! action of its own instance.
 
 use std::collections::BTreeMap;
 
