@@ -15,6 +15,8 @@ mod document;
 mod reader;
 mod rules;
 mod source;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod values;
 
@@ -30,7 +32,7 @@ pub use rules::{COUNT_MAX, Violation, validate};
 pub use values::{format_cpu, format_size, parse_size};
 
 use reader::Problems;
-use tree::{Path as KeyPath, Position, Spanned};
+use tree::{Path as KeyPath, Position, Spanned, Value};
 
 /// Largest manifest, as text and as a message.
 pub const MANIFEST_BYTES_MAX: usize = 64 * 1024;
@@ -59,7 +61,8 @@ impl Format {
 
     /// By its first character, for text without a name: `{` begins JSON; `---` and `name:` are YAML.
     pub fn guess(text: &str) -> Self {
-        let first = text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#')).unwrap_or("");
+        let first =
+            text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#')).unwrap_or("");
         let key_end = first.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(first.len());
         if first.starts_with('{') {
             Self::Json
@@ -99,7 +102,8 @@ impl fmt::Display for ManifestError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, problem) in self.problems.iter().enumerate() {
             let Problem { line, column, path, message } = problem;
-            let (newline, colon) = (if index > 0 { "\n" } else { "" }, if path.is_empty() { "" } else { ": " });
+            let (newline, colon) =
+                (if index > 0 { "\n" } else { "" }, if path.is_empty() { "" } else { ": " });
             write!(f, "{newline}{}:{line}:{column}: {path}{colon}{message}", self.file)?;
         }
         Ok(())
@@ -130,10 +134,15 @@ pub fn parse_all(text: &str, format: Format, file: &str) -> Result<Vec<pb::Manif
         ManifestError { file: file.to_owned(), problems }
     };
     if text.len() > MANIFEST_BYTES_MAX {
-        let message = format!("a manifest has at most {MANIFEST_BYTES_MAX} bytes, this one has {}", text.len());
+        let message =
+            format!("a manifest has at most {MANIFEST_BYTES_MAX} bytes, this one has {}", text.len());
         return Err(failed(vec![Problem { line: 1, column: 1, path: String::new(), message }]));
     }
-    let documents = source::parse(text, format).map_err(failed)?;
+    let mut documents = source::parse(text, format).map_err(failed)?;
+    if documents.len() > 1 {
+        // A stream that ends in `---` has an empty document behind it.
+        documents.retain(|document| document.value != Value::Null);
+    }
     let mut manifests = Vec::new();
     let mut problems = Vec::new();
     for document in &documents {

@@ -44,7 +44,10 @@ pub fn name(number: i32) -> String {
 
 /// 15 for `SIGTERM`, and for `TERM`.
 pub fn number(name: &str) -> Option<i32> {
-    SIGNALS.iter().find(|(_, known)| *known == name || known.strip_prefix("SIG") == Some(name)).map(|(n, _)| *n)
+    SIGNALS
+        .iter()
+        .find(|(_, known)| *known == name || known.strip_prefix("SIG") == Some(name))
+        .map(|(n, _)| *n)
 }
 
 /// Every name there is, for suggestions.

@@ -127,7 +127,8 @@ pub fn timestamp_opt(unix_ns: i64) -> Option<prost_types::Timestamp> {
 
 /// Back to nanoseconds since 1970; times outside of the years 1677 to 2262 are moved to that bound.
 pub fn unix_ns(timestamp: &prost_types::Timestamp) -> i64 {
-    timestamp.seconds.saturating_mul(NANOS_PER_SECOND).saturating_add(timestamp.nanos.into())
+    let ns = i128::from(timestamp.seconds) * i128::from(NANOS_PER_SECOND) + i128::from(timestamp.nanos);
+    i64::try_from(ns).unwrap_or(if ns < 0 { i64::MIN } else { i64::MAX })
 }
 
 /// `2026-11-26T13:59:24.123456789Z`; the fraction only as long as it must be (0, 3, 6 or 9 digits).
@@ -151,11 +152,7 @@ pub fn parse_since(text: &str, now_unix_ns: i64) -> Result<i64, ParseSinceError>
     let wrong = || ParseSinceError { given: text.to_owned() };
     // A time has a T in it or, as people write it, a blank; an offset or a Z at its end, else it is UTC.
     let text_with_t = text.trim().replacen(' ', "T", 1);
-    let has_zone = text_with_t
-        .split_once('T')
-        .ok_or_else(wrong)?
-        .1
-        .contains(['Z', 'z', '+', '-']);
+    let has_zone = text_with_t.split_once('T').ok_or_else(wrong)?.1.contains(['Z', 'z', '+', '-']);
     let whole = if has_zone { text_with_t } else { format!("{text_with_t}Z") };
     whole.parse::<prost_types::Timestamp>().map(|time| unix_ns(&time)).map_err(|_| wrong())
 }

@@ -30,7 +30,9 @@ pub struct JoinToken {
 
 /// Text that is not a join token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a join token ({0}); it looks like nave-join.CLUSTER.CA.ID.SECRET, make one with: nave token create")]
+#[error(
+    "not a join token ({0}); it looks like nave-join.CLUSTER.CA.ID.SECRET, make one with: nave token create"
+)]
 pub struct ParseTokenError(&'static str);
 
 impl JoinToken {
@@ -51,7 +53,10 @@ impl JoinToken {
 
 impl fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JoinToken").field("cluster", &self.cluster).field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("JoinToken")
+            .field("cluster", &self.cluster)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -68,7 +73,11 @@ impl FromStr for JoinToken {
     fn from_str(text: &str) -> Result<Self, ParseTokenError> {
         let parts: Vec<&str> = text.trim().split('.').collect();
         let [prefix, cluster, ca, id, secret] = parts[..] else {
-            return Err(ParseTokenError(if parts.len() < 5 { "it is cut short" } else { "it has too many parts" }));
+            return Err(ParseTokenError(if parts.len() < 5 {
+                "it is cut short"
+            } else {
+                "it has too many parts"
+            }));
         };
         if prefix != PREFIX {
             return Err(ParseTokenError("it does not begin with nave-join"));

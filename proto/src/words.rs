@@ -159,7 +159,10 @@ mod tests {
                 pb::ExitRecord { errno: 13, ..exit(ExitCause::ExecError) },
                 "could not start: Permission denied (os error 13)",
             ),
-            (pb::ExitRecord { signal: 15, ..exit(ExitCause::Hub) }, "stopped as the hub wanted (killed by SIGTERM)"),
+            (
+                pb::ExitRecord { signal: 15, ..exit(ExitCause::Hub) },
+                "stopped as the hub wanted (killed by SIGTERM)",
+            ),
             (exit(ExitCause::Operator), "stopped by an operator (exited with code 0)"),
             (exit(ExitCause::Unspecified), "ended, nobody saw how"),
         ] {

@@ -27,7 +27,11 @@ pub fn diff(before: Option<&pb::Manifest>, after: &pb::Manifest) -> Vec<pb::Fiel
     keys.sort();
     keys.dedup();
     keys.into_iter()
-        .map(|key| pb::FieldChange { path: key.1.clone(), before: text(&before, key), after: text(&after, key) })
+        .map(|key| pb::FieldChange {
+            path: key.1.clone(),
+            before: text(&before, key),
+            after: text(&after, key),
+        })
         .filter(|change| change.before != change.after)
         .collect()
 }

@@ -35,7 +35,9 @@ pub fn fill_defaults(manifest: &mut pb::Manifest) {
     }
     fill_restart(manifest.restart.get_or_insert_default());
     manifest.resources.get_or_insert_default();
-    fill_update(manifest.update.get_or_insert_with(|| pb::Update { auto_revert: true, ..Default::default() }));
+    fill_update(
+        manifest.update.get_or_insert_with(|| pb::Update { auto_revert: true, ..Default::default() }),
+    );
     fill_stop(manifest.stop.get_or_insert_default());
     fill_placement(manifest.placement.get_or_insert_default());
 }
@@ -71,7 +73,8 @@ fn fill_restart(restart: &mut pb::Restart) {
     }
     if restart.budget_window.is_none() {
         restart.budget_window = Some(to_proto(BUDGET_WINDOW));
-        restart.budget_restarts = if restart.budget_restarts == 0 { BUDGET_RESTARTS } else { restart.budget_restarts };
+        restart.budget_restarts =
+            if restart.budget_restarts == 0 { BUDGET_RESTARTS } else { restart.budget_restarts };
     }
 }
 

@@ -14,8 +14,21 @@ use crate::{signals, words};
 type Keys = &'static [&'static str];
 
 pub(super) const ROOT: Keys = &[
-    "name", "command", "count", "per_host", "env", "user", "working_dir", "needs", "ports", "health", "restart",
-    "resources", "update", "stop", "placement",
+    "name",
+    "command",
+    "count",
+    "per_host",
+    "env",
+    "user",
+    "working_dir",
+    "needs",
+    "ports",
+    "health",
+    "restart",
+    "resources",
+    "update",
+    "stop",
+    "placement",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
@@ -81,7 +94,8 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.count = count(&table, manifest.per_host, problems);
     manifest.env = field("env").map(|field| env(&field, problems)).unwrap_or_default();
     manifest.user = field("user").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
-    manifest.working_dir = field("working_dir").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
+    manifest.working_dir =
+        field("working_dir").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
     manifest.needs =
         field("needs").map(|field| field.texts(problems, "such as [\"db\"]")).unwrap_or_default();
     manifest.ports = field("ports").map(|field| ports(&field, problems)).unwrap_or_default();
@@ -139,7 +153,10 @@ fn ports(field: &Field<'_>, problems: &mut Problems) -> BTreeMap<String, pb::Por
     let Some(table) = field.table("such as [ports.http]", problems) else { return ports };
     for field in table.fields() {
         if PORT.contains(&field.key) && !matches!(field.value.value, Value::Table(_)) {
-            field.refuse(problems, format!("a port has a name of its own; write [ports.http] above {}", field.key));
+            field.refuse(
+                problems,
+                format!("a port has a name of its own; write [ports.http] above {}", field.key),
+            );
             continue;
         }
         if let Some(port) = port(&field, problems) {
@@ -154,14 +171,21 @@ fn port(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Port> {
     unknown_keys(&table, PORT, problems);
     let number = |key, problems: &mut Problems| table.field(key).and_then(|field| field.whole(problems));
     Some(pb::Port {
-        protocol: table.field("protocol").and_then(|field| protocol(&field, problems)).unwrap_or_default().into(),
+        protocol: table
+            .field("protocol")
+            .and_then(|field| protocol(&field, problems))
+            .unwrap_or_default()
+            .into(),
         service_port: number("service_port", problems).unwrap_or(0),
         port: table
             .field("port")
             .and_then(|field| {
                 let port = field.whole(problems)?;
                 if port == 0 {
-                    field.refuse(problems, "0 is not a port; leave the key out for a port that the agent picks");
+                    field.refuse(
+                        problems,
+                        "0 is not a port; leave the key out for a port that the agent picks",
+                    );
                 }
                 Some(port)
             })

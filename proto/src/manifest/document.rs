@@ -127,7 +127,8 @@ word!(OnDisconnectWord, ["keep", "stop"]);
 #[serde(transparent)]
 #[schemars(inline)]
 struct DurationText(
-    #[schemars(regex(pattern = "^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"), length(min = 2))] String,
+    #[schemars(regex(pattern = "^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"), length(min = 2))]
+    String,
 );
 
 impl DurationText {
@@ -349,7 +350,8 @@ impl From<&pb::Restart> for RestartDocument {
     fn from(restart: &pb::Restart) -> Self {
         let policy = restart.policy();
         Self {
-            policy: (policy != pb::RestartPolicy::Unspecified).then(|| PolicyWord(words::restart_policy(policy))),
+            policy: (policy != pb::RestartPolicy::Unspecified)
+                .then(|| PolicyWord(words::restart_policy(policy))),
             budget: restart.budget_window.as_ref().map(|window| {
                 format_budget(restart.budget_restarts, from_proto_or(Some(window), Duration::ZERO))
             }),
@@ -415,15 +417,18 @@ pub fn to_json(manifest: &pb::Manifest) -> serde_json::Value {
 /// other is not in it.
 pub fn json_schema() -> serde_json::Value {
     let mut schema = serde_json::Value::from(schemars::schema_for!(Document));
-    without_null(&mut schema);
+    tidy(&mut schema);
     schema
 }
 
-/// A key that may be left out is not a key that may be null.
-fn without_null(value: &mut serde_json::Value) {
+/// A key that may be left out is not a key that may be null; descriptions have no line ends of the source.
+fn tidy(value: &mut serde_json::Value) {
     match value {
-        serde_json::Value::Array(items) => items.iter_mut().for_each(without_null),
+        serde_json::Value::Array(items) => items.iter_mut().for_each(tidy),
         serde_json::Value::Object(object) => {
+            if let Some(serde_json::Value::String(text)) = object.get_mut("description") {
+                *text = text.replace('\n', " ");
+            }
             let is_null = |value: &serde_json::Value| value == "null" || value["type"] == "null";
             for key in ["type", "anyOf"] {
                 if let Some(serde_json::Value::Array(choices)) = object.get_mut(key) {
@@ -443,7 +448,7 @@ fn without_null(value: &mut serde_json::Value) {
                 object.remove("anyOf");
                 object.extend(only);
             }
-            object.values_mut().for_each(without_null);
+            object.values_mut().for_each(tidy);
         }
         _ => {}
     }

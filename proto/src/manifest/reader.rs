@@ -25,13 +25,22 @@ impl Problems {
 
     /// Whether a mistake already found explains trouble at `path`.
     pub(super) fn covers(&self, path: &Path) -> bool {
-        self.found.iter().map(|(_, wrong, _)| wrong).chain(&self.also_covered).any(|wrong| wrong.overlaps(path))
+        self.found
+            .iter()
+            .map(|(_, wrong, _)| wrong)
+            .chain(&self.also_covered)
+            .any(|wrong| wrong.overlaps(path))
     }
 
     pub(super) fn into_list(self) -> Vec<Problem> {
         self.found
             .into_iter()
-            .map(|(at, path, message)| Problem { line: at.line, column: at.column, path: path.to_string(), message })
+            .map(|(at, path, message)| Problem {
+                line: at.line,
+                column: at.column,
+                path: path.to_string(),
+                message,
+            })
             .collect()
     }
 }
@@ -45,12 +54,21 @@ pub(super) struct Table<'t> {
 
 impl<'t> Table<'t> {
     /// `None`, and a problem, when the value is no table.
-    pub(super) fn open(value: &'t Spanned, path: Path, example: &str, problems: &mut Problems) -> Option<Self> {
+    pub(super) fn open(
+        value: &'t Spanned,
+        path: Path,
+        example: &str,
+        problems: &mut Problems,
+    ) -> Option<Self> {
         match &value.value {
             Value::Table(entries) => Some(Self { path, entries }),
             other => {
                 let what = if path.0.is_empty() { "a manifest" } else { "it" };
-                problems.add(value.at, path, format!("{what} must be a table, {example}, not {}", other.describe()));
+                problems.add(
+                    value.at,
+                    path,
+                    format!("{what} must be a table, {example}, not {}", other.describe()),
+                );
                 None
             }
         }
@@ -130,7 +148,10 @@ impl<'t> Field<'t> {
     /// Any number, as a float.
     pub(super) fn number(&self, problems: &mut Problems, what: &str) -> Option<f64> {
         match self.value.value {
-            #[expect(clippy::cast_precision_loss, reason = "core counts are small; what is not is refused later")]
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "core counts are small; what is not is refused later"
+            )]
             Value::Int(number) => Some(number as f64),
             Value::Float(number) => Some(number),
             _ => self.must_be(problems, what),

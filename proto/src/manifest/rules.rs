@@ -69,7 +69,10 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     let mut rules = Rules::default();
     let size = manifest.encoded_len();
     if size > MANIFEST_BYTES_MAX {
-        rules.broken(Path::default(), format!("a manifest has at most {MANIFEST_BYTES_MAX} bytes, this one {size}"));
+        rules.broken(
+            Path::default(),
+            format!("a manifest has at most {MANIFEST_BYTES_MAX} bytes, this one {size}"),
+        );
     }
     rules.name(manifest);
     rules.command(&Path::default().key("command"), &manifest.command);
@@ -116,7 +119,10 @@ impl Rules {
 
     fn command(&mut self, path: &Path, command: &[String]) {
         if command.is_empty() {
-            self.broken(path.clone(), "is missing; list the program and its arguments, such as [\"sleep\", \"60\"]");
+            self.broken(
+                path.clone(),
+                "is missing; list the program and its arguments, such as [\"sleep\", \"60\"]",
+            );
         }
         for (index, argument) in command.iter().enumerate() {
             if argument.contains('\0') {
@@ -141,8 +147,9 @@ impl Rules {
                 || name == "NOTIFY_SOCKET"
                 || (!manifest.ports.is_empty() && (name == "HOST" || name == "PORT"));
             let mut characters = name.chars();
-            let well_formed = characters.next().is_some_and(|first| first.is_ascii_alphabetic() || first == '_')
-                && characters.all(|c| c.is_ascii_alphanumeric() || c == '_');
+            let well_formed =
+                characters.next().is_some_and(|first| first.is_ascii_alphabetic() || first == '_')
+                    && characters.all(|c| c.is_ascii_alphanumeric() || c == '_');
             if !well_formed {
                 self.at(&["env", name], "a variable's name has letters, digits and _, and no digit first");
             } else if taken {
@@ -280,7 +287,8 @@ impl Rules {
         if update.max_parallel == 0 {
             self.at(&["update", "max_parallel"], "must be at least 1, or nothing could ever be replaced");
         }
-        let min_ready = self.duration(&["update", "min_ready"], update.min_ready.as_ref(), Duration::ZERO, HOUR);
+        let min_ready =
+            self.duration(&["update", "min_ready"], update.min_ready.as_ref(), Duration::ZERO, HOUR);
         let deadline = self.duration(
             &["update", "progress_deadline"],
             update.progress_deadline.as_ref(),
@@ -291,7 +299,8 @@ impl Rules {
             && deadline <= min_ready
         {
             let (deadline, min_ready) = (format_duration(deadline), format_duration(min_ready));
-            let why = format!("{deadline} is not longer than min_ready, {min_ready}, so every update would fail");
+            let why =
+                format!("{deadline} is not longer than min_ready, {min_ready}, so every update would fail");
             self.at(&["update", "progress_deadline"], why);
         }
         if !manifest.per_host && update.canary > manifest.count {
@@ -308,7 +317,9 @@ impl Rules {
                 self.at(&["stop", "signal"], why);
             }
             1..=31 => {}
-            signal => self.at(&["stop", "signal"], format!("{signal} is not the number of a signal, 1 to 31")),
+            signal => {
+                self.at(&["stop", "signal"], format!("{signal} is not the number of a signal, 1 to 31"))
+            }
         }
         self.duration(&["stop", "grace"], stop.grace.as_ref(), Duration::ZERO, HOUR);
     }
@@ -363,7 +374,10 @@ impl Rules {
 fn bad_name(name: &str) -> Option<String> {
     let shown = shorten(name);
     if name.len() > NAME_MAX {
-        return Some(format!("{shown:?} is too long: {} characters, at most {NAME_MAX}", name.chars().count()));
+        return Some(format!(
+            "{shown:?} is too long: {} characters, at most {NAME_MAX}",
+            name.chars().count()
+        ));
     }
     if name.is_empty() {
         return Some("a service's name is not empty".to_owned());

@@ -74,7 +74,11 @@ pub(super) fn parse_cpu(cores: f64) -> Result<u64, String> {
     if (millicores - rounded).abs() > 1e-6 {
         return Err(format!("{cores} is finer than a thousandth of a core"));
     }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "within 0..=10^9, checked above")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "within 0..=10^9, checked above"
+    )]
     Ok(rounded as u64)
 }
 

@@ -37,8 +37,8 @@ const CA_VALIDITY: Duration = Duration::from_secs(20 * 365 * 24 * 60 * 60);
 const BACKDATE: Duration = Duration::from_secs(60 * 60);
 /// DER of a P-256 SubjectPublicKeyInfo up to the key bits (algorithm, curve, and the uncompressed point's mark).
 const P256_SPKI_PREFIX: [u8; 27] = [
-    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48,
-    0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00, 0x04,
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
+    0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00, 0x04,
 ];
 const P256_SPKI_BYTES: usize = 91;
 
@@ -148,7 +148,12 @@ impl Authority {
     }
 
     /// A new key with its certificate; see [`issue`](Self::issue).
-    pub fn issue_new(&self, role: Role, validity: Duration, now_unix: i64) -> Result<Credentials, IssueError> {
+    pub fn issue_new(
+        &self,
+        role: Role,
+        validity: Duration,
+        now_unix: i64,
+    ) -> Result<Credentials, IssueError> {
         let key = KeyPair::generate();
         let certificate = self.sign(&role, key.inner(), validity, now_unix)?;
         Credentials::new(key, certificate, self.inner.certificate.clone())
@@ -167,11 +172,13 @@ impl Authority {
         params.distinguished_name = common_name(&role.to_string());
         params.subject_alt_names = vec![san(&identity::uri(self.inner.cluster, Some(role))).map_err(failed)?];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(random_serial());
         set_validity(&mut params, now_unix, validity);
-        let issuer = Issuer::from_ca_cert_der(&self.inner.certificate, self.inner.key.inner()).map_err(failed)?;
+        let issuer =
+            Issuer::from_ca_cert_der(&self.inner.certificate, self.inner.key.inner()).map_err(failed)?;
         let certificate = params.signed_by(key, &issuer).map_err(failed)?;
         Ok(certificate.der().clone())
     }
@@ -186,7 +193,8 @@ pub fn csr_public_key_sha256(csr_der: &[u8]) -> Result<[u8; 32], IssueError> {
 /// The SubjectPublicKeyInfo of a request whose signature fits, when it is a P-256 key.
 fn csr_public_key(csr_der: &[u8]) -> Result<Vec<u8>, IssueError> {
     let malformed = |error: String| IssueError::Request(error);
-    let (rest, request) = X509CertificationRequest::from_der(csr_der).map_err(|error| malformed(error.to_string()))?;
+    let (rest, request) =
+        X509CertificationRequest::from_der(csr_der).map_err(|error| malformed(error.to_string()))?;
     if !rest.is_empty() {
         return Err(malformed("bytes after its end".into()));
     }

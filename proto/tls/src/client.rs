@@ -117,7 +117,11 @@ pub fn channel(address: &str, credentials: &Credentials, expect: Expect, options
     let connector = Connector {
         address: address.into(),
         timeout: options.connect_timeout,
-        tls: Arc::new(Tls::Credentials { credentials: credentials.clone(), expect, cached: Mutex::new(None) }),
+        tls: Arc::new(Tls::Credentials {
+            credentials: credentials.clone(),
+            expect,
+            cached: Mutex::new(None),
+        }),
     };
     connector.channel(options)
 }

@@ -68,7 +68,9 @@ pub enum Refusal {
     #[error("the server's certificate was not issued by this cluster's authority")]
     NotVouchedFor,
     /// Its CA is not the pinned one.
-    #[error("the server's authority is not the one that the join token names; is the token of another cluster?")]
+    #[error(
+        "the server's authority is not the one that the join token names; is the token of another cluster?"
+    )]
     OtherAuthority,
     /// Not one of Nave's certificates.
     #[error("the server is not part of a Nave cluster")]
@@ -110,7 +112,9 @@ pub fn connect_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Conn
 
 fn refusal(error: &io::Error) -> Option<Refusal> {
     match error.get_ref()?.downcast_ref()? {
-        Error::InvalidCertificate(CertificateError::Other(OtherError(other))) => other.downcast_ref().cloned(),
+        Error::InvalidCertificate(CertificateError::Other(OtherError(other))) => {
+            other.downcast_ref().cloned()
+        }
         _ => None,
     }
 }

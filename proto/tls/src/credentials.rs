@@ -228,7 +228,6 @@ impl Reloadable {
     pub(crate) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
-
 }
 
 /// Now, but never before the floor: what rustls judges every certificate by.

@@ -65,7 +65,10 @@ pub(crate) fn read_key(path: &Path) -> Result<String, FileError> {
 }
 
 /// Writes certificates as PEM, mode 0644, replacing the file in one step.
-pub(crate) fn write_certificates(path: &Path, certificates: &[CertificateDer<'static>]) -> Result<(), FileError> {
+pub(crate) fn write_certificates(
+    path: &Path,
+    certificates: &[CertificateDer<'static>],
+) -> Result<(), FileError> {
     let blocks: Vec<_> = certificates.iter().map(|der| pem::Pem::new("CERTIFICATE", der.to_vec())).collect();
     write(path, &unix_lines(&pem::encode_many(&blocks)), 0o644)
 }
@@ -95,7 +98,8 @@ fn write(path: &Path, text: &str, mode: u32) -> Result<(), FileError> {
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         fs::rename(&beside, path)?;
-        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory =
+            path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::File::open(directory)?.sync_all()
     })();
     result.map_err(|source| FileError::Io { verb: "write", path: path.to_owned(), source })

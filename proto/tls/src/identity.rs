@@ -166,10 +166,8 @@ pub(crate) fn uri(cluster: ClusterId, role: Option<&Role>) -> String {
 
 fn cluster_and_path(certificate: &X509Certificate<'_>) -> Result<(ClusterId, Option<String>), IdentityError> {
     let names = certificate.subject_alternative_name().map_err(|_| IdentityError::Malformed)?;
-    let mut uris = names
-        .iter()
-        .flat_map(|extension| &extension.value.general_names)
-        .filter_map(|name| match name {
+    let mut uris =
+        names.iter().flat_map(|extension| &extension.value.general_names).filter_map(|name| match name {
             GeneralName::URI(uri) => uri.strip_prefix(SCHEME),
             _ => None,
         });
@@ -199,7 +197,9 @@ mod tests {
 
     #[test]
     fn a_role_that_is_not_exactly_one_is_refused() {
-        for text in ["", "member", "member/h-1", "agent/3", "agent/h-3/x", "operator/", "operator/a b", "root/x"] {
+        for text in
+            ["", "member", "member/h-1", "agent/3", "agent/h-3/x", "operator/", "operator/a b", "root/x"]
+        {
             assert_eq!(text.parse::<Role>(), Err(IdentityError::Uri(text.into())), "{text}");
         }
     }

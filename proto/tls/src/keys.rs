@@ -31,7 +31,8 @@ impl fmt::Debug for KeyPair {
 impl KeyPair {
     /// A new key from the operating system's randomness.
     pub fn generate() -> Self {
-        let inner = rcgen::KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("P-256 keys can be generated");
+        let inner =
+            rcgen::KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("P-256 keys can be generated");
         Self { inner: Arc::new(inner) }
     }
 

@@ -20,7 +20,9 @@ mod provider;
 mod server;
 mod server_verifier;
 
-pub use authority::{AGENT_VALIDITY, Authority, IssueError, MEMBER_VALIDITY, OPERATOR_VALIDITY, csr_public_key_sha256};
+pub use authority::{
+    AGENT_VALIDITY, Authority, IssueError, MEMBER_VALIDITY, OPERATOR_VALIDITY, csr_public_key_sha256,
+};
 pub use client::{ChannelOptions, Expect, channel, client_config, enroll_channel};
 pub use connect_error::{ConnectError, Refusal, connect_error};
 pub use credentials::{Credentials, CredentialsError, Reloadable};

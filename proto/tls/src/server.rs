@@ -7,7 +7,8 @@ use rustls::client::danger::HandshakeSignatureValid;
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, ServerConfig, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, ServerConfig,
+    SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tracing::debug;
@@ -31,11 +32,7 @@ pub fn server_config(credentials: &Credentials, clients: ClientPolicy) -> Arc<Se
     let chain = WebPkiClientVerifier::builder_with_provider(credentials.roots().clone(), provider())
         .build()
         .expect("there is one root");
-    let verifier = ClientVerifier {
-        chain,
-        policy: clients,
-        cluster: credentials.cluster(),
-    };
+    let verifier = ClientVerifier { chain, policy: clients, cluster: credentials.cluster() };
     let mut config = ServerConfig::builder_with_details(provider(), credentials.reloadable().clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("the provider has TLS 1.3 suites")

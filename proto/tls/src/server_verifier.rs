@@ -75,20 +75,26 @@ impl ServerVerifier {
         now: UnixTime,
     ) -> Result<(), Error> {
         let certificate = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(&certificate, roots, intermediates, now, self.algorithms.all)
-            .map_err(|error| match error {
-                // The cluster id is right and the signature is not: a CA that claims another's id.
-                Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
-                    refuse(Refusal::NotVouchedFor)
-                }
-                Error::InvalidCertificate(
-                    CertificateError::Expired
-                    | CertificateError::ExpiredContext { .. }
-                    | CertificateError::NotValidYet
-                    | CertificateError::NotValidYetContext { .. },
-                ) => refuse(Refusal::OutOfDate),
-                other => other,
-            })
+        verify_server_cert_signed_by_trust_anchor(
+            &certificate,
+            roots,
+            intermediates,
+            now,
+            self.algorithms.all,
+        )
+        .map_err(|error| match error {
+            // The cluster id is right and the signature is not: a CA that claims another's id.
+            Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+                refuse(Refusal::NotVouchedFor)
+            }
+            Error::InvalidCertificate(
+                CertificateError::Expired
+                | CertificateError::ExpiredContext { .. }
+                | CertificateError::NotValidYet
+                | CertificateError::NotValidYetContext { .. },
+            ) => refuse(Refusal::OutOfDate),
+            other => other,
+        })
     }
 }
 

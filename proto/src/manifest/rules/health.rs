@@ -81,7 +81,8 @@ impl Rules {
         }
         let names = || manifest.ports.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         if probe.port.is_empty() {
-            let why = format!("there are several ports; say which one to check with port, one of {}", names());
+            let why =
+                format!("there are several ports; say which one to check with port, one of {}", names());
             return self.at(&[table, &[check]].concat(), why);
         }
         let Some(port) = manifest.ports.get(&probe.port) else {

@@ -6,7 +6,7 @@ use crate::manifest::Problem;
 use crate::manifest::tree::{Entry, Lines, Position, Spanned, Value};
 
 pub(super) fn parse(text: &str) -> Result<Spanned, Vec<Problem>> {
-    if let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(text) {
+    if let Err(error) = serde_json::from_str::<serde_json::Value>(text) {
         let at = Position { line: error.line().max(1), column: error.column().max(1) };
         return Err(vec![problem(at, syntax_message(&error))]);
     }

@@ -11,7 +11,10 @@ pub(super) fn parse(text: &str) -> Result<Spanned, Vec<Problem>> {
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
         let at = |span: Option<std::ops::Range<usize>>| lines.position(span.map_or(0, |span| span.start));
-        return Err(errors.iter().map(|error| problem(at(error.span()), one_line(error.message()))).collect());
+        return Err(errors
+            .iter()
+            .map(|error| problem(at(error.span()), one_line(error.message())))
+            .collect());
     }
     Ok(Spanned { at: Position { line: 1, column: 1 }, value: table(document.into_inner(), &lines) })
 }
@@ -52,7 +55,10 @@ fn value(given: DeValue<'_>, lines: &Lines<'_>) -> Value {
         DeValue::Array(items) => Value::List(
             items
                 .into_iter()
-                .map(|item| Spanned { at: lines.position(item.span().start), value: value(item.into_inner(), lines) })
+                .map(|item| Spanned {
+                    at: lines.position(item.span().start),
+                    value: value(item.into_inner(), lines),
+                })
                 .collect(),
         ),
         DeValue::Table(entries) => table(entries, lines),

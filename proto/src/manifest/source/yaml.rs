@@ -42,9 +42,8 @@ impl Builder {
         events: impl Iterator<Item = Result<(Event<'a>, Span), ScanError>>,
     ) -> Result<Vec<Spanned>, Problem> {
         for event in events {
-            let (event, span) = event.map_err(|error| {
-                problem(position(*error.marker()), format!("not YAML: {}", error.info()))
-            })?;
+            let (event, span) = event
+                .map_err(|error| problem(position(*error.marker()), format!("not YAML: {}", error.info())))?;
             self.event(event, position(span.start))?;
         }
         if self.documents.is_empty() {
@@ -178,7 +177,9 @@ fn count(value: &Value) -> usize {
     match value {
         Value::List(items) => 1 + items.iter().map(|item| count(&item.value)).sum::<usize>(),
         Value::Table(entries) => 1 + entries.iter().map(|entry| count(&entry.value.value)).sum::<usize>(),
-        Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) | Value::Str(_) | Value::Other(..) => 1,
+        Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) | Value::Str(_) | Value::Other(..) => {
+            1
+        }
     }
 }
 

@@ -1,0 +1,413 @@
+//! The table of mistakes: what is written, and every word of the answer.
+
+use super::*;
+
+/// The message for a body under a valid beginning; lines therefore count from 3.
+fn told(body: &str) -> String {
+    let text = format!("name = \"web\"\ncommand = [\"true\"]\n{body}");
+    match parse(&text, Format::Toml, "f") {
+        Ok(_) => format!("accepted: {body}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn a_mistake_in_a_value_is_answered_in_place() {
+    for (body, message) in [
+        ("count = -1", "f:3:9: count: must be 0 or more, not the number -1"),
+        ("count = \"3\"", "f:3:9: count: must be a whole number, not the text \"3\""),
+        ("count = 3.5", "f:3:9: count: must be a whole number, not the number 3.5"),
+        ("count = 10001", "f:3:9: count: must be at most 10000, not 10001"),
+        ("count = 99999999999", "f:3:9: count: must be less than 4294967296, not the number 99999999999"),
+        (
+            "count = 99999999999999999999",
+            "f:3:9: count: must be a whole number, not the number 99999999999999999999",
+        ),
+        (
+            "count = 2\nper_host = true",
+            "f:3:9: count: count and per_host = true contradict each other; leave one of them out",
+        ),
+        ("per_host = 1", "f:3:12: per_host: must be true or false, not the number 1"),
+        ("user = \"No Body\"", "f:3:8: user: \"No Body\" is neither a user's name nor a uid"),
+        ("working_dir = \"srv\"", "f:3:15: working_dir: must be absolute, such as \"/srv/web\", not \"srv\""),
+        ("needs = [\"web\"]", "f:3:10: needs[0]: \"web\" needs itself, so it could never start"),
+        ("needs = [\"db\", \"db\"]", "f:3:16: needs[1]: \"db\" is listed twice"),
+        ("needs = \"db\"", "f:3:9: needs: must be a list of texts, such as [\"db\"], not the text \"db\""),
+        ("needs = [1]", "f:3:10: needs[0]: must be text in quotes, not the number 1"),
+        (
+            "needs = [\"My_Db\"]",
+            "f:3:10: needs[0]: \"My_Db\" has 'M'; a service's name has only a-z, 0-9 and -",
+        ),
+        (
+            "env = { \"1A\" = \"x\" }",
+            "f:3:16: env.1A: a variable's name has letters, digits and _, and no digit first",
+        ),
+        ("env = { NAVE_X = \"x\" }", "f:3:18: env.NAVE_X: NAVE_X is set by Nave; choose another name"),
+        ("env = { A = 1.10 }", "f:3:13: env.A: must be text in quotes, not the number 1.1"),
+        ("env = { A = \"\\u0000\" }", "f:3:13: env.A: has a NUL byte, which no variable can have"),
+        ("env = []", "f:3:7: env: it must be a table, such as { LOG_LEVEL = \"info\" }, not a list"),
+        ("count = 2026-11-26", "f:3:9: count: must be a whole number, not the time 2026-11-26"),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
+fn a_mistake_in_ports_is_answered_in_place() {
+    for (body, message) in [
+        (
+            "[ports.dns]\nprotocol = \"udp\"",
+            "f:4:12: ports.dns.protocol: udp is not supported: Nave balances connections, and udp has none; use \
+             http, http2, grpc or tcp",
+        ),
+        (
+            "[ports.web]\nprotocol = \"https\"",
+            "f:4:12: ports.web.protocol: services speak plain http to their own host, Nave encrypts between hosts; \
+             use http, or tcp when the process does its own TLS",
+        ),
+        (
+            "[ports.web]\nprotocol = \"htp\"",
+            "f:4:12: ports.web.protocol: must be one of http, http2, grpc, tcp, not \"htp\"; did you mean \"http\"?",
+        ),
+        ("[ports.web]", "f:3:8: ports.web.protocol: is missing; one of http, http2, grpc, tcp"),
+        (
+            "[ports.api]\nprotocol = \"grpc\"",
+            "f:3:8: ports.api.service_port: is missing: the port that callers use; only http has a default, 80",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\nservice_port = 65536",
+            "f:5:16: ports.web.service_port: must be 1 to 65535, not 65536",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\nport = 0",
+            "f:5:8: ports.web.port: 0 is not a port; leave the key out for a port that the agent picks",
+        ),
+        (
+            "[ports]\na = { protocol = \"http\" }\nb = { protocol = \"http\" }",
+            "f:5:1: ports.b.service_port: 80 is the service_port of \"a\" too",
+        ),
+        (
+            "[ports]\na = { protocol = \"http\", port = 9 }\nb = { protocol = \"tcp\", service_port = 9, port = 9 }",
+            "f:5:50: ports.b.port: 9 is the port of \"a\" too",
+        ),
+        (
+            "[ports.Web]\nprotocol = \"http\"",
+            "f:3:8: ports.Web: a port's name has a-z, 0-9 and -, a letter first, at most 32",
+        ),
+        (
+            "[ports]\nprotocol = \"http\"",
+            "f:4:12: ports.protocol: a port has a name of its own; write [ports.http] above protocol",
+        ),
+        (
+            "env = { PORT = \"1\" }\n[ports.web]\nprotocol = \"http\"",
+            "f:3:16: env.PORT: PORT is set by Nave; choose another name",
+        ),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
+fn a_mistake_in_health_is_answered_in_place() {
+    let web = "ports.web.protocol = \"http\"\n";
+    for (body, message) in [
+        (
+            "[health]\nhttp = \"/\"",
+            "f:4:8: health.http: a http check needs a port; add one, such as [ports.http]",
+        ),
+        (
+            "[health]\ninterval = \"1s\"",
+            "f:3:2: health: has no check; add one of http, tcp, grpc, exec or notify",
+        ),
+        ("[health]", "f:3:2: health: has no check; add one of http, tcp, grpc, exec or notify"),
+        (
+            "[health.live]\ntimeout = \"1s\"",
+            "f:3:9: health.live: has no check; add one of http, tcp, grpc, exec or notify",
+        ),
+        (
+            "[health]\nnotify = true\nexec = [\"true\"]",
+            "f:5:8: health.exec: a second check beside notify; keep one of the two",
+        ),
+        ("[health]\ntcp = false", "f:4:7: health.tcp: false says nothing here; leave the key out"),
+        (
+            "[health]\nexec = []",
+            "f:4:8: health.exec: is missing; list the program and its arguments, such as [\"sleep\", \"60\"]",
+        ),
+        (
+            "[health]\nexec = \"curl -f localhost\"",
+            "f:4:8: health.exec: must be a list, one text for each argument, such as [\"curl\", \"-f\", \"localhost\"]",
+        ),
+        (
+            "[health]\nnotify = true\nport = \"web\"",
+            "f:5:8: health.port: notify checks no port; leave the key out",
+        ),
+        (
+            &format!("{web}[health]\nhttp = \"healthz\""),
+            "f:5:8: health.http: must be a path that begins with /, such as \"/healthz\", not \"healthz\"",
+        ),
+        (
+            &format!("{web}[health]\nhttp = \"/\"\nport = \"wed\""),
+            "f:6:8: health.port: there is no port \"wed\", only web",
+        ),
+        (
+            &format!("{web}[health]\nhttp = \"/\"\nport = 80"),
+            "f:6:8: health.port: must be the name of one of [ports], not the number 80",
+        ),
+        (
+            &format!("{web}[health]\nhttp = \"/\"\ninterval = \"10\""),
+            "f:6:12: health.interval: \"10\" lacks a unit; write \"10s\" for seconds (d, h, m, s, ms)",
+        ),
+        (
+            &format!("{web}[health]\nhttp = \"/\"\ninterval = 10"),
+            "f:6:12: health.interval: must be a duration in quotes, such as \"10s\", not the number 10",
+        ),
+        (
+            &format!("{web}[health]\nhttp = \"/\"\ntimeout = \"0s\""),
+            "f:6:11: health.timeout: must be 1ms to 5m, not 0s",
+        ),
+        (
+            &format!("{web}ports.adm = {{ protocol = \"http\", service_port = 81 }}\n[health]\nhttp = \"/\""),
+            "f:6:8: health.http: there are several ports; say which one to check with port, one of adm, web",
+        ),
+        (
+            "ports.api = { protocol = \"grpc\", service_port = 81 }\n[health]\nhttp = \"/\"",
+            "f:5:8: health.http: port \"api\" speaks grpc; use grpc = true or check another port",
+        ),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
+fn a_mistake_in_the_other_tables_is_answered_in_place() {
+    for (body, message) in [
+        (
+            "[restart]\npolicy = \"onfailure\"",
+            "f:4:10: restart.policy: must be one of always, on-failure, never, not \"onfailure\"; did you mean \
+             \"on-failure\"?",
+        ),
+        (
+            "[restart]\nbudget = \"10\"",
+            "f:4:10: restart.budget: \"10\" is not a budget, for instance \"10 in 5m\"",
+        ),
+        (
+            "[restart]\nbudget = \"10 in 5\"",
+            "f:4:10: restart.budget: \"5\" lacks a unit; write \"5s\" for seconds (d, h, m, s, ms)",
+        ),
+        (
+            "[restart]\nbudget = \"0 in 5m\"",
+            "f:4:10: restart.budget: 0 restarts are none: set policy = \"never\" instead",
+        ),
+        (
+            "[resources]\ncpu = 0",
+            "f:4:7: resources.cpu: 0 cores is nothing; leave the key out to reserve none",
+        ),
+        ("[resources]\ncpu = -1", "f:4:7: resources.cpu: -1 is not a number of cores"),
+        (
+            "[resources]\ncpu = \"500m\"",
+            "f:4:7: resources.cpu: must be a number of cores, such as 0.5, not the text \"500m\"",
+        ),
+        (
+            "[resources]\ncpu = 2\ncpu_max = 1",
+            "f:5:11: resources.cpu_max: 1 is less than the 2 reserved by cpu",
+        ),
+        (
+            "[resources]\nmemory = \"0MiB\"",
+            "f:4:10: resources.memory: 0 bytes is nothing; leave the key out for no limit",
+        ),
+        (
+            "[resources]\nmemory = \"128M\"",
+            "f:4:10: resources.memory: \"128M\" has an ambiguous unit; write \"128MiB\"",
+        ),
+        (
+            "[resources]\nmemory = 128",
+            "f:4:10: resources.memory: must be a size in quotes, such as \"128MiB\", not the number 128",
+        ),
+        ("[resources]\nmemory = \"4KiB\"", "f:4:10: resources.memory: must be 1MiB to 1024TiB, not 4KiB"),
+        (
+            "[update]\nmax_parallel = 0",
+            "f:4:16: update.max_parallel: must be at least 1, or nothing could ever be replaced",
+        ),
+        ("[update]\ncanary = 2", "f:4:10: update.canary: 2 canaries of 1 instances"),
+        (
+            "[update]\nmin_ready = \"2m\"\nprogress_deadline = \"1m\"",
+            "f:5:21: update.progress_deadline: 1m is not longer than min_ready, 2m, so every update would fail",
+        ),
+        ("[update]\nmin_ready = \"2h\"", "f:4:13: update.min_ready: must be 0s to 1h, not 2h"),
+        (
+            "[stop]\nsignal = \"SIGTREM\"",
+            "f:4:10: stop.signal: \"SIGTREM\" is not a signal; did you mean \"SIGTERM\"?",
+        ),
+        (
+            "[stop]\nsignal = 15",
+            "f:4:10: stop.signal: must be a signal's name in quotes, such as \"SIGTERM\", not the number 15",
+        ),
+        (
+            "[stop]\nsignal = \"SIGSTOP\"",
+            "f:4:10: stop.signal: SIGSTOP ends no process; SIGTERM asks it to end",
+        ),
+        (
+            "[stop]\ngrace = \"1.5s\"",
+            "f:4:9: stop.grace: \"1.5s\" has a fraction; use a smaller unit, for instance \"1s500ms\"",
+        ),
+        (
+            "[placement]\nspread = \"rack\"",
+            "f:4:10: placement.spread: spread is \"host\" or \"label.NAME\", not \"rack\"",
+        ),
+        (
+            "[placement]\non_disconnect = \"kill\"",
+            "f:4:17: placement.on_disconnect: must be one of keep, stop, not \"kill\"",
+        ),
+        ("stop = 3", "f:3:8: stop: it must be a table, such as { grace = \"10s\" }, not the number 3"),
+    ] {
+        assert_eq!(told(body), message);
+    }
+    let constraint = told("[placement]\nconstraints = ['os = linux']");
+    assert!(constraint.starts_with("f:4:16: placement.constraints[0]: "), "{constraint}");
+}
+
+#[test]
+fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
+    for (body, message) in [
+        ("coutn = 3", "f:3:1: coutn: unknown key; did you mean `count`?"),
+        ("replicas = 3", "f:3:1: replicas: unknown key; did you mean `count`?"),
+        ("depends_on = [\"db\"]", "f:3:1: depends_on: unknown key; did you mean `needs`?"),
+        ("working-dir = \"/\"", "f:3:1: working-dir: unknown key; did you mean `working_dir`?"),
+        ("max_parallel = 2", "f:3:1: max_parallel: unknown key; it belongs in [update]"),
+        ("grace = \"2s\"", "f:3:1: grace: unknown key; it belongs in [stop]"),
+        (
+            "[ports.web]\nprotcol = \"http\"",
+            "f:4:1: ports.web.protcol: unknown key; did you mean `protocol`?",
+        ),
+        ("[stop]\ntimeout = \"2s\"", "f:4:1: stop.timeout: unknown key; did you mean `grace`?"),
+        (
+            "[health.live]\nexec = [\"true\"]\ninterva = \"1s\"",
+            "f:5:1: health.live.interva: unknown key; did you mean `interval`?",
+        ),
+        ("[restart]\nbanana = 1", "f:4:1: restart.banana: unknown key; known here: policy, budget"),
+        (
+            "\"a b\" = 1\n[restart]\nx = 1",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement\nf:5:1: restart.x: unknown key; known here: policy, budget",
+        ),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
+fn names_and_commands_must_be_there_and_possible() {
+    for (text, message) in [
+        (
+            "",
+            "f:1:1: name: is missing; give the service a name, such as \"web\"\n\
+             f:1:1: command: is missing; list the program and its arguments, such as [\"sleep\", \"60\"]",
+        ),
+        // One mistake, one answer: that the misspelt key is missing is not said as well.
+        ("name = \"web\"\ncomand = [\"true\"]", "f:2:1: comand: unknown key; did you mean `command`?"),
+        (
+            "name = \"Web Server\"\ncommand = [\"true\"]",
+            "f:1:8: name: \"Web Server\" has 'W'; a service's name has only a-z, 0-9 and -",
+        ),
+        (
+            "name = \"-web\"\ncommand = [\"true\"]",
+            "f:1:8: name: \"-web\" must begin and end with a letter or digit",
+        ),
+        ("name = 7\ncommand = [\"true\"]", "f:1:8: name: must be text in quotes, not the number 7"),
+        (
+            "name = \"web\"\ncommand = []",
+            "f:2:11: command: is missing; list the program and its arguments, such as [\"sleep\", \"60\"]",
+        ),
+        (
+            "name = \"web\"\ncommand = [\"\"]",
+            "f:2:12: command[0]: is empty; the first text names the program",
+        ),
+        (
+            "name = \"web\"\ncommand = [\"a\", \"b\\u0000\"]",
+            "f:2:17: command[1]: has a NUL byte, which no argument can have",
+        ),
+        (
+            "name = \"web\"\ncommand = \"sleep 60\"",
+            "f:2:11: command: must be a list, one text for each argument, such as [\"sleep\", \"60\"]",
+        ),
+    ] {
+        assert_eq!(parse(text, Format::Toml, "f").unwrap_err().to_string(), message);
+    }
+    let long = format!("name = \"{}\"\ncommand = [\"true\"]", "a".repeat(64));
+    let error = parse(&long, Format::Toml, "f").unwrap_err().to_string();
+    assert!(error.ends_with("is too long: 64 characters, at most 63"), "{error}");
+}
+
+#[test]
+fn yaml_and_json_are_answered_in_place_too() {
+    for (format, text, message) in [
+        (
+            Format::Yaml,
+            "name: web\ncommand: [\"true\"]\nports:\n  http:\n    protocol: http\n    service_prot: 80\n",
+            "f:6:5: ports.http.service_prot: unknown key; did you mean `service_port`?",
+        ),
+        (
+            Format::Yaml,
+            "name: web\ncommand: [\"true\"]\ncount: three\n",
+            "f:3:8: count: must be a whole number, not the text \"three\"",
+        ),
+        (
+            Format::Yaml,
+            "name: web\ncommand: [\"true\"]\ncount:\n",
+            "f:3:6: count: must be a whole number, not empty",
+        ),
+        (
+            Format::Yaml,
+            "name: web\nname: web\ncommand: [\"true\"]\n",
+            "f:2:1: not YAML: the key \"name\" is there twice",
+        ),
+        (Format::Yaml, "- a\n", "f:1:1: a manifest must be a table, such as name = \"web\", not a list"),
+        (Format::Yaml, "", "f:1:1: a manifest must be a table, such as name = \"web\", not empty"),
+        (
+            Format::Yaml,
+            "name: a\n<<: {count: 1}\n",
+            "f:2:1: merge keys (<<) are not YAML 1.2 and not supported; repeat the keys",
+        ),
+        (
+            Format::Json,
+            "{\n  \"name\": \"web\",\n  \"command\": [\"true\"],\n  \"stop\": {\"grase\": \"1s\"}\n}",
+            "f:4:12: stop.grase: unknown key; did you mean `grace`?",
+        ),
+        (Format::Json, "{\"name\": \"web\",}", "f:1:16: not JSON: trailing comma"),
+        (
+            Format::Json,
+            "{\"name\": \"é\", \"name\": \"b\"}",
+            "f:1:15: not JSON: the key \"name\" is there twice",
+        ),
+        (Format::Json, "[]", "f:1:1: a manifest must be a table, such as name = \"web\", not a list"),
+    ] {
+        assert_eq!(parse(text, format, "f").unwrap_err().to_string(), message, "{text}");
+    }
+    for (format, text) in [
+        (Format::Toml, "name = \"web"),
+        (Format::Toml, "name = \"a\"\nname = \"b\""),
+        (Format::Yaml, "name: [web"),
+        (Format::Json, ""),
+    ] {
+        let error = parse(text, format, "f").unwrap_err().to_string();
+        let marks = ["not TOML: ", "not YAML: ", "not JSON: "];
+        assert!(marks.iter().any(|mark| error.contains(mark)), "{error}");
+        println!("{error}");
+    }
+}
+
+#[test]
+fn all_mistakes_are_told_at_once_in_the_order_of_the_text() {
+    let text = "name = \"Web\"\ncomand = [\"true\"]\ncount = -1\nneeds = [\"Web\"]\n\n[ports.http]\n\
+                protocol = \"udp\"\nprot = 1\n\n[stop]\ngrace = 5\n";
+    assert_eq!(
+        parse(text, Format::Toml, "web.toml").unwrap_err().to_string(),
+        "web.toml:1:8: name: \"Web\" has 'W'; a service's name has only a-z, 0-9 and -\n\
+         web.toml:2:1: comand: unknown key; did you mean `command`?\n\
+         web.toml:3:9: count: must be 0 or more, not the number -1\n\
+         web.toml:4:10: needs[0]: \"Web\" has 'W'; a service's name has only a-z, 0-9 and -\n\
+         web.toml:7:12: ports.http.protocol: udp is not supported: Nave balances connections, and udp has none; \
+         use http, http2, grpc or tcp\n\
+         web.toml:8:1: ports.http.prot: unknown key; did you mean `port`?\n\
+         web.toml:11:9: stop.grace: must be a duration in quotes, such as \"10s\", not the number 5"
+    );
+}

@@ -1,0 +1,198 @@
+//! Whatever a manifest says, it says the same after being written and read in each format.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proptest::collection::{btree_map, btree_set, vec};
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+
+fn text() -> impl Strategy<Value = String> {
+    // Quotes, escapes, non-ASCII, line ends, what YAML could take for something else.
+    prop_oneof![
+        "[ -~é—\u{1F980}\n\t]{0,20}",
+        Just("no".to_owned()),
+        Just("1.10".to_owned()),
+        Just("~".to_owned())
+    ]
+}
+
+fn name() -> impl Strategy<Value = String> {
+    "[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?"
+}
+
+fn duration(milliseconds: std::ops::Range<u64>) -> impl Strategy<Value = Option<prost_types::Duration>> {
+    milliseconds.prop_map(|ms| Some(to_proto(Duration::from_millis(ms))))
+}
+
+fn command() -> impl Strategy<Value = Vec<String>> {
+    ("[/a-z]{1,9}", vec(text(), 0..4)).prop_map(|(program, arguments)| {
+        let mut command = vec![program];
+        command.extend(arguments);
+        command
+    })
+}
+
+fn ports() -> impl Strategy<Value = BTreeMap<String, pb::Port>> {
+    let port = (1i32..=4, 1u32..=65_535, prop_oneof![Just(0u32), 1u32..=65_535]);
+    btree_map("[a-z][a-z0-9]{0,7}", port, 0..4).prop_map(|ports| {
+        // Numbers must differ between ports, and a fixed port with them.
+        let (mut service_ports, mut fixed_ports) = (BTreeMap::new(), BTreeMap::new());
+        ports
+            .into_iter()
+            .filter(|(_, (_, service_port, port))| {
+                let fresh_fixed = *port == 0 || fixed_ports.insert(*port, ()).is_none();
+                service_ports.insert(*service_port, ()).is_none() && fresh_fixed
+            })
+            .map(|(name, (protocol, service_port, port))| (name, pb::Port { protocol, service_port, port }))
+            .collect()
+    })
+}
+
+fn probe(ports: Vec<(String, pb::Port)>) -> impl Strategy<Value = pb::Probe> {
+    let exec = command().prop_map(|command| (Check::Exec(pb::ExecCheck { command }), String::new()));
+    let notify = Just((Check::Notify(true), String::new()));
+    let without_port = prop_oneof![exec, notify].boxed();
+    let checks = if ports.is_empty() {
+        without_port
+    } else {
+        let with_port = proptest::sample::select(ports).prop_flat_map(|(name, port)| {
+            let http = if port.protocol() == pb::Protocol::Grpc {
+                Just(Check::Tcp(true)).boxed()
+            } else {
+                "/[!-~]{0,9}".prop_map(Check::Http).boxed()
+            };
+            let check = prop_oneof![http, Just(Check::Tcp(true)), Just(Check::Grpc(true))];
+            (check, Just(name))
+        });
+        prop_oneof![without_port, with_port].boxed()
+    };
+    (checks, duration(100..3_600_000), duration(1..300_000)).prop_map(|((check, port), interval, timeout)| {
+        pb::Probe { check: Some(check), port, interval, timeout }
+    })
+}
+
+fn health(ports: &BTreeMap<String, pb::Port>) -> impl Strategy<Value = Option<pb::Health>> + use<> {
+    let ports: Vec<_> = ports.iter().map(|(name, port)| (name.clone(), *port)).collect();
+    (option::of(probe(ports.clone())), option::of(probe(ports)))
+        .prop_map(|(ready, live)| (ready.is_some() || live.is_some()).then_some(pb::Health { ready, live }))
+}
+
+prop_compose! {
+    fn resources()(cpu in 0u64..100_000, above in option::of(0u64..1000), mebibytes in 0u64..1_000_000) -> pb::Resources {
+        let cpu_max = above.map_or(0, |above| cpu + above);
+        pb::Resources { cpu_millicores: cpu, cpu_max_millicores: cpu_max, memory_bytes: mebibytes << 20 }
+    }
+}
+
+prop_compose! {
+    fn update(count: u32)(
+        max_parallel in 1u32..100,
+        min_ready in duration(0..60_000),
+        progress_deadline in duration(60_001..86_400_000),
+        auto_revert: bool,
+        canary in 0..=count,
+    ) -> pb::Update {
+        pb::Update { max_parallel, min_ready, progress_deadline, auto_revert, canary }
+    }
+}
+
+prop_compose! {
+    fn rest()(
+        (policy, budget_restarts) in (1i32..=3, 1u32..=10_000),
+        budget_window in duration(1000..86_400_000),
+        signal in prop_oneof![1i32..=17, 23i32..=31],
+        grace in duration(0..3_600_000),
+        constraints in vec(prop_oneof![
+            Just("os = \"linux\"".to_owned()),
+            "label[.][a-z]{1,5} != \"[a-z]{0,5}\"",
+        ], 0..3),
+        spread in prop_oneof![Just("host".to_owned()), "label[.][a-z]{1,5}"],
+        on_disconnect in 1i32..=2,
+    ) -> (pb::Restart, pb::Stop, pb::Placement) {
+        (
+            pb::Restart { policy, budget_restarts, budget_window },
+            pb::Stop { signal, grace },
+            pb::Placement { constraints, spread, on_disconnect },
+        )
+    }
+}
+
+fn manifest() -> impl Strategy<Value = pb::Manifest> {
+    let count = prop_oneof![Just(None), (0u32..=COUNT_MAX).prop_map(Some)];
+    (ports(), count).prop_flat_map(|(ports, count)| {
+        (
+            (name(), command(), btree_set("db-[a-z]{1,5}", 0..3)),
+            btree_map("[A-FX_][A-Z0-9_]{0,6}", text(), 0..4),
+            prop_oneof![Just(String::new()), "[a-z][a-z0-9-]{0,9}", "[1-9][0-9]{0,5}"],
+            prop_oneof![Just(String::new()), "/[ -~]{0,9}"],
+            health(&ports),
+            resources(),
+            update(count.unwrap_or(0)),
+            rest(),
+        )
+            .prop_map(move |(names, env, user, working_dir, health, resources, update, rest)| {
+                let (name, command, needs) = names;
+                let (restart, stop, placement) = rest;
+                pb::Manifest {
+                    name,
+                    command,
+                    count: count.unwrap_or(0),
+                    per_host: count.is_none(),
+                    env,
+                    user,
+                    working_dir,
+                    needs: needs.into_iter().collect(),
+                    ports: ports.clone(),
+                    health,
+                    restart: Some(restart),
+                    resources: Some(resources),
+                    update: Some(update),
+                    stop: Some(stop),
+                    placement: Some(placement),
+                }
+            })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn every_manifest_reads_the_same_in_every_format(manifest in manifest()) {
+        prop_assert_eq!(validate(&manifest), Ok(()));
+        let read = |text: &str, format| parse(text, format, "f").map_err(|error| {
+            TestCaseError::fail(format!("{error}\n{text}"))
+        });
+        let json = serde_json::to_string_pretty(&to_json(&manifest)).unwrap();
+        prop_assert_eq!(&read(&to_toml(&manifest), Format::Toml)?, &manifest);
+        prop_assert_eq!(&read(&json, Format::Json)?, &manifest);
+        // JSON is YAML.
+        prop_assert_eq!(&read(&json, Format::Yaml)?, &manifest);
+        prop_assert_eq!(diff(Some(&manifest), &manifest), vec![]);
+    }
+
+    #[test]
+    fn no_text_makes_the_parser_panic(text in "[ -~\n\té]{0,200}") {
+        for format in [Format::Toml, Format::Yaml, Format::Json] {
+            let _ = parse(&text, format, "f");
+        }
+    }
+
+    #[test]
+    fn no_damage_to_a_manifest_makes_the_parser_panic(
+        at in 0usize..1700,
+        remove in 0usize..20,
+        insert in "[ -~\n]{0,9}",
+    ) {
+        let mut text = DESIGN.to_owned();
+        let start = at.min(text.len());
+        let end = (start + remove).min(text.len());
+        text.replace_range(start..end, &insert);
+        if let Err(error) = parse(&text, Format::Toml, "f") {
+            prop_assert!(!error.problems.is_empty());
+        }
+    }
+}
