@@ -59,6 +59,8 @@ impl Exits {
     pub(crate) fn persist(&mut self) -> io::Result<()> {
         let pending: Vec<_> = self.after(self.durable_sequence).cloned().collect();
         if pending.is_empty() {
+            // Acknowledged from memory, before the disk would take it.
+            self.durable_sequence = self.last_sequence;
             return Ok(());
         }
         self.file.append(&pending)?;
@@ -129,6 +131,17 @@ mod tests {
         assert_eq!(exits.acknowledge(100), 3, "what was never given out cannot be acknowledged");
         let (mut exits, _) = Exits::open(&path, 3).unwrap();
         assert_eq!(exits.add(exit(10)), 4, "not persisted, but acknowledged: never given out again");
+    }
+
+    #[test]
+    fn what_was_acknowledged_from_memory_need_not_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut exits, _) = Exits::open(&dir.path().join("exits"), 0).unwrap();
+        let sequence = exits.add(exit(1));
+        assert!(exits.undurable());
+        exits.acknowledge(sequence);
+        exits.persist().unwrap();
+        assert!(!exits.undurable());
     }
 
     #[test]

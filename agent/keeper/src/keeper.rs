@@ -28,6 +28,7 @@ use crate::exits::Exits;
 use crate::handover;
 use crate::kept::{Asker, Kept, Phase};
 use crate::ledger::{Key, Ledger};
+use crate::memory;
 use crate::output::{Event, OpenLog, Output};
 use crate::{KeeperError, KeeperOptions};
 
@@ -76,6 +77,8 @@ pub(crate) struct Keeper {
     pub(crate) agent: Agent,
     pub(crate) mode: Mode,
     pub(crate) upgrade_wanted: bool,
+    /// When to let go of memory: set by what happens, so that nothing happens in an idle keeper.
+    pub(crate) slim_at: Option<i64>,
 }
 
 #[derive(Debug)]
@@ -154,6 +157,7 @@ impl Keeper {
         let mut ready = [EpollEvent::empty(); 32];
         // What happened before there was a loop.
         self.reap();
+        let _ = memory::release_startup_pages();
         loop {
             self.do_what_is_due();
             self.commit_exits();
@@ -181,6 +185,9 @@ impl Keeper {
     }
 
     fn handle(&mut self, source: Source, events: EpollFlags) {
+        if source != Source::Timer && self.slim_at.is_none() {
+            self.slim_at = Some(boottime_ns() + due::SLIM_AFTER_NS);
+        }
         match source {
             Source::Signals => self.take_signals(),
             Source::Listener => self.accept(),

@@ -2,11 +2,12 @@
 //! constructors touched once. They are clean copies of files, so the kernel reads one again if it is ever needed.
 //!
 //! The keeper is one binary with a database and a TLS stack; without this it would hold some 11 MiB of pages that it
-//! never looks at again. Called by the keeper once its agent has said hello, and by the other roles some seconds
-//! after they are up. Mappings that hold anything of this process's own (relocated tables, data) are left alone.
-#![expect(unsafe_code, reason = "madvise on mappings of files")]
+//! never looks at again. Called by the keeper when it has started and some seconds after there was something to do
+//! (never while idle), and by the other roles some seconds after they are up. Mappings that hold anything of this process's own (relocated tables, data) are left alone.
 
 use std::io;
+
+use crate::sys;
 
 /// A mapping of a file, as `/proc/self/smaps` tells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,18 +16,18 @@ struct Mapping {
     end: usize,
 }
 
-/// Drops the clean pages of mapped program files; bytes of mappings it was done for.
+/// Gives freed memory back to the kernel and drops the clean pages of mapped program files; returns the bytes of the
+/// mappings that it was done for.
 ///
 /// # Errors
 /// When `/proc/self/smaps` cannot be read.
 pub fn release_startup_pages() -> io::Result<usize> {
+    sys::return_freed_memory();
     let smaps = std::fs::read_to_string("/proc/self/smaps")?;
     let mut released = 0;
     for mapping in clean_file_mappings(&smaps) {
         let length = mapping.end - mapping.start;
-        // SAFETY: the range is one read-only private mapping of a file without a page of our own in it; dropping its
-        // pages only makes the next access read them from the file again.
-        if unsafe { libc::madvise(mapping.start as *mut libc::c_void, length, libc::MADV_DONTNEED) } == 0 {
+        if sys::forget_clean_pages(mapping.start, length).is_ok() {
             released += length;
         }
     }
@@ -96,6 +97,6 @@ Private_Dirty:         0 kB\n";
     #[test]
     fn the_program_runs_on_after_its_pages_are_gone() {
         assert!(release_startup_pages().unwrap() > 0);
-        assert_eq!(SMAPS.lines().count(), 16);
+        assert_eq!(clean_file_mappings(SMAPS).len(), 2);
     }
 }

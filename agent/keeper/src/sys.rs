@@ -285,14 +285,23 @@ pub(crate) fn ticks_per_second() -> u64 {
     u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)
 }
 
-/// Lets the kernel unmap a range of this process's own, never written, file-backed memory; what is touched again
-/// comes back from the page cache.
+/// Lets go of the pages of a mapping; what is touched again comes back from its file.
 #[expect(unsafe_code, reason = "madvise takes an address")]
 pub(crate) fn forget_clean_pages(start: usize, length: usize) -> io::Result<()> {
     let address = std::ptr::without_provenance_mut::<libc::c_void>(start);
-    // SAFETY: the caller passes whole read-and-execute mappings of files out of /proc/self/maps. Nobody writes to
-    // them, so that dropping their pages changes no content.
+    // SAFETY: the caller passes whole mappings out of /proc/self/smaps that are private, of a file, not writable and
+    // without a page of their own, so that every page is the file's and dropping it changes no content.
     check(unsafe { libc::madvise(address, length, libc::MADV_DONTNEED) }.into())
+}
+
+/// Gives freed memory back to the kernel, where the C library has a way to.
+#[expect(unsafe_code, reason = "malloc_trim")]
+pub(crate) fn return_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it may be called at any time; it touches free memory only.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 fn check(done: libc::c_long) -> io::Result<()> {

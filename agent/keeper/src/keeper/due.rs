@@ -15,11 +15,14 @@ use crate::cgroup;
 use crate::clock::{MS, SECOND, boottime_ns};
 use crate::kept::{Cause, Kept, Phase};
 use crate::ledger::Key;
+use crate::memory;
 use crate::reap::Ending;
 use crate::signal::{self, refusal};
 
 /// Dropped lines are told together, this long after the first.
 pub(super) const DROPPED_REPORT_NS: i64 = SECOND / 2;
+/// From something to do until memory is let go of: after a burst, and rarely when there always is something.
+pub(super) const SLIM_AFTER_NS: i64 = 5 * SECOND;
 /// For a disk that refused the ledger.
 const RETRY_NS: i64 = SECOND;
 /// Between two looks at cgroups that are to become empty.
@@ -34,6 +37,11 @@ impl Keeper {
         if self.ledger.behind() && self.ledger_retry_at <= now {
             self.ledger.catch_up();
             self.ledger_retry_at = now + RETRY_NS;
+        }
+        if self.slim_at.is_some_and(|at| at <= now) {
+            self.slim_at = None;
+            // Failing costs memory, nothing else.
+            let _ = memory::release_startup_pages();
         }
         if self.dropped_report_at.is_some_and(|at| at <= now) {
             self.report_dropped();
@@ -190,6 +198,7 @@ impl Keeper {
             .filter_map(wake_at)
             .chain(self.agent.wake_at())
             .chain(self.dropped_report_at)
+            .chain(self.slim_at)
             .chain(stopping)
             .chain(self.exits.undurable().then_some(self.exits_retry_at))
             .chain(self.ledger.behind().then_some(self.ledger_retry_at))

@@ -101,8 +101,6 @@ impl Keeper {
         self.agent_connection = Some(connection);
         self.told_sequence = 0;
         self.agent.said_hello();
-        // Starting up is over; what it cost is given back. Failing costs memory, nothing else.
-        let _ = crate::memory::release_startup_pages();
         Reply::Welcome(pb::KeeperWelcome {
             version: client::PROTOCOL_VERSION,
             keeper_version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -93,6 +93,7 @@ impl Keeper {
             agent: Agent::new(options.agent_command),
             mode: Mode::Running,
             upgrade_wanted: false,
+            slim_at: Some(boottime_ns() + super::due::SLIM_AFTER_NS),
             data_dir,
         };
         keeper.watch(&keeper.signals, Source::Signals);
