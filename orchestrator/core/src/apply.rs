@@ -202,6 +202,7 @@ impl Tx<'_> {
     fn remove_instance(&mut self, id: InstanceId) {
         let Some(record) = self.state.remove_instance(id, self.revision) else { return };
         self.changes.push(Change::Deleted(RowId::Instance(id)));
+        self.drop_stale_versions(&record.service);
         self.remove_service_if_done(&record.service);
         self.remove_host_if_succeeded(HostId(record.host_id));
     }

@@ -94,7 +94,7 @@ pub fn plan_dirty(state: &ClusterState, cursor: &mut PlanCursor, now: i64, limit
         plan.add(&name, part);
     }
     cursor.given = fleet.given;
-    plan.wake_at = cursor.timers.first().map(|(at, _)| *at);
+    plan.wake_at = cursor.next_timer(state);
     plan
 }
 
@@ -127,6 +127,18 @@ impl PlanCursor {
         if state.hosts.fleet_touched > seen {
             self.queue.extend(state.services.per_host().cloned());
         }
+    }
+
+    /// The first timer of a service that still exists.
+    fn next_timer(&mut self, state: &ClusterState) -> Option<i64> {
+        while let Some((at, name)) = self.timers.first() {
+            if state.services.get(name).is_some() {
+                return Some(*at);
+            }
+            self.timer_of.remove(name);
+            self.timers.pop_first();
+        }
+        None
     }
 
     /// Keeps what the look at one service says about the next one.

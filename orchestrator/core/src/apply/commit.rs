@@ -105,6 +105,7 @@ impl Tx<'_> {
         let message = format!("{} is placed again on {to}, since {why} on {from}", called(&record));
         self.event("instance_placed", Subject::instance(&record), message);
         self.put_instance(record);
+        self.drop_stale_versions(&step.service);
         self.remove_host_if_succeeded(left);
     }
 
@@ -164,9 +165,25 @@ impl Tx<'_> {
         let reason = step.reason;
         let message = format!("version {} of {} failed: {reason}", step.failed_version, step.service);
         self.event("deployment_failed", Subject::service(&step.service), message);
-        let cause = Cause::Revert { to: step.to_version, failed: step.failed_version, reason };
-        // Refused only when every uid is taken; the deployment then stays as it is and the next plan tries again.
-        let _ = self.make_version(manifest, cause);
+        let cause =
+            Cause::Revert { to: step.to_version, failed: step.failed_version, reason: reason.clone() };
+        if let Err(refusal) = self.make_version(manifest, cause) {
+            let reason =
+                format!("{reason}; version {} cannot be restored: {}", step.to_version, refusal.message);
+            self.fail_deployment(&step.service, reason);
+        }
+    }
+
+    /// Without this, a way back that is closed would be tried for ever.
+    fn fail_deployment(&mut self, service: &str, reason: String) {
+        let now = self.now;
+        self.edit_service(service, |record| {
+            if let Some(deployment) = &mut record.deployment {
+                deployment.set_status(DeploymentStatus::Failed);
+                deployment.reason = reason;
+                deployment.ended_unix_ns = now;
+            }
+        });
     }
 
     /// An instance that was to stop on a host that is lost: nobody will ever report it gone.

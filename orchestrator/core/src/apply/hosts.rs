@@ -141,7 +141,7 @@ impl Tx<'_> {
         if status == HostStatus::Unspecified {
             return Err(rejected(RejectedCode::Invalid, "a host's status is connected, silent or lost"));
         }
-        if status != HostStatus::Lost && self.state.hosts.by_name(&record.shown()) != Some(id) {
+        if status != HostStatus::Lost && self.state.hosts.is_succeeded(id) {
             let message =
                 format!("{id} was lost and its name {} is another host's now; enrol anew", record.shown());
             return Err(rejected(RejectedCode::Conflict, message));
@@ -199,8 +199,7 @@ impl Tx<'_> {
     pub(super) fn remove_host_if_succeeded(&mut self, id: HostId) {
         let Some(entry) = self.state.hosts.get(id) else { return };
         let name = entry.record.shown();
-        let succeeded = self.state.hosts.by_name(&name).is_some_and(|holder| holder != id);
-        if !succeeded || !entry.record.is_lost() || !entry.instances.is_empty() {
+        if !self.state.hosts.is_succeeded(id) || !entry.record.is_lost() || !entry.instances.is_empty() {
             return;
         }
         self.state.hosts.remove(id, self.revision);

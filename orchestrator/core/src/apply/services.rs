@@ -10,7 +10,6 @@ use super::{Outcome, Tx, rejected};
 use crate::change::{Change, RowId};
 use crate::events::Subject;
 use crate::limits::{COUNT_MAX, SERVICES_MAX};
-use crate::needs;
 use crate::state::ServiceEntry;
 
 impl Tx<'_> {
@@ -32,11 +31,6 @@ impl Tx<'_> {
                 return Err(rejected(RejectedCode::Exhausted, message));
             }
             Some(_) | None => {}
-        }
-        if let Some(path) = needs::cycle(self.state, &manifest.name, &manifest.needs) {
-            let path = path.join(" -> ");
-            let message = format!("needs form a cycle: {path}; none of these could ever start");
-            return Err(rejected(RejectedCode::Invalid, message));
         }
         self.make_version(manifest, Cause::Apply)
     }

@@ -12,6 +12,8 @@ use nave_proto::pb::apply_service_response::Outcome as ApplyOutcome;
 use super::{Outcome, Tx, rejected};
 use crate::change::{Change, RowId};
 use crate::events::Subject;
+use crate::limits::VERSIONS_KEPT;
+use crate::needs;
 use crate::state::ServiceEntry;
 use crate::wants::{InstanceExt as _, ManifestExt as _};
 
@@ -75,9 +77,14 @@ impl Cause {
 }
 
 impl Tx<'_> {
-    /// Makes the next version of the manifest's service, or its first. The caller has checked everything but what
-    /// has to be allotted.
+    /// Makes the next version of the manifest's service, or its first. The caller has checked everything but the
+    /// cycle that its needs may close (going back can, too) and what has to be allotted.
     pub(super) fn make_version(&mut self, manifest: pb::Manifest, cause: Cause) -> Outcome {
+        if let Some(path) = needs::cycle(self.state, &manifest.name, &manifest.needs) {
+            let path = path.join(" -> ");
+            let message = format!("needs form a cycle: {path}; none of these could ever start");
+            return Err(rejected(RejectedCode::Invalid, message));
+        }
         let (before, template_version) = match self.state.services.get(&manifest.name) {
             Some(entry) => {
                 let template = self.template_for(entry, &manifest, &cause);
@@ -237,15 +244,18 @@ impl Tx<'_> {
         }
     }
 
-    fn drop_stale_versions(&mut self, name: &str) {
+    /// Whatever let go of a version looks whether it has to be kept any longer.
+    pub(super) fn drop_stale_versions(&mut self, name: &str) {
+        let Some(entry) = self.state.services.get(name).filter(|entry| entry.versions.len() > VERSIONS_KEPT)
+        else {
+            return;
+        };
         let in_use = self.state.instances_of(name).map(|instance| instance.version).collect();
-        let Some(entry) = self.state.services.get_mut(name) else { return };
         let stale = entry.stale_versions(&in_use);
+        let Some(entry) = self.state.services.get_mut(name).filter(|_| !stale.is_empty()) else { return };
         entry.versions.retain(|record| !stale.contains(&record.version));
         let oldest = entry.versions.first().map_or(0, |record| record.version);
-        if oldest != entry.record.oldest_version {
-            self.edit_service(name, |record| record.oldest_version = oldest);
-        }
+        self.edit_service(name, |record| record.oldest_version = oldest);
         let gone = stale.into_iter().map(|version| RowId::Version(name.to_owned(), version));
         self.changes.extend(gone.map(Change::Deleted));
     }

@@ -74,6 +74,17 @@ impl Rollout<'_> {
         Some(parts.join("; "))
     }
 
+    /// Nothing that becomes healthy changes the verdict any more. A failed deployment may still succeed, late.
+    pub(crate) fn over(&self) -> bool {
+        match self.status() {
+            DeploymentStatus::Running | DeploymentStatus::Failed => false,
+            DeploymentStatus::Paused
+            | DeploymentStatus::Successful
+            | DeploymentStatus::Cancelled
+            | DeploymentStatus::Unspecified => true,
+        }
+    }
+
     /// When a running deployment runs out of patience.
     pub(crate) fn deadline(&self) -> Option<i64> {
         let deployment = self.deployment()?;

@@ -86,7 +86,8 @@ impl<'a> Rollout<'a> {
         if !instance.wanted() {
             self.stopping.push(instance);
         } else if self.manifest.per_host && self.is_adrift(instance) {
-            self.away.push(instance);
+            let returns = !self.state.hosts.is_succeeded(instance.host());
+            if returns { &mut self.away } else { &mut self.surplus }.push(instance);
         } else if self.manifest.per_host && !self.slot_hosts.contains(&instance.host()) {
             self.surplus.push(instance);
         } else if is_current && (self.is_adrift(instance) || self.may_stay(instance)) {
@@ -96,11 +97,11 @@ impl<'a> Rollout<'a> {
         }
     }
 
-    /// Of several on one host, the best stays in its place: the current template before an old one, ready before not.
+    /// Of several on one host, the best stays in its place: ready before not, then the current template before an old one.
     fn one_per_host(&mut self) {
         let mut best: BTreeMap<HostId, (bool, bool, std::cmp::Reverse<u64>)> = BTreeMap::new();
         let template = self.entry.record.template_version;
-        let rank = |i: &Instance| (i.template_version == template, i.ready(), std::cmp::Reverse(i.id));
+        let rank = |i: &Instance| (i.ready(), i.template_version == template, std::cmp::Reverse(i.id));
         for instance in self.current.iter().chain(&self.old) {
             let place = best.entry(instance.host()).or_insert_with(|| rank(instance));
             *place = rank(instance).max(*place);

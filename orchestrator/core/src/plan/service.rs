@@ -313,8 +313,7 @@ impl<'a> Planner<'_, 'a> {
             .collect();
         let reason = format!("replaced by version {}", rollout.entry.record.version);
         self.stop_each(&victims, &reason);
-        let replacing = !rollout.old.is_empty() || rollout.deadline().is_some();
-        if !replacing {
+        if rollout.old.is_empty() && rollout.over() {
             return;
         }
         for instance in rollout.current.iter().filter(|i| i.ready() && !rollout.healthy(i)) {

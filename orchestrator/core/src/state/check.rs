@@ -76,7 +76,8 @@ impl ClusterState {
             }
         }
         let in_use = self.instances_of(name).map(|instance| instance.version).collect::<BTreeSet<_>>();
-        if entry.versions.len() > VERSIONS_KEPT + 1 + in_use.len() + usize::from(record.deleting) * 10_000 {
+        // One more for the stable version, one for that which was stable until the newest deployment succeeded.
+        if entry.versions.len() > VERSIONS_KEPT + 2 + in_use.len() {
             return Err(format!("service {name}: {} versions kept", entry.versions.len()));
         }
         for version in in_use.into_iter().chain((record.stable_version != 0).then_some(record.stable_version))

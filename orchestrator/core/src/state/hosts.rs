@@ -69,6 +69,12 @@ impl Hosts {
         self.keys.get(public_key_sha256).copied()
     }
 
+    /// Its name is another's now: it was lost, and can only come back as a new host.
+    pub(crate) fn is_succeeded(&self, id: HostId) -> bool {
+        let name = self.get(id).and_then(|entry| entry.facts()).map(|facts| &facts.name);
+        name.and_then(|name| self.by_name(name)).is_some_and(|holder| holder != id)
+    }
+
     pub(crate) fn put(&mut self, record: Arc<pb::HostRecord>, revision: u64) {
         let id = HostId(record.id);
         if let Some(before) = self.entries.get(&id).map(|entry| Arc::clone(&entry.record)) {

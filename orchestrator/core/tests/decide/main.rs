@@ -1,0 +1,11 @@
+//! Claims about the hub's decisions, tried on a whole registry with pretend agents (`world`). One binary, so that
+//! it links once; a file per kind of claim.
+
+mod cluster;
+mod hosts;
+mod placement;
+mod random;
+mod reports;
+mod rollout;
+mod services;
+mod world;

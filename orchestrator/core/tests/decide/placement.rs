@@ -1,0 +1,410 @@
+//! Where instances go, where they may not, and what is said when there is no place.
+
+use nave_orchestrator_core::{PlanCursor, explain, plan, plan_dirty};
+use nave_proto::pb;
+use nave_proto::pb::HostStatus;
+use nave_proto::pb::plan_step::Step;
+
+use crate::world::{
+    MIB, SECOND, World, changed, delete, failed, manifest, running, scale, seconds, with_constraint,
+    with_cpu, with_port, with_update,
+};
+
+fn with_memory(manifest: pb::Manifest, memory_bytes: u64) -> pb::Manifest {
+    let resources = pb::Resources { memory_bytes, ..manifest.resources.unwrap_or_default() };
+    pb::Manifest { resources: Some(resources), ..manifest }
+}
+
+fn with_spread(manifest: pb::Manifest, spread: &str) -> pb::Manifest {
+    let placement = pb::Placement { spread: spread.into(), ..Default::default() };
+    pb::Manifest { placement: Some(placement), ..manifest }
+}
+
+fn per_host(manifest: pb::Manifest) -> pb::Manifest {
+    pb::Manifest { per_host: true, ..manifest }
+}
+
+fn unplaced(world: &World, service: &str) -> Vec<String> {
+    let plan = plan(&world.state, world.now);
+    let found = plan.unplaced.into_iter().find(|unplaced| unplaced.service == service);
+    found.map_or_else(Vec::new, |unplaced| unplaced.reasons)
+}
+
+#[test]
+fn instances_spread_over_hosts() {
+    let mut world = World::with_hosts(3);
+    world.deploy(manifest("web", 4));
+    world.plan_all();
+    assert_eq!(world.hosts_of("web"), ["alpha", "alpha", "beta", "gamma"]);
+    assert_eq!(world.wanted("web").iter().map(|i| i.ordinal).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    world.deploy(manifest("api", 1));
+    world.plan_all();
+    assert_eq!(world.hosts_of("api"), ["beta"], "the host with fewer of all services");
+}
+
+#[test]
+fn instances_spread_over_a_label_first() {
+    let mut world = World::with_hosts(3);
+    for (host, zone) in [("alpha", "a"), ("beta", "a"), ("gamma", "b")] {
+        world.update_facts(host, |facts| {
+            facts.labels.insert("zone".into(), zone.into());
+        });
+    }
+    world.deploy(with_spread(manifest("web", 4), "label.zone"));
+    world.plan_all();
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta", "gamma", "gamma"]);
+}
+
+#[test]
+fn a_host_is_filled_to_what_it_has_and_not_beyond() {
+    let mut world = World::with_hosts(2);
+    world.deploy(with_memory(with_cpu(manifest("web", 9), 1000), 2048 * MIB));
+    world.plan_all();
+    assert_eq!(world.wanted("web").len(), 4);
+    let alpha = world.state.reserved(world.host_id("alpha"));
+    assert_eq!((alpha.cpu_millicores, alpha.memory_bytes), (2000, 4096 * MIB));
+    assert_eq!(
+        unplaced(&world, "web"),
+        ["2 of 2 hosts lack memory: need 2048 MiB, most free is 0 bytes on alpha"]
+    );
+    assert_eq!(world.steps(), []);
+}
+
+#[test]
+fn a_plan_gives_room_away_once() {
+    let mut world = World::with_hosts(1);
+    for name in ["a", "b", "c"] {
+        world.deploy(with_cpu(manifest(name, 1), 2000));
+    }
+    assert_eq!(world.steps().len(), 2);
+    world.plan_all();
+    assert_eq!(unplaced(&world, "c"), ["the only host lacks cpu: need 2.0 cores, most free is 0.0 on alpha"]);
+    world.accept(delete("a"));
+    world.settle();
+    assert_eq!(world.ready("c"), 1, "what waited for room gets it");
+}
+
+#[test]
+fn constraints_choose_hosts_and_each_unmet_one_is_counted() {
+    let mut world = World::with_hosts(3);
+    world.update_facts("gamma", |facts| {
+        facts.labels.insert("zone".into(), "b".into());
+        facts.arch = "aarch64".into();
+    });
+    world.deploy(with_constraint(manifest("web", 2), "label.zone != \"b\""));
+    world.deploy(with_constraint(manifest("only", 2), "host = \"beta\""));
+    world.deploy(with_constraint(manifest("arm", 1), "arch = \"aarch64\""));
+    world.plan_all();
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta"]);
+    assert_eq!(world.hosts_of("only"), ["beta", "beta"]);
+    assert_eq!(world.hosts_of("arm"), ["gamma"]);
+    world.deploy(with_constraint(manifest("none", 1), "label.disk = \"ssd\""));
+    world.plan_all();
+    assert_eq!(unplaced(&world, "none"), ["3 of 3 hosts do not meet label.disk = \"ssd\""]);
+    world.update_facts("beta", |facts| {
+        facts.labels.insert("disk".into(), "ssd".into());
+    });
+    world.plan_all();
+    assert_eq!(world.hosts_of("none"), ["beta"]);
+}
+
+#[test]
+fn a_constraint_that_a_host_no_longer_meets_moves_what_is_there() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 2));
+    world.settle();
+    world.deploy(with_constraint(manifest("web", 2), "host != \"beta\""));
+    assert_eq!(world.service("web").template_version, 1, "no new processes for their own sake");
+    world.settle();
+    assert_eq!(world.hosts_of("web"), ["alpha", "alpha"]);
+    assert_eq!(world.wanted("web")[0].id, 1, "what may stay stays");
+}
+
+#[test]
+fn a_fixed_port_is_taken_once_per_host_by_whomever() {
+    let mut world = World::with_hosts(2);
+    world.deploy(with_port(manifest("web", 3), 8080));
+    world.plan_all();
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta"]);
+    assert_eq!(unplaced(&world, "web"), ["2 of 2 hosts already have port 8080 in use"]);
+    world.deploy(with_port(manifest("other", 1), 8080));
+    world.plan_all();
+    assert_eq!(world.wanted("other").len(), 0);
+    world.deploy(with_port(manifest("dynamic", 4), 0));
+    world.plan_all();
+    assert_eq!(world.wanted("dynamic").len(), 4);
+}
+
+#[test]
+fn per_host_follows_the_hosts() {
+    let mut world = World::with_hosts(2);
+    world.deploy(per_host(with_constraint(manifest("agentd", 0), "host != \"gamma\"")));
+    world.settle();
+    assert_eq!(world.hosts_of("agentd"), ["alpha", "beta"]);
+    assert_eq!(world.status("agentd"), pb::DeploymentStatus::Successful);
+    world.join("gamma");
+    world.join("delta");
+    world.settle();
+    assert_eq!(world.hosts_of("agentd"), ["alpha", "beta", "delta"]);
+    world.lose("alpha");
+    world.settle();
+    assert_eq!(world.hosts_of("agentd"), ["alpha", "beta", "delta"], "it comes back with its host");
+    assert_eq!(world.ready("agentd"), 2);
+    world.set_status("alpha", HostStatus::Connected);
+    world.settle();
+    assert_eq!(world.ready("agentd"), 3);
+    assert!(world.wanted("agentd").iter().all(|instance| instance.epoch == 1));
+    world.set_draining("beta");
+    world.settle();
+    assert_eq!(world.hosts_of("agentd"), ["alpha", "delta"]);
+}
+
+#[test]
+fn count_and_per_host_turn_into_each_other() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 5));
+    world.settle();
+    world.deploy(per_host(manifest("web", 5)));
+    world.settle();
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta"]);
+    world.deploy(manifest("web", 3));
+    world.settle();
+    assert_eq!(world.ready("web"), 3);
+}
+
+#[test]
+fn lost_instances_are_placed_again_under_the_next_epoch() {
+    let mut world = World::with_hosts(3);
+    world.deploy(manifest("web", 3));
+    world.settle();
+    let before = world.wanted("web");
+    world.lose("beta");
+    world.settle();
+    let after = world.wanted("web");
+    assert_eq!(world.hosts_of("web"), ["alpha", "alpha", "gamma"]);
+    let epochs = |instances: &[pb::InstanceRecord]| {
+        instances.iter().map(|i| (i.id, i.ordinal, i.epoch)).collect::<Vec<_>>()
+    };
+    assert_eq!(epochs(&before), [(1, 0, 1), (2, 1, 1), (3, 2, 1)]);
+    assert_eq!(epochs(&after), [(1, 0, 1), (2, 1, 2), (3, 2, 1)]);
+    world.set_status("beta", HostStatus::Connected);
+    assert_eq!(world.steps(), [], "nothing moves back");
+}
+
+#[test]
+fn what_must_never_run_twice_waits_until_its_old_host_has_stopped_it() {
+    let mut world = World::with_hosts(2);
+    let placement = pb::Placement { on_disconnect: pb::OnDisconnect::Stop.into(), ..Default::default() };
+    let stop = pb::Stop { signal: 15, grace: seconds(20) };
+    world.deploy(pb::Manifest { placement: Some(placement), stop: Some(stop), ..manifest("db", 1) });
+    world.settle();
+    let host = world.hosts_of("db").remove(0);
+    world.lose(&host);
+    let lost_at = world.now;
+    assert_eq!(world.steps(), []);
+    assert_eq!(plan(&world.state, world.now).wake_at, Some(lost_at + 30 * SECOND));
+    // A plan made by a hurried leader is refused as well.
+    let place = pb::Place {
+        service: "db".into(),
+        version: 1,
+        host_id: 2,
+        instance_id: 1,
+        expected_epoch: 1,
+        ordinal: 0,
+    };
+    world.commit(vec![Step::Place(place)]);
+    assert_eq!(world.wanted("db")[0].epoch, 1);
+    world.now = lost_at + 30 * SECOND;
+    world.settle();
+    assert_eq!((world.wanted("db")[0].epoch, world.ready("db")), (2, 1));
+}
+
+#[test]
+fn what_was_stopping_on_a_lost_host_is_forgotten() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 2));
+    world.settle();
+    world.accept(delete("web"));
+    world.plan_all();
+    world.lose("alpha");
+    world.settle();
+    assert!(world.state.service("web").is_none());
+    assert!(world.last_event("instance_forgotten").contains("forgotten with its lost host alpha"));
+}
+
+#[test]
+fn needs_hold_back_until_one_is_ready_and_say_so() {
+    let mut world = World::with_hosts(1);
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..manifest("web", 2) });
+    world.plan_all();
+    assert_eq!(world.wanted("web").len(), 0);
+    assert_eq!(unplaced(&world, "web"), ["needs db, which does not exist; apply its manifest"]);
+    world.deploy(manifest("db", 2));
+    world.plan_all();
+    assert_eq!(
+        explain(&world.state, "web"),
+        ["2 instances cannot be placed: needs db, which has no ready instance; `nave status db` says why"]
+    );
+    world.say(1, running(true));
+    world.plan_all();
+    assert_eq!(world.wanted("web").len(), 2);
+    world.say(1, running(false));
+    world.plan_all();
+    assert_eq!(world.wanted("web").len(), 2, "what runs is left alone");
+}
+
+#[test]
+fn a_service_is_stopped_before_what_it_needs() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("db", 1));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) });
+    world.settle();
+    world.accept(delete("db"));
+    world.accept(delete("web"));
+    world.plan_all();
+    assert_eq!((world.wanted("db").len(), world.wanted("web").len()), (1, 0));
+    assert_eq!(explain(&world.state, "db"), ["web, which needs it, is stopped first"]);
+    world.settle();
+    assert!(world.state.service("db").is_none());
+}
+
+#[test]
+fn scaling_down_stops_the_unready_then_the_highest() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("web", 5));
+    world.settle();
+    world.say(2, running(false));
+    world.accept(scale("web", 3));
+    world.plan_all();
+    assert_eq!(world.wanted("web").iter().map(|i| i.ordinal).collect::<Vec<_>>(), [0, 2, 3]);
+    world.settle();
+    world.accept(scale("web", 4));
+    world.settle();
+    assert_eq!(
+        world.wanted("web").iter().map(|i| i.ordinal).collect::<Vec<_>>(),
+        [0, 2, 3, 1],
+        "the gap first"
+    );
+}
+
+#[test]
+fn a_stale_plan_does_no_harm() {
+    let mut world = World::with_hosts(2);
+    world.deploy(with_cpu(manifest("web", 2), 3000));
+    let stale = world.steps();
+    world.commit(stale.clone());
+    world.commit(stale.clone());
+    assert_eq!(world.wanted("web").len(), 2, "the same plan twice places once");
+    world.deploy(with_cpu(changed(&manifest("web", 4), "other"), 100));
+    world.commit(stale);
+    assert_eq!(world.wanted("web").len(), 2, "a plan for an older version places nothing");
+}
+
+#[test]
+fn a_plan_for_a_host_that_is_gone_or_full_places_nothing() {
+    let mut world = World::with_hosts(1);
+    world.deploy(with_cpu(manifest("web", 1), 3000));
+    let stale = world.steps();
+    world.update_facts("alpha", |facts| facts.cpu_millicores = 1000);
+    world.commit(stale.clone());
+    assert_eq!(world.wanted("web").len(), 0);
+    world.update_facts("alpha", |facts| facts.cpu_millicores = 4000);
+    world.lose("alpha");
+    world.commit(stale.clone());
+    assert_eq!(world.wanted("web").len(), 0);
+    world.set_status("alpha", HostStatus::Connected);
+    world.accept(delete("web"));
+    world.commit(stale);
+    assert!(world.state.service("web").is_none());
+}
+
+#[test]
+fn a_stop_that_would_take_too_much_is_skipped() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("web", 3));
+    world.settle();
+    world.accept(scale("web", 2));
+    let steps = world.steps();
+    world.say(1, running(false));
+    world.commit(steps);
+    assert_eq!(world.ready("web"), 2, "the third turned out to be needed");
+    world.plan_all();
+    assert_eq!(world.wanted("web").iter().map(|i| i.id).collect::<Vec<_>>(), [2, 3]);
+}
+
+#[test]
+fn slices_add_up_to_the_whole() {
+    let mut world = World::with_hosts(2);
+    for name in ["a", "b", "c"] {
+        world.deploy(manifest(name, 5));
+    }
+    let mut cursor = PlanCursor::default();
+    let mut sizes = Vec::new();
+    loop {
+        let slice = plan_dirty(&world.state, &mut cursor, world.now, 4);
+        if slice.steps.is_empty() && !slice.more {
+            break;
+        }
+        sizes.push(slice.steps.len());
+        world.commit(slice.steps.into_iter().map(|step| step.step.unwrap()).collect());
+    }
+    assert!(sizes.iter().all(|size| *size <= 4), "{sizes:?}");
+    assert_eq!(world.state.instances().len(), 15);
+    world.steps();
+}
+
+#[test]
+fn a_lost_proposal_is_planned_again() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("web", 1));
+    let lost = world.steps();
+    assert_eq!(world.steps(), lost, "nothing was applied, so it is still to do");
+}
+
+#[test]
+fn an_instance_that_gave_up_moves_after_a_while_each_time_longer() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 1));
+    world.settle();
+    let first = world.hosts_of("web");
+    world.say(1, failed());
+    assert_eq!(world.steps(), []);
+    world.now += 30 * SECOND;
+    world.plan_all();
+    let second = world.hosts_of("web");
+    assert_ne!(first, second, "another host first");
+    assert_eq!((world.wanted("web")[0].epoch, world.wanted("web")[0].reschedules), (2, 1));
+    world.say(1, failed());
+    world.now += 30 * SECOND;
+    assert_eq!(world.steps(), []);
+    world.now += 30 * SECOND;
+    world.plan_all();
+    assert_eq!(world.wanted("web")[0].epoch, 3);
+    assert!(world.last_event("instance_placed").contains("since it gave up on"));
+}
+
+#[test]
+fn without_hosts_the_way_to_one_is_named() {
+    let mut world = World::new();
+    world.deploy(manifest("web", 1));
+    assert!(unplaced(&world, "web")[0].starts_with("no host has joined yet; `nave token create`"));
+    world.join("alpha");
+    world.settle();
+    assert_eq!((world.ready("web"), explain(&world.state, "web").len()), (1, 0));
+}
+
+#[test]
+fn explain_tells_of_each_instance_that_is_not_ready() {
+    let mut world = World::with_hosts(1);
+    world.deploy(with_update(manifest("web", 2), |update| update.auto_revert = false));
+    world.plan_all();
+    world.say(2, running(false));
+    assert_eq!(
+        explain(&world.state, "web"),
+        [
+            "web.0 (i-1) on alpha is placed and has not been started yet",
+            "web.1 (i-2) on alpha runs and is not ready",
+        ]
+    );
+    assert!(explain(&world.state, "nope").is_empty());
+}

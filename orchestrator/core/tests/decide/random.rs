@@ -1,0 +1,422 @@
+//! Random histories: commands, reports true and false, plans fresh and stale, retries. After each step `World`
+//! checks rows, replicas and indexes; here come the promises of the scheduler on top: never above capacity, never
+//! below the update rules, and in the end everything converges.
+
+use std::collections::BTreeMap;
+
+use nave_orchestrator_core::{ClusterState, PlanCursor, desired_count, plan, plan_dirty, ready_count};
+use nave_proto::constraint::Constraint;
+use nave_proto::ids::HostId;
+use nave_proto::pb;
+use nave_proto::pb::command::Body;
+use nave_proto::pb::observed::{self, State};
+use nave_proto::pb::{DeploymentStatus, HostStatus};
+use proptest::prelude::*;
+
+use crate::world::{
+    MIB, SECOND, World, apply, delete, exited, facts, failed, report, restart, rollback, running, scale,
+    seconds,
+};
+
+const SERVICES: [&str; 4] = ["api", "db", "web", "zoo"];
+const HOSTS: [&str; 3] = ["alpha", "beta", "gamma"];
+
+#[derive(Debug, Clone)]
+enum Op {
+    Apply(pb::Manifest),
+    Scale(usize, u32),
+    Restart(usize),
+    Rollback(usize, u64),
+    Delete(usize),
+    Join(usize),
+    Status(usize, HostStatus),
+    Facts(usize, u64, bool),
+    /// Any instance, any state, epoch and attempt perhaps wrong, from any host.
+    Report {
+        pick: usize,
+        state: u8,
+        older: bool,
+        attempt: u32,
+        host: Option<u64>,
+    },
+    FullReport(usize),
+    Agents,
+    Plan,
+    Slice(usize),
+    /// The plan made some time ago.
+    Stale,
+    Wait(i64),
+    Blank,
+    Again,
+}
+
+fn manifests() -> impl Strategy<Value = pb::Manifest> {
+    let flags = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.2), prop::bool::weighted(0.15));
+    (0..SERVICES.len(), 0u32..4, 0..3usize, flags, 1u32..3, 0i64..3, 0..4usize, prop::bool::weighted(0.2))
+        .prop_map(
+            |(
+                service,
+                count,
+                command,
+                (cpu, revert, port, per_host),
+                max_parallel,
+                min_ready,
+                needs,
+                stop,
+            )| {
+                let mut manifest = pb::Manifest {
+                    name: SERVICES[service].into(),
+                    command: vec![["one", "two", "three"][command].into()],
+                    count,
+                    per_host,
+                    ..Default::default()
+                };
+                let cpu_millicores = if cpu { 1000 } else { 0 };
+                manifest.resources =
+                    Some(pb::Resources { cpu_millicores, memory_bytes: 512 * MIB, ..Default::default() });
+                manifest.update = Some(pb::Update {
+                    max_parallel,
+                    min_ready: seconds(min_ready * 5),
+                    progress_deadline: seconds(60),
+                    auto_revert: revert,
+                    canary: 0,
+                });
+                if port {
+                    let fixed = pb::Port { service_port: 80, port: 8080, ..Default::default() };
+                    manifest.ports.insert("http".into(), fixed);
+                }
+                if needs < service {
+                    manifest.needs.push(SERVICES[needs].into());
+                } else if needs == 3 && service == 0 {
+                    manifest.needs.push(SERVICES[3].into());
+                }
+                let constraints =
+                    if needs == 1 { vec!["label.zone != \"b\"".to_owned()] } else { Vec::new() };
+                let on_disconnect = if stop { pb::OnDisconnect::Stop } else { pb::OnDisconnect::Keep };
+                manifest.placement = Some(pb::Placement {
+                    constraints,
+                    on_disconnect: on_disconnect.into(),
+                    ..Default::default()
+                });
+                manifest
+            },
+        )
+}
+
+fn ops() -> impl Strategy<Value = Op> {
+    let service = 0..SERVICES.len();
+    let host = 0..HOSTS.len();
+    let status = prop_oneof![Just(HostStatus::Lost), Just(HostStatus::Connected), Just(HostStatus::Silent)];
+    prop_oneof![
+        4 => manifests().prop_map(Op::Apply),
+        2 => (service.clone(), 0u32..5).prop_map(|(s, count)| Op::Scale(s, count)),
+        1 => service.clone().prop_map(Op::Restart),
+        1 => (service.clone(), 0u64..4).prop_map(|(s, to)| Op::Rollback(s, to)),
+        1 => service.prop_map(Op::Delete),
+        2 => host.clone().prop_map(Op::Join),
+        2 => (host.clone(), status).prop_map(|(h, status)| Op::Status(h, status)),
+        1 => (host.clone(), 1u64..5, any::<bool>()).prop_map(|(h, cores, b)| Op::Facts(h, cores, b)),
+        6 => (any::<usize>(), 0u8..8, prop::bool::weighted(0.1), 0u32..3, prop::option::weighted(0.1, 1u64..4))
+            .prop_map(|(pick, state, older, attempt, host)| Op::Report { pick, state, older, attempt, host }),
+        1 => host.prop_map(Op::FullReport),
+        5 => Just(Op::Agents),
+        8 => Just(Op::Plan),
+        3 => (1usize..4).prop_map(Op::Slice),
+        2 => Just(Op::Stale),
+        3 => (1i64..40).prop_map(Op::Wait),
+        1 => Just(Op::Blank),
+        1 => Just(Op::Again),
+    ]
+}
+
+/// A world and what a random history needs besides.
+struct History {
+    world: World,
+    sliced: PlanCursor,
+    stale: Vec<pb::PlanStep>,
+    last: Option<pb::Command>,
+    serial: u64,
+}
+
+impl History {
+    fn new() -> Self {
+        let mut world = World::with_hosts(2);
+        world.update_facts("alpha", |facts| facts.cpu_millicores = 3000);
+        Self { world, sliced: PlanCursor::default(), stale: Vec::new(), last: None, serial: 0 }
+    }
+
+    /// Numbered, so that it can be retried; refusals are as good as anything here.
+    fn send(&mut self, body: Body) {
+        self.serial += 1;
+        let request_id = Some(pb::RequestId { client_id: "random".into(), serial: self.serial });
+        let command = pb::Command { request_id, ..self.world.command(body) };
+        self.last = Some(command.clone());
+        self.world.apply(command);
+    }
+
+    fn step(&mut self, op: Op) {
+        match op {
+            Op::Apply(manifest) => self.send(apply(manifest)),
+            Op::Scale(service, count) => self.send(scale(SERVICES[service], count)),
+            Op::Restart(service) => self.send(restart(SERVICES[service])),
+            Op::Rollback(service, to) => self.send(rollback(SERVICES[service], to)),
+            Op::Delete(service) => self.send(delete(SERVICES[service])),
+            Op::Join(host) => self.join(HOSTS[host]),
+            Op::Status(host, status) => {
+                if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
+                    let host_id = record.id;
+                    let set = pb::SetHostStatus { host_id, status: status.into(), reason: String::new() };
+                    self.send(Body::SetHostStatus(set));
+                }
+            }
+            Op::Facts(host, cores, zone_b) => self.facts(HOSTS[host], cores, zone_b),
+            Op::Report { pick, state, older, attempt, host } => {
+                self.report(pick, state, older, attempt, host)
+            }
+            Op::FullReport(host) => {
+                if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
+                    let host_id = record.id;
+                    self.send(Body::ReportInstances(pb::ReportInstances {
+                        host_id,
+                        full: true,
+                        ..Default::default()
+                    }));
+                }
+            }
+            Op::Agents => {
+                self.world.agents();
+            }
+            Op::Plan => {
+                let steps = self.world.steps();
+                let steps: Vec<_> = steps.into_iter().map(|step| pb::PlanStep { step: Some(step) }).collect();
+                self.stale = steps.clone();
+                self.commit(steps);
+            }
+            Op::Slice(limit) => {
+                let slice = plan_dirty(&self.world.state, &mut self.sliced, self.world.now, limit);
+                self.commit(slice.steps);
+            }
+            Op::Stale => self.commit(self.stale.clone()),
+            Op::Wait(seconds) => self.world.now += seconds * SECOND,
+            Op::Blank => self.world.blank_entry(),
+            Op::Again => {
+                if let Some(command) = self.last.clone() {
+                    assert!(self.world.apply(command).changes.is_empty(), "a retry changed something");
+                }
+            }
+        }
+    }
+
+    fn join(&mut self, name: &str) {
+        // A lost host's name is taken over by a new key, as after a reinstallation.
+        let generation = match self.world.state.host_by_name(name) {
+            Some(record) if record.status() == HostStatus::Lost => record.id,
+            Some(_) | None => 0,
+        };
+        let key = name.bytes().chain(generation.to_be_bytes()).cycle().take(32).collect();
+        let register =
+            pb::RegisterHost { token_id: "t".into(), public_key_sha256: key, facts: Some(facts(name)) };
+        self.send(Body::RegisterHost(register));
+    }
+
+    fn facts(&mut self, name: &str, cores: u64, zone_b: bool) {
+        let Some(record) = self.world.state.host_by_name(name).cloned() else { return };
+        let mut facts = record.facts.clone().unwrap();
+        facts.cpu_millicores = cores * 1000;
+        facts.labels.insert("zone".into(), if zone_b { "b" } else { "a" }.into());
+        self.send(Body::UpdateHost(pb::UpdateHost { host_id: record.id, facts: Some(facts) }));
+    }
+
+    fn report(&mut self, pick: usize, state: u8, older: bool, attempt: u32, host: Option<u64>) {
+        let count = self.world.state.instances().len();
+        if count == 0 {
+            return;
+        }
+        let instance = self.world.state.instances().nth(pick % count).unwrap().clone();
+        let state = match state {
+            0 => State::Pending(observed::Pending {}),
+            1 => State::Starting(observed::Starting {}),
+            2..=3 => running(false),
+            4 => running(true),
+            5 => State::BackingOff(observed::BackingOff::default()),
+            6 => exited(i32::from(older)),
+            _ => failed(),
+        };
+        let mut word = report(&instance, instance.attempt + attempt, state);
+        word.epoch -= u64::from(older && word.epoch > 0);
+        let host_id = host.unwrap_or(instance.host_id);
+        self.send(Body::ReportInstances(pb::ReportInstances {
+            host_id,
+            instances: vec![word],
+            ..Default::default()
+        }));
+    }
+
+    /// Commits a plan, fresh or stale, and holds it to the promises.
+    fn commit(&mut self, steps: Vec<pb::PlanStep>) {
+        let before = self.world.state.clone();
+        self.send(Body::CommitPlan(pb::CommitPlan { steps }));
+        within_capacity(&before, &self.world.state);
+        within_update_rules(&before, &self.world.state);
+    }
+}
+
+/// A plan never reserves what a host has not.
+fn within_capacity(before: &ClusterState, after: &ClusterState) {
+    for host in after.hosts() {
+        let id = HostId(host.id);
+        let (was, is) = (before.reserved(id), after.reserved(id));
+        let facts = host.facts.as_ref().unwrap();
+        assert!(
+            is.cpu_millicores <= facts.cpu_millicores.max(was.cpu_millicores),
+            "{id} has too much cpu reserved"
+        );
+        assert!(
+            is.memory_bytes <= facts.memory_bytes.max(was.memory_bytes),
+            "{id} has too much memory reserved"
+        );
+        let mut ports = BTreeMap::new();
+        for instance in after.instances_on(id) {
+            let manifest = after.manifest(&instance.service, instance.version).unwrap();
+            for port in manifest.ports.values().filter(|port| port.port != 0) {
+                *ports.entry(port.port).or_insert(0) += 1;
+            }
+        }
+        assert!(ports.values().all(|holders| *holders == 1), "a fixed port is held twice on {id}");
+    }
+}
+
+/// A plan never leaves fewer ready, nor more wanted, than the update rules allow.
+fn within_update_rules(before: &ClusterState, after: &ClusterState) {
+    for record in after.services().filter(|record| !record.deleting) {
+        let name = record.name.as_str();
+        if before.service(name).map(|service| service.version) != Some(record.version) {
+            continue;
+        }
+        let manifest = record.manifest.as_ref().unwrap();
+        let slots = desired_count(after, name);
+        let parallel = manifest.update.as_ref().map_or(1, |update| update.max_parallel as usize);
+        let stop_first = manifest.per_host || manifest.ports.values().any(|port| port.port != 0);
+        // A task that is done needs nothing ready in its place.
+        let floor = if stop_first { slots.saturating_sub(parallel) } else { slots };
+        let floor = floor.saturating_sub(done(after, record));
+        let (was, is) = (meant_and_ready(before, record), meant_and_ready(after, record));
+        assert!(is >= was.min(floor), "{name}: {was} were ready, {is} are, {floor} is the least: {record:?}");
+        let ceiling = slots + if stop_first { 0 } else { parallel };
+        // One of `per_host` on a lost host waits there for its return and stands for nothing.
+        let count = if manifest.per_host { wanted_here } else { wanted };
+        let (had, has) = (count(before, name), count(after, name));
+        assert!(has <= ceiling.max(had), "{name}: {has} wanted, {ceiling} is the most");
+    }
+}
+
+fn wanted(state: &ClusterState, name: &str) -> usize {
+    state.instances_of(name).filter(|instance| instance.desired() == pb::Desired::Run).count()
+}
+
+fn done(state: &ClusterState, service: &pb::ServiceRecord) -> usize {
+    let done = |i: &pb::InstanceRecord| match i.observed.as_ref().and_then(|observed| observed.state.as_ref())
+    {
+        Some(State::Exited(exited)) => exited.exit.as_ref().is_some_and(|exit| exit.code == 0),
+        Some(_) | None => false,
+    };
+    let current =
+        state.instances_of(&service.name).filter(|i| i.template_version == service.template_version);
+    current.filter(|i| i.desired() == pb::Desired::Run && done(i)).count()
+}
+
+fn wanted_here(state: &ClusterState, name: &str) -> usize {
+    let lost = |id: u64| state.host(HostId(id)).is_none_or(|host| host.status() == HostStatus::Lost);
+    let mut instances = wanted(state, name);
+    instances -= state
+        .instances_of(name)
+        .filter(|instance| instance.desired() == pb::Desired::Run && lost(instance.host_id))
+        .count();
+    instances
+}
+
+/// Ready instances; of `per_host` only those that stand for a host that is meant.
+fn meant_and_ready(state: &ClusterState, service: &pb::ServiceRecord) -> usize {
+    let manifest = service.manifest.as_ref().unwrap();
+    if !manifest.per_host {
+        return ready_count(state, &service.name);
+    }
+    let constraints = manifest.placement.as_ref().map_or(&[][..], |placement| &placement.constraints);
+    let meant = |id: u64| {
+        let facts = state.host(HostId(id)).and_then(|host| host.facts.as_ref()).unwrap();
+        constraints.iter().all(|text| text.parse::<Constraint>().unwrap().holds(facts))
+    };
+    let ready = |i: &pb::InstanceRecord| {
+        let state = i.observed.as_ref().and_then(|observed| observed.state.as_ref());
+        i.desired() == pb::Desired::Run && matches!(state, Some(State::Running(running)) if running.ready)
+    };
+    let mut hosts: Vec<_> = state
+        .instances_of(&service.name)
+        .filter(|i| ready(i) && meant(i.host_id))
+        .map(|i| i.host_id)
+        .collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    hosts.len()
+}
+
+/// Hosts come back with room for all, agents are honest, time passes: then everything is as wanted.
+fn converges(mut world: World) {
+    for name in HOSTS {
+        match world.state.host_by_name(name) {
+            None => {
+                world.join(name);
+            }
+            Some(_) => world.set_status(name, HostStatus::Connected),
+        }
+        world.update_facts(name, |facts| {
+            facts.cpu_millicores = 100_000;
+            facts.memory_bytes = 100_000 * MIB;
+            facts.labels.insert("zone".into(), "a".into());
+        });
+    }
+    // What a report of an old process has left: agents start anew what they do not run.
+    for name in HOSTS {
+        let host_id = world.host_id(name).0;
+        world.accept(Body::ReportInstances(pb::ReportInstances {
+            host_id,
+            full: true,
+            ..Default::default()
+        }));
+    }
+    world.settle_for(3 * 3600);
+    assert_eq!(world.steps(), [], "it is quiet");
+    let blocked: Vec<_> = plan(&world.state, world.now).unplaced;
+    for service in world.state.services() {
+        let name = service.name.as_str();
+        assert!(!service.deleting, "{name} is still being deleted");
+        let status = service.deployment.as_ref().unwrap().status();
+        assert_ne!(status, DeploymentStatus::Running, "{name} is neither ready nor failed");
+        let manifest = service.manifest.as_ref().unwrap();
+        let ports_clash = manifest.ports.values().any(|port| port.port != 0);
+        let needs = |unplaced: &nave_orchestrator_core::Unplaced| unplaced.service == name;
+        if status == DeploymentStatus::Failed || ports_clash || blocked.iter().any(needs) {
+            continue;
+        }
+        let ready = ready_count(&world.state, name) + done(&world.state, service);
+        assert_eq!(ready, desired_count(&world.state, name), "{name}: {service:?}");
+        assert_eq!(wanted(&world.state, name), desired_count(&world.state, name));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_history_keeps_every_promise(ops in prop::collection::vec(ops(), 1..90)) {
+        let mut history = History::new();
+        for op in ops {
+            history.step(op);
+        }
+        // The planner that works in slices has missed nothing either.
+        let whole = plan(&history.world.state, history.world.now);
+        let rest = plan_dirty(&history.world.state, &mut history.sliced, history.world.now, usize::MAX);
+        prop_assert_eq!(whole.steps, rest.steps);
+        converges(history.world);
+    }
+}

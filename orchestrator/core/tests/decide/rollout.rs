@@ -1,0 +1,385 @@
+//! From one version to the next: how many at a time, how it ends, and the way back.
+
+use nave_orchestrator_core::plan;
+use nave_proto::pb;
+use nave_proto::pb::DeploymentStatus;
+use nave_proto::pb::plan_step::Step;
+
+use crate::world::{
+    SECOND, World, changed, exited, failed, manifest, restart, rollback, running, scale, seconds, with_cpu,
+    with_port, with_update,
+};
+
+fn by_version(world: &World, name: &str) -> Vec<(u64, usize)> {
+    let mut counts = std::collections::BTreeMap::new();
+    for instance in world.wanted(name) {
+        *counts.entry(instance.template_version).or_insert(0) += 1;
+    }
+    counts.into_iter().collect()
+}
+
+/// `web` at version 1, ready, on three hosts.
+fn deployed(first: &pb::Manifest) -> World {
+    let mut world = World::with_hosts(3);
+    world.deploy(first.clone());
+    world.settle_for(60);
+    assert_eq!(world.status(&first.name), DeploymentStatus::Successful);
+    world
+}
+
+#[test]
+fn a_first_version_is_placed_at_once_and_successful_when_all_are_ready() {
+    let mut world = World::with_hosts(3);
+    world.deploy(with_update(manifest("web", 6), |update| update.min_ready = seconds(60)));
+    world.plan_all();
+    assert_eq!(world.wanted("web").len(), 6, "max_parallel is for replacements");
+    assert_eq!(world.status("web"), DeploymentStatus::Running);
+    world.settle();
+    assert_eq!(world.status("web"), DeploymentStatus::Successful, "min_ready too");
+    assert_eq!(world.service("web").stable_version, 1);
+    assert!(world.state.service_version("web", 1).unwrap().stable);
+    assert_eq!(world.last_event("deployment_successful"), "version 1 of web is fully ready");
+    assert_eq!(world.steps(), []);
+}
+
+#[test]
+fn start_first_never_has_fewer_ready_than_wanted() {
+    let first = manifest("web", 3);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    for round in 0..3 {
+        world.plan_all();
+        assert_eq!(
+            by_version(&world, "web"),
+            [(1, 3 - round), (2, round + 1)],
+            "one more than wanted, not two"
+        );
+        assert_eq!(world.ready("web"), 3);
+        world.agents();
+        assert_eq!(world.ready("web"), 4);
+    }
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 3)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta", "gamma"]);
+    let mut ordinals: Vec<_> = world.wanted("web").iter().map(|instance| instance.ordinal).collect();
+    ordinals.sort_unstable();
+    assert_eq!(ordinals, [0, 1, 2]);
+}
+
+#[test]
+fn max_parallel_bounds_what_is_not_healthy_yet() {
+    let first = with_update(manifest("web", 5), |update| update.max_parallel = 2);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    assert_eq!(by_version(&world, "web"), [(1, 5), (2, 2)]);
+    let new = world.wanted("web").into_iter().find(|instance| instance.template_version == 2).unwrap();
+    world.say(new.id, running(true));
+    world.plan_all();
+    assert_eq!(by_version(&world, "web"), [(1, 4), (2, 3)]);
+}
+
+#[test]
+fn min_ready_makes_each_replacement_wait() {
+    let first = with_update(manifest("web", 2), |update| update.min_ready = seconds(10));
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 2), (2, 1)]);
+    assert_eq!(plan(&world.state, world.now).wake_at, Some(world.now + 10 * SECOND));
+    world.now += 9 * SECOND;
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 2), (2, 1)]);
+    world.now += SECOND;
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 1), (2, 2)]);
+    world.settle_for(10);
+    assert_eq!(by_version(&world, "web"), [(2, 2)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+}
+
+#[test]
+fn stop_first_empties_at_most_max_parallel_slots() {
+    let first = with_port(manifest("web", 3), 8080);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    assert_eq!(by_version(&world, "web"), [(1, 2)], "the port is free once the old one is gone");
+    assert_eq!(world.ready("web"), 2);
+    world.agents();
+    world.plan_all();
+    assert_eq!(by_version(&world, "web"), [(1, 2), (2, 1)]);
+    assert_eq!(world.ready("web"), 2);
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 3)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+}
+
+#[test]
+fn per_host_is_replaced_in_place_one_after_another() {
+    let first = pb::Manifest { per_host: true, ..manifest("agentd", 0) };
+    let mut world = deployed(&first);
+    world.accept(restart("agentd"));
+    let mut least = 3;
+    for _ in 0..20 {
+        world.plan_once();
+        least = least.min(world.ready("agentd"));
+        let mut hosts: Vec<_> = world.state.instances_of("agentd").map(|i| i.host_id).collect();
+        hosts.dedup();
+        assert_eq!(hosts.len(), world.state.instances_of("agentd").count(), "never two on one host");
+        world.agents();
+    }
+    assert_eq!(least, 2);
+    assert_eq!(by_version(&world, "agentd"), [(2, 3)]);
+    assert_eq!(world.status("agentd"), DeploymentStatus::Successful);
+}
+
+#[test]
+fn a_change_that_leaves_processes_alone_is_done_at_once() {
+    let first = manifest("web", 2);
+    let mut world = deployed(&first);
+    world.deploy(with_update(first, |update| update.max_parallel = 7));
+    world.plan_all();
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+    assert_eq!(world.service("web").stable_version, 2);
+    assert!(world.wanted("web").iter().all(|i| i.version == 2 && i.template_version == 1));
+}
+
+#[test]
+fn no_progress_goes_back_to_the_stable_version() {
+    let first = manifest("web", 3);
+    let mut world = deployed(&first);
+    world.sick.push(("web".into(), 2));
+    world.deploy(changed(&first, "sick"));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 3), (2, 1)]);
+    world.now += 119 * SECOND;
+    world.settle();
+    assert_eq!(world.service("web").version, 2);
+    world.now += SECOND;
+    world.settle();
+    let service = world.service("web");
+    assert_eq!((service.version, service.template_version, service.stable_version), (3, 1, 3));
+    let deployment = service.deployment.as_ref().unwrap();
+    assert_eq!((deployment.from_version, deployment.reverted_to), (2, 3));
+    assert!(
+        deployment
+            .reason
+            .starts_with("version 2 failed, back to version 1: no instance became ready within 120 s"),
+        "{}",
+        deployment.reason
+    );
+    assert_eq!(world.state.service_version("web", 3).unwrap().cause, "auto-revert to 1");
+    assert_eq!(by_version(&world, "web"), [(1, 3)]);
+    assert!(world.wanted("web").iter().all(|instance| instance.id <= 3), "what still ran was not restarted");
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+}
+
+#[test]
+fn one_that_gives_up_fails_the_deployment_at_once() {
+    let first = manifest("web", 2);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "crash"));
+    world.plan_all();
+    let new = world.wanted("web").into_iter().find(|instance| instance.template_version == 2).unwrap();
+    world.say(new.id, failed());
+    world.plan_all();
+    assert_eq!(world.service("web").version, 3);
+    assert!(world.reason("web").contains("web.0 (i-3) gave up"), "{}", world.reason("web"));
+}
+
+#[test]
+fn without_auto_revert_it_stops_where_it_is() {
+    let first = with_update(manifest("web", 3), |update| update.auto_revert = false);
+    let mut world = deployed(&first);
+    world.sick.push(("web".into(), 2));
+    world.deploy(changed(&first, "sick"));
+    world.settle_for(600);
+    assert_eq!(world.status("web"), DeploymentStatus::Failed);
+    assert!(world.reason("web").ends_with("update.auto_revert is off"), "{}", world.reason("web"));
+    assert_eq!(by_version(&world, "web"), [(1, 3), (2, 1)]);
+    assert_eq!((world.ready("web"), world.service("web").stable_version), (3, 1));
+    let host = world.hosts_of("web").remove(2);
+    world.lose(&host);
+    world.settle();
+    assert!(world.ready("web") >= 3, "what is lost of the old version is placed again as the old version");
+}
+
+#[test]
+fn a_first_version_that_fails_says_why_and_is_left_alone() {
+    let mut world = World::with_hosts(1);
+    world.sick.push(("web".into(), 1));
+    world.deploy(with_cpu(manifest("web", 5), 1000));
+    world.settle_for(120);
+    assert_eq!(world.status("web"), DeploymentStatus::Failed);
+    let reason = world.reason("web").to_owned();
+    for part in [
+        "0 of 5 are",
+        "the only host lacks cpu",
+        "web.0 (i-1) on alpha runs and is not ready",
+        "no other version",
+    ] {
+        assert!(reason.contains(part), "{reason}");
+    }
+    assert_eq!(by_version(&world, "web"), [(1, 4)]);
+    assert_eq!(world.steps(), []);
+    world.sick.clear();
+    world.join("beta");
+    world.settle();
+    assert_eq!(world.status("web"), DeploymentStatus::Successful, "late, but it got there");
+    assert_eq!(world.reason("web"), "");
+}
+
+#[test]
+fn a_revert_that_fails_too_does_not_go_round_in_circles() {
+    let first = manifest("web", 2);
+    let mut world = deployed(&first);
+    world.sick = vec![("web".into(), 1), ("web".into(), 2)];
+    world.deploy(changed(&first, "sick"));
+    world.settle_for(3600);
+    assert_eq!((world.service("web").version, world.status("web")), (3, DeploymentStatus::Failed));
+}
+
+#[test]
+fn a_task_that_ended_well_counts_and_one_that_ended_badly_fails() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("job", 1));
+    world.plan_all();
+    world.say(1, exited(0));
+    world.plan_all();
+    assert_eq!(world.status("job"), DeploymentStatus::Successful);
+    assert_eq!(world.steps(), [], "it is done, nothing starts it again");
+    world.deploy(manifest("bad", 1));
+    world.plan_all();
+    world.say(2, exited(3));
+    world.plan_all();
+    assert_eq!(world.status("bad"), DeploymentStatus::Failed);
+}
+
+#[test]
+fn a_newer_version_takes_over_a_running_deployment() {
+    let first = manifest("web", 3);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    world.agents();
+    world.deploy(changed(&first, "three"));
+    for _ in 0..30 {
+        world.plan_once();
+        assert!(world.ready("web") >= 3);
+        world.agents();
+    }
+    assert_eq!(by_version(&world, "web"), [(3, 3)]);
+}
+
+#[test]
+fn a_replacement_without_room_takes_that_of_an_old_one_that_is_not_ready() {
+    let first = with_cpu(manifest("web", 4), 1000);
+    let mut world = World::with_hosts(1);
+    world.sick.push(("web".into(), 1));
+    world.deploy(first.clone());
+    world.settle();
+    world.deploy(changed(&first, "fixed"));
+    world.plan_all();
+    assert_eq!(by_version(&world, "web"), [(1, 3)], "one at a time");
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 4)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+}
+
+#[test]
+fn a_replacement_without_room_harms_nothing_that_is_ready() {
+    let first = with_cpu(manifest("web", 4), 1000);
+    let mut world = World::with_hosts(1);
+    world.deploy(first.clone());
+    world.settle();
+    world.deploy(changed(&first, "two"));
+    world.settle();
+    assert_eq!((by_version(&world, "web"), world.ready("web")), (vec![(1, 4)], 4));
+    world.settle_for(120);
+    assert_eq!(world.service("web").version, 3, "reverted, saying that there was no room");
+    assert!(world.reason("web").contains("lacks cpu"), "{}", world.reason("web"));
+}
+
+#[test]
+fn drained_instances_are_replaced_before_they_stop() {
+    let mut world = deployed(&manifest("web", 3));
+    world.set_draining("beta");
+    for _ in 0..10 {
+        world.plan_once();
+        assert!(world.ready("web") >= 3);
+        world.agents();
+    }
+    assert_eq!(world.hosts_of("web"), ["alpha", "alpha", "gamma"]);
+    assert_eq!(world.service("web").version, 1);
+}
+
+#[test]
+fn growing_and_changing_at_once_keeps_to_max_parallel() {
+    let first = manifest("web", 2);
+    let mut world = deployed(&first);
+    world.sick.push(("web".into(), 2));
+    world.deploy(changed(&pb::Manifest { count: 6, ..first }, "sick"));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 2), (2, 1)]);
+}
+
+#[test]
+fn shrinking_and_changing_at_once_stops_what_is_too_many_first() {
+    let first = manifest("web", 3);
+    let mut world = deployed(&first);
+    world.sick.push(("web".into(), 2));
+    world.deploy(changed(&pb::Manifest { count: 1, ..first }, "sick"));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 1), (2, 1)]);
+}
+
+#[test]
+fn a_stop_checked_when_applied_spares_the_last_ready_one() {
+    let first = manifest("web", 2);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    world.agents();
+    let steps = world.steps();
+    assert!(steps.iter().any(|step| matches!(step, Step::Stop(_))));
+    let new = world.wanted("web").into_iter().find(|instance| instance.template_version == 2).unwrap();
+    world.say(new.id, running(false));
+    world.commit(steps);
+    assert_eq!(world.ready("web"), 2, "the new one had turned unready, so the old one stays");
+}
+
+#[test]
+fn scaling_during_a_rollout_takes_over_what_is_there() {
+    let first = manifest("web", 3);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    world.agents();
+    world.accept(scale("web", 4));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 4)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+}
+
+#[test]
+fn a_way_back_that_would_close_a_cycle_is_said_and_not_taken() {
+    let first = pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) };
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("db", 1));
+    world.deploy(first.clone());
+    world.settle();
+    world.sick.push(("web".into(), 2));
+    world.deploy(changed(&pb::Manifest { needs: Vec::new(), ..first }, "sick"));
+    world.deploy(pb::Manifest { needs: vec!["web".into()], ..manifest("db", 1) });
+    assert!(world.refuse(rollback("web", 1)).1.contains("needs form a cycle: web -> db -> web"));
+    world.settle_for(600);
+    assert_eq!((world.service("web").version, world.status("web")), (2, DeploymentStatus::Failed));
+    assert!(
+        world.reason("web").contains("version 1 cannot be restored: needs form a cycle"),
+        "{}",
+        world.reason("web")
+    );
+    assert_eq!(world.ready("web"), 1);
+}
