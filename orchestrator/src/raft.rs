@@ -212,7 +212,14 @@ impl RaftHub {
 
     /// Writes a snapshot now, whatever the policy says; it is done when `status().snapshot_index` has risen.
     pub async fn trigger_snapshot(&self) -> Result<(), TransferError> {
-        self.inner.raft.trigger().snapshot().await.map_err(|_| TransferError::Stopped)
+        let raft = &self.inner.raft;
+        raft.with_state_machine(|machine| {
+            machine.want_snapshot();
+            Box::pin(std::future::ready(()))
+        })
+        .await
+        .map_err(|_| TransferError::Stopped)?;
+        raft.trigger().snapshot().await.map_err(|_| TransferError::Stopped)
     }
 
     /// Resolves when this member cannot go on (a write failed, or the log holds a command of a newer version), with what

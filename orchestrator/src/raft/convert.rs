@@ -79,7 +79,9 @@ pub(crate) fn stored_membership_to_pb(stored: &StoredMembership) -> pb::StoredMe
     }
 }
 
-pub(crate) fn stored_membership_from_pb(stored: pb::StoredMembership) -> Result<StoredMembership, ConvertError> {
+pub(crate) fn stored_membership_from_pb(
+    stored: pb::StoredMembership,
+) -> Result<StoredMembership, ConvertError> {
     let log_id = stored.log_id.as_ref().map(log_id_from_pb);
     Ok(StoredMembership::new(log_id, membership_from_pb(stored.membership.unwrap_or_default())?))
 }
@@ -135,7 +137,9 @@ pub(crate) fn append_to_pb(request: AppendEntriesRequest<TypeConfig>) -> pb::App
     }
 }
 
-pub(crate) fn append_from_pb(request: pb::AppendRequest) -> Result<AppendEntriesRequest<TypeConfig>, ConvertError> {
+pub(crate) fn append_from_pb(
+    request: pb::AppendRequest,
+) -> Result<AppendEntriesRequest<TypeConfig>, ConvertError> {
     Ok(AppendEntriesRequest {
         vote: vote_from_pb(request.vote.as_ref().ok_or_else(|| missing("append", "vote"))?),
         prev_log_id: request.prev_log_id.as_ref().map(log_id_from_pb),
@@ -206,7 +210,9 @@ pub(crate) fn vote_request_to_pb(request: &VoteRequest<TypeConfig>) -> pb::VoteR
     }
 }
 
-pub(crate) fn vote_request_from_pb(request: &pb::VoteRequest) -> Result<VoteRequest<TypeConfig>, ConvertError> {
+pub(crate) fn vote_request_from_pb(
+    request: &pb::VoteRequest,
+) -> Result<VoteRequest<TypeConfig>, ConvertError> {
     Ok(VoteRequest {
         vote: vote_from_pb(request.vote.as_ref().ok_or_else(|| missing("vote request", "vote"))?),
         last_log_id: request.last_log_id.as_ref().map(log_id_from_pb),
@@ -222,7 +228,9 @@ pub(crate) fn vote_response_to_pb(response: &VoteResponse<TypeConfig>) -> pb::Vo
     }
 }
 
-pub(crate) fn vote_response_from_pb(response: &pb::VoteResponse) -> Result<VoteResponse<TypeConfig>, ConvertError> {
+pub(crate) fn vote_response_from_pb(
+    response: &pb::VoteResponse,
+) -> Result<VoteResponse<TypeConfig>, ConvertError> {
     Ok(VoteResponse {
         vote: vote_from_pb(response.vote.as_ref().ok_or_else(|| missing("vote response", "vote"))?),
         last_log_id: response.last_log_id.as_ref().map(log_id_from_pb),

@@ -81,6 +81,14 @@ impl RaftHub {
         Ok(member)
     }
 
+    /// Ends without a handover, as a crash would; what is written stays.
+    #[cfg(test)]
+    pub(crate) async fn kill(&self) {
+        self.inner.tasks.close();
+        self.inner.stopping.cancel();
+        self.stop_raft().await;
+    }
+
     /// Hands over when this member leads, ends Raft and its tasks, and closes the databases. Idempotent.
     pub async fn shutdown(&self) {
         let inner = &self.inner;
@@ -97,6 +105,11 @@ impl RaftHub {
         inner.stopping.cancel();
         // What was submitted may still be answered; the door itself has ended.
         let _drained = timeout(DRAIN_WITHIN, inner.tasks.wait()).await;
+        self.stop_raft().await;
+    }
+
+    async fn stop_raft(&self) {
+        let inner = &self.inner;
         if let Err(error) = inner.raft.shutdown().await {
             tracing::warn!(%error, "the Raft core ended badly");
         }

@@ -50,7 +50,9 @@ impl MemberEndpoint {
                     decoded.written_by
                 ),
             }),
-            Err(error) => Err(ProposeError::Refused { why: format!("the leader cannot read this command: {error}") }),
+            Err(error) => {
+                Err(ProposeError::Refused { why: format!("the leader cannot read this command: {error}") })
+            }
         }
     }
 
@@ -89,7 +91,8 @@ impl MemberService for MemberEndpoint {
             return Err(Status::permission_denied("proposals are forwarded once"));
         }
         // All enter before the first is awaited, so that they are submitted together.
-        let tickets: Vec<_> = request.commands.into_iter().map(|command| self.enter(command, deadline)).collect();
+        let tickets: Vec<_> =
+            request.commands.into_iter().map(|command| self.enter(command, deadline)).collect();
         let mut outcomes = Vec::with_capacity(tickets.len());
         for ticket in tickets {
             outcomes.push(self.outcome(ticket, deadline).await);
@@ -113,7 +116,9 @@ impl MemberService for MemberEndpoint {
                 let not_leader = Some(self.not_leader(leader));
                 Ok(Response::new(pb::GetReadIndexResponse { log_index: 0, not_leader }))
             }
-            Err(error @ (ReadError::Timeout | ReadError::Stopped)) => Err(Status::unavailable(error.to_string())),
+            Err(error @ (ReadError::Timeout | ReadError::Stopped)) => {
+                Err(Status::unavailable(error.to_string()))
+            }
         }
     }
 

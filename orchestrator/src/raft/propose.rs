@@ -57,7 +57,10 @@ pub enum ProposeError {
 /// How a proposal ended.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Outcome {
-    Reply { reply: pb::Reply, log_index: u64 },
+    Reply {
+        reply: pb::Reply,
+        log_index: u64,
+    },
     /// For a forwarded proposal only: this member does not lead either.
     NotLeader(Option<MemberId>),
     Failed(ProposeError),

@@ -145,11 +145,13 @@ impl ReadTask {
     async fn attempt(&mut self) -> Attempt {
         let leader = self.leadership.borrow_and_update().leader;
         match leader {
-            Some(leader) if leader == self.own => match self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
-                Ok(linearizer) => Attempt::Index(linearizer.read_log_id().index()),
-                Err(RaftError::APIError(_)) => Attempt::Again,
-                Err(RaftError::Fatal(_)) => Attempt::Stopped,
-            },
+            Some(leader) if leader == self.own => {
+                match self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
+                    Ok(linearizer) => Attempt::Index(linearizer.read_log_id().index()),
+                    Err(RaftError::APIError(_)) => Attempt::Again,
+                    Err(RaftError::Fatal(_)) => Attempt::Stopped,
+                }
+            }
             Some(leader) => self.ask(leader).await.map_or(Attempt::Again, Attempt::Index),
             None => Attempt::Again,
         }

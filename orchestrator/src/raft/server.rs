@@ -51,7 +51,9 @@ pub struct RaftEndpoint {
 /// The member behind a request, by its certificate.
 pub(crate) fn sender<T>(request: &Request<T>, cluster: ClusterId) -> Result<MemberId, Status> {
     let Some(peer) = nave_tls::peer(request) else {
-        return Err(Status::unauthenticated("only members of this cluster may call this, by their certificate"));
+        return Err(Status::unauthenticated(
+            "only members of this cluster may call this, by their certificate",
+        ));
     };
     match peer.member() {
         Some(member) if peer.cluster == cluster => Ok(member),
@@ -152,7 +154,10 @@ impl RaftTransport for RaftEndpoint {
         Ok(Response::new(convert::vote_response_to_pb(&response)))
     }
 
-    async fn pre_vote(&self, request: Request<pb::VoteRequest>) -> Result<Response<pb::VoteResponse>, Status> {
+    async fn pre_vote(
+        &self,
+        request: Request<pb::VoteRequest>,
+    ) -> Result<Response<pb::VoteResponse>, Status> {
         let sender = sender(&request, self.cluster)?;
         let request = request.into_inner();
         own_vote(sender, request.group, request.vote.as_ref())?;
@@ -184,8 +189,7 @@ impl RaftTransport for RaftEndpoint {
         let sender = sender(&request, self.cluster)?;
         let (vote, snapshot) = receive::receive(sender, request.into_inner(), self.snapshots.clone()).await?;
         self.heard.now();
-        let response =
-            self.raft.install_full_snapshot(vote, snapshot).await.map_err(|e| fatal(&e))?;
+        let response = self.raft.install_full_snapshot(vote, snapshot).await.map_err(|e| fatal(&e))?;
         Ok(Response::new(pb::SnapshotResponse { vote: Some(convert::vote_to_pb(&response.vote)) }))
     }
 }
@@ -199,7 +203,10 @@ mod tests {
         let vote = pb::Vote { term: 3, node_id: 2, committed: true };
         assert!(own_vote(MemberId(2), REGISTRY_GROUP, Some(&vote)).is_ok());
         let other = own_vote(MemberId(3), REGISTRY_GROUP, Some(&vote)).unwrap_err();
-        assert_eq!((other.code(), other.message()), (tonic::Code::PermissionDenied, "m-3 sent the vote of m-2"));
+        assert_eq!(
+            (other.code(), other.message()),
+            (tonic::Code::PermissionDenied, "m-3 sent the vote of m-2")
+        );
         assert!(own_vote(MemberId(2), 7, Some(&vote)).is_err());
         assert!(own_vote(MemberId(2), REGISTRY_GROUP, None).is_err());
     }

@@ -21,12 +21,15 @@ pub(crate) const LEASE: Duration = Duration::from_millis(ELECTION_MAX_MS);
 pub struct SnapshotSettings {
     pub entries_between: u64,
     pub entries_kept: u64,
+    /// A snapshot by this policy is put off while the last one is younger, unless ten times as many entries wait: a
+    /// burst of writes must not write the whole state every second.
+    pub interval_min: Duration,
 }
 
 impl Default for SnapshotSettings {
-    /// 50,000 entries of 500 bytes are 25 MB of log; 10,000 of them are kept.
+    /// 50,000 entries of 500 bytes are 25 MB of log, of which 10,000 are kept; in a burst up to 250 MB.
     fn default() -> Self {
-        Self { entries_between: 50_000, entries_kept: 10_000 }
+        Self { entries_between: 50_000, entries_kept: 10_000, interval_min: Duration::from_secs(30) }
     }
 }
 
@@ -46,7 +49,7 @@ pub(crate) fn config(cluster_name: String, snapshots: SnapshotSettings) -> Resul
         quorum_loss_probe_interval: Some(2 * ELECTION_MAX_MS),
         snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshots.entries_between),
         max_in_snapshot_log_to_keep: snapshots.entries_kept,
-        purge_batch_size: 256,
+        purge_batch_size: snapshots.entries_between.min(256),
         // The whole transfer and installation; a dead peer is noticed by the connection's keep-alive long before.
         install_snapshot_timeout: 10 * 60 * 1000,
         api_batch_linger_ms: 0,

@@ -90,7 +90,10 @@ pub(crate) fn open(options: &RaftOptions, failure: &Failure) -> Result<Opened, S
     Ok(Opened { directory, log, registry, state, loaded, snapshots })
 }
 
-pub(super) async fn start(options: RaftOptions, observer: Arc<dyn ApplyObserver>) -> Result<RaftHub, StartError> {
+pub(super) async fn start(
+    options: RaftOptions,
+    observer: Arc<dyn ApplyObserver>,
+) -> Result<RaftHub, StartError> {
     let failure = Failure::new();
     let path = options.data_dir.clone();
     let storage = |source| StartError::Storage { path: path.clone(), source };
@@ -100,7 +103,14 @@ pub(super) async fn start(options: RaftOptions, observer: Arc<dyn ApplyObserver>
         .map_err(|error| storage(io::Error::other(error)))??;
     let Opened { directory, log, registry, state, loaded, snapshots } = opened;
     let disk = DiskSpace::new(directory.path(), options.free_bytes_min).map_err(storage)?;
-    let machine = StateMachine::new(loaded, state.handle(), snapshots.clone(), observer, failure.clone());
+    let machine = StateMachine::new(
+        loaded,
+        state.handle(),
+        snapshots.clone(),
+        observer,
+        failure.clone(),
+        options.snapshots,
+    );
     let tables = machine.tables();
     let channels = Arc::new(Channels::new(options.credentials));
     let config = settings::config(options.cluster.to_string(), options.snapshots)

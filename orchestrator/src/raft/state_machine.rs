@@ -4,7 +4,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use nave_orchestrator_core::{Applied, Change, ClusterState, unknown_command};
@@ -15,22 +14,16 @@ use prost::Message as _;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::raft::ApplyObserver;
 use crate::raft::types::{
     CommandReply, Entry, LeaderId, LogId, MemberNode, Payload, SnapshotMeta, StoredMembership, TypeConfig,
 };
+use crate::raft::{ApplyObserver, SnapshotSettings};
 use crate::storage::failure::Failure;
 use crate::storage::snapshot::{SnapshotDirectory, SnapshotFile};
 use crate::storage::state::{LoadedState, SnapshotBuild, StateBatch, StateHandle};
 
 /// Entries applied under one hold of the write lock: at some 5 µs each, readers wait well below a millisecond.
 pub(crate) const APPLY_ENTRIES_MAX: usize = 128;
-
-/// A snapshot by policy is put off while the last one is younger than this, unless the log has grown much (below), so
-/// that a burst of writes does not write the whole state every second.
-const SNAPSHOT_AGE_MIN: Duration = Duration::from_secs(30);
-/// At most this many entries wait for a snapshot; at 500 bytes each, 250 MB of log.
-const SNAPSHOT_ENTRIES_MAX: u64 = 500_000;
 
 /// The tables, shared with every reader on this member.
 #[derive(Debug)]
@@ -48,7 +41,9 @@ pub(crate) struct StateMachine {
     snapshots: Arc<SnapshotDirectory>,
     observer: Arc<dyn ApplyObserver>,
     failure: Failure,
+    policy: SnapshotSettings,
     snapshot_started: Option<Instant>,
+    snapshot_wanted: bool,
     gaps_allowed: bool,
 }
 
@@ -65,6 +60,7 @@ impl StateMachine {
         snapshots: Arc<SnapshotDirectory>,
         observer: Arc<dyn ApplyObserver>,
         failure: Failure,
+        policy: SnapshotSettings,
     ) -> Self {
         let LoadedState { tables, applied, membership } = loaded;
         observer.restored(&tables);
@@ -78,13 +74,20 @@ impl StateMachine {
             snapshots,
             observer,
             failure,
+            policy,
             snapshot_started: None,
+            snapshot_wanted: false,
             gaps_allowed: false,
         }
     }
 
     pub(crate) fn tables(&self) -> Arc<Tables> {
         self.tables.clone()
+    }
+
+    /// The next snapshot is not put off.
+    pub(crate) fn want_snapshot(&mut self) {
+        self.snapshot_wanted = true;
     }
 
     /// openraft's test suite applies entry 5 after entry 3; nothing else may.
@@ -186,14 +189,17 @@ impl StateMachine {
 
     async fn start_snapshot(&mut self) -> SnapshotBuilder {
         self.snapshot_started = Some(Instant::now());
+        self.snapshot_wanted = false;
         SnapshotBuilder(Some(self.writer.start_snapshot(self.snapshots.clone()).await))
     }
 
     fn may_put_off_snapshot(&self) -> bool {
         let index = self.applied.map_or(0, |id| id.index);
-        let covered = self.snapshots.current().and_then(|(meta, _)| meta.last_log_id).map_or(0, |id| id.index);
-        index.saturating_sub(covered) < SNAPSHOT_ENTRIES_MAX
-            && self.snapshot_started.is_some_and(|started| started.elapsed() < SNAPSHOT_AGE_MIN)
+        let covered =
+            self.snapshots.current().and_then(|(meta, _)| meta.last_log_id).map_or(0, |id| id.index);
+        !self.snapshot_wanted
+            && index.saturating_sub(covered) < self.policy.entries_between.saturating_mul(10)
+            && self.snapshot_started.is_some_and(|started| started.elapsed() < self.policy.interval_min)
     }
 }
 
@@ -238,7 +244,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.start_snapshot().await
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotFile) -> Result<(), io::Error> {
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotFile,
+    ) -> Result<(), io::Error> {
         let (directory, expected) = (self.snapshots.clone(), meta.clone());
         let (file, tables) =
             tokio::task::spawn_blocking(move || load_snapshot(&directory, &expected, &snapshot))

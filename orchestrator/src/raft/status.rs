@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use nave_proto::ids::MemberId;
-use openraft::{Instant as _, ServerState};
 use openraft::async_runtime::WatchReceiver as _;
+use openraft::{Instant as _, ServerState};
 
 use crate::raft::server::LastHeard;
 use crate::raft::settings::LEASE;

@@ -24,7 +24,9 @@ pub enum DirectoryError {
          start the newer version that wrote it"
     )]
     Newer { path: PathBuf, found: u32 },
-    #[error("{path} cannot be read as an identity file ({what}); restore it, or move the data directory away")]
+    #[error(
+        "{path} cannot be read as an identity file ({what}); restore it, or move the data directory away"
+    )]
     Unreadable { path: PathBuf, what: String },
     #[error("data directory {path} cannot be used")]
     Io { path: PathBuf, source: io::Error },
@@ -100,8 +102,7 @@ struct Identity {
 
 impl Identity {
     fn check(&self, path: &Path, file_path: &Path, text: &str) -> Result<(), DirectoryError> {
-        let unreadable =
-            |what: String| DirectoryError::Unreadable { path: file_path.to_owned(), what };
+        let unreadable = |what: String| DirectoryError::Unreadable { path: file_path.to_owned(), what };
         let field = |name: &str| {
             text.lines()
                 .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
@@ -126,10 +127,8 @@ impl Identity {
 
 /// One small write into an empty file: after a crash it is whole or, on a file system that tears it, refused.
 fn write_identity(file: &mut File, path: &Path, identity: &Identity) -> io::Result<()> {
-    let text = format!(
-        "format {}\ncluster {}\nmember {}\n",
-        identity.format, identity.cluster, identity.member
-    );
+    let text =
+        format!("format {}\ncluster {}\nmember {}\n", identity.format, identity.cluster, identity.member);
     file.rewind()?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;

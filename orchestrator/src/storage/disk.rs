@@ -54,7 +54,9 @@ impl DiskSpace {
         while !shutdown.is_cancelled() {
             match free_bytes(&self.path) {
                 Ok(free) => self.free_bytes.store(free, Ordering::Relaxed),
-                Err(error) => tracing::warn!(%error, path = %self.path.display(), "free disk space is unknown"),
+                Err(error) => {
+                    tracing::warn!(%error, path = %self.path.display(), "free disk space is unknown")
+                }
             }
             let now_full = self.check().is_err();
             if now_full != full {

@@ -42,10 +42,13 @@ impl Failure {
     /// Resolves once a failure is published.
     pub(crate) async fn wait(&self) -> String {
         let mut receiver = self.message.subscribe();
-        match receiver.wait_for(Option::is_some).await {
-            Ok(message) => message.as_deref().unwrap_or_default().to_owned(),
-            Err(_) => std::future::pending().await,
-        }
+        receiver
+            .wait_for(Option::is_some)
+            .await
+            .expect("self holds the sender")
+            .as_deref()
+            .unwrap_or_default()
+            .to_owned()
     }
 }
 

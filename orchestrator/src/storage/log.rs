@@ -7,6 +7,7 @@
 //! through the same queue, so what reaches the disk is always a prefix of what openraft asked for, in order.
 //! Reads are served from the tail, and below it from RocksDB on a blocking thread (`reader.rs`).
 
+mod dump;
 mod keys;
 mod reader;
 mod tail;
@@ -23,6 +24,7 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::DB;
 use tokio::sync::oneshot;
 
+pub use self::dump::{LoggedEntry, dump_log};
 pub(crate) use self::reader::LogReader;
 use self::tail::Tail;
 use self::writer::{Io, Queue, Writer};
@@ -95,7 +97,8 @@ impl LogDatabase {
         let group = match groups.get(&id) {
             Some(group) => group.clone(),
             None => {
-                let group = Arc::new(Group { id, tail: RwLock::new(reader::load_tail(&self.shared.db, id)?) });
+                let group =
+                    Arc::new(Group { id, tail: RwLock::new(reader::load_tail(&self.shared.db, id)?) });
                 groups.insert(id, group.clone());
                 group
             }
@@ -206,11 +209,12 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 /// What an entry costs in memory beside its command.
 fn entry_bytes(entry: &Entry) -> usize {
     const FIXED: usize = 96;
-    FIXED + match &entry.payload {
-        Payload::Normal(command) => command.0.len(),
-        Payload::Blank => 0,
-        Payload::Membership(membership) => 128 * membership.nodes().count(),
-    }
+    FIXED
+        + match &entry.payload {
+            Payload::Normal(command) => command.0.len(),
+            Payload::Blank => 0,
+            Payload::Membership(membership) => 128 * membership.nodes().count(),
+        }
 }
 
 fn index_of(entry: &Entry) -> u64 {
@@ -218,4 +222,4 @@ fn index_of(entry: &Entry) -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

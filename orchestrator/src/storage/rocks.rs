@@ -3,7 +3,10 @@
 
 use std::io;
 
-use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, LogLevel, Options};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, LogLevel,
+    Options,
+};
 
 const BLOCK_CACHE_BYTES: usize = 8 * 1024 * 1024;
 const MEMTABLE_BYTES: usize = 8 * 1024 * 1024;

@@ -163,12 +163,18 @@ impl SnapshotDirectory {
         Ok(file)
     }
 
-    /// Gives a received file its name; one that has its name already is left alone. Blocks.
+    /// Makes `file` this directory's snapshot: a received one gets its name, one from elsewhere is copied, one that is
+    /// here already is left alone. Blocks.
     pub(crate) fn adopt(&self, file: &SnapshotFile, meta: &SnapshotMeta) -> io::Result<SnapshotFile> {
-        match &file.temporary {
-            Some(temporary) => self.publish(temporary, meta),
-            None => Ok(file.clone()),
+        if let Some(temporary) = &file.temporary {
+            return self.publish(temporary, meta);
         }
+        if file.path.parent() == Some(self.path.as_path()) {
+            return Ok(file.clone());
+        }
+        let temporary = self.temporary("copy");
+        fs::copy(&file.path, temporary.path())?;
+        self.publish(&temporary, meta)
     }
 
     fn take_over(&self, meta: SnapshotMeta, file: SnapshotFile) {

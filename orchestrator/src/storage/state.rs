@@ -98,7 +98,8 @@ impl StateDatabase {
         let loaded = load(&db)?;
         let (queue, receiver) = mpsc::unbounded_channel();
         let writer = Writer::new(db.clone(), receiver, failure.clone());
-        let writer = std::thread::Builder::new().name("state-writer".to_owned()).spawn(move || writer.run())?;
+        let writer =
+            std::thread::Builder::new().name("state-writer".to_owned()).spawn(move || writer.run())?;
         let slots = Arc::new(Semaphore::new(QUEUED_BATCHES_MAX));
         let handle = StateHandle { db, queue, slots };
         Ok((Self { handle, writer: Some(writer), failure }, loaded))
@@ -144,7 +145,10 @@ impl StateHandle {
 
     /// Takes a view of the database after all that was queued, and starts to write it to a file. Returns once the view
     /// is taken; the result comes with the handle.
-    pub(crate) async fn start_snapshot(&self, directory: Arc<SnapshotDirectory>) -> io::Result<SnapshotBuild> {
+    pub(crate) async fn start_snapshot(
+        &self,
+        directory: Arc<SnapshotDirectory>,
+    ) -> io::Result<SnapshotBuild> {
         self.barrier().await?;
         let (taken, view_taken) = oneshot::channel();
         let db = self.db.clone();
@@ -239,4 +243,15 @@ fn decode_membership(bytes: Option<Vec<u8>>) -> io::Result<StoredMembership> {
 
 fn corrupt(error: &dyn std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("state database: {error}"))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Leaves the rows of a closed database, without what they stand for.
+    pub(crate) fn forget_mark(path: &Path) {
+        let db = Database(rocks::open(&rocks::state_options(), path, [ROWS, META]).unwrap());
+        db.0.delete_cf(db.family(META), APPLIED).unwrap();
+    }
 }

@@ -53,12 +53,17 @@ fn check(temporary: TemporaryFile, expected: &SnapshotMeta) -> io::Result<Snapsh
     let file = SnapshotFile::open_temporary(temporary)?;
     let found = file.verify()?;
     if found != *expected {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the snapshot is not the one that was announced"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the snapshot is not the one that was announced",
+        ));
     }
     Ok(file)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Status> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, Status> {
     let done = tokio::task::spawn_blocking(work).await.map_err(|e| Status::internal(e.to_string()))?;
     done.map_err(|error| match error.kind() {
         io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => Status::data_loss(error.to_string()),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -83,6 +83,7 @@ impl Cluster {
             cluster.run_on(id, listener).await;
         }
         cluster.any().hub.initialize(cluster.nodes.clone()).await.unwrap();
+        cluster.any().hub.propose(init(), soon()).await.unwrap();
         cluster
     }
 
@@ -106,10 +107,8 @@ impl Cluster {
         let observer = Arc::new(Counting::default());
         let hub = RaftHub::start(self.options(id), observer.clone()).await.unwrap();
         let (transport, member) = hub.services();
-        let config = nave_tls::server_config(
-            &self.credentials(id),
-            ClientPolicy { anonymous: false, expired: false },
-        );
+        let config =
+            nave_tls::server_config(&self.credentials(id), ClientPolicy { anonymous: false, expired: false });
         let server = CancellationToken::new();
         let incoming = nave_tls::incoming(listener, config, IncomingLimits::default(), server.clone());
         let mut tasks = JoinSet::new();
@@ -168,7 +167,8 @@ impl Cluster {
     pub(super) async fn leader(&self) -> MemberId {
         let found = timeout(SOON, async {
             loop {
-                let seen: Vec<_> = self.members.values().map(|m| *m.hub.subscribe_status().borrow()).collect();
+                let seen: Vec<_> =
+                    self.members.values().map(|m| *m.hub.subscribe_status().borrow()).collect();
                 let leader = seen[0].leader;
                 if let Some(leader) = leader
                     && seen.iter().all(|status| status.leader == Some(leader) && status.term == seen[0].term)
@@ -213,7 +213,7 @@ pub(super) fn token(id: &str) -> pb::Command {
         body: Some(pb::command::Body::CreateToken(pb::CreateToken {
             token: Some(pb::TokenRecord {
                 id: id.to_owned(),
-                secret_sha256: vec![7; 32].into(),
+                secret_sha256: vec![7; 32],
                 expires_unix_ns: i64::MAX,
                 uses_left: 3,
                 ..Default::default()
@@ -223,8 +223,7 @@ pub(super) fn token(id: &str) -> pb::Command {
     }
 }
 
-pub(super) fn init(hub_of: &Path) -> pb::Command {
-    let _ = hub_of;
+pub(super) fn init() -> pb::Command {
     pb::Command {
         actor: "hub".to_owned(),
         body: Some(pb::command::Body::InitCluster(pb::InitCluster {

@@ -43,9 +43,10 @@ impl LogReader {
         }
         let (shared, group) = (self.shared.clone(), self.group.id);
         let count = on_disk.end - on_disk.start;
-        let mut entries = tokio::task::spawn_blocking(move || read_range(&shared.db, group, on_disk, bytes_max))
-            .await
-            .map_err(io::Error::other)??;
+        let mut entries =
+            tokio::task::spawn_blocking(move || read_range(&shared.db, group, on_disk, bytes_max))
+                .await
+                .map_err(io::Error::other)??;
         if entries.len() as u64 == count {
             let mut bytes: usize = entries.iter().map(entry_bytes).sum();
             entries.extend(cached.into_iter().take_while(|entry| {

@@ -35,10 +35,7 @@ fn id(term: u64, index: u64) -> LogId {
 
 fn entry(term: u64, index: u64, bytes: usize) -> Entry {
     let fill = u8::try_from(index % 251).unwrap();
-    Entry {
-        log_id: id(term, index),
-        payload: Payload::Normal(EncodedCommand(vec![fill; bytes].into())),
-    }
+    Entry { log_id: id(term, index), payload: Payload::Normal(EncodedCommand(vec![fill; bytes].into())) }
 }
 
 fn open(path: &Path) -> (LogDatabase, LogStore) {
@@ -186,7 +183,10 @@ async fn a_failed_write_is_final() {
     assert_eq!(error.to_string(), "injected");
     assert!(failure.wait().await.contains("injected"));
     fs::remove_file(dir.path().join("fail-writes")).unwrap();
-    assert!(append(&mut store, vec![entry(1, 2, 1)]).await.is_err(), "not retried, whatever the disk does now");
+    assert!(
+        append(&mut store, vec![entry(1, 2, 1)]).await.is_err(),
+        "not retried, whatever the disk does now"
+    );
     assert!(store.save_vote(&Vote::new(2, 1)).await.is_err());
     assert_eq!(database.counters().entries_appended_total.load(Ordering::Relaxed), 1);
 }

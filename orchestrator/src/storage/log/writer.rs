@@ -25,12 +25,22 @@ const COMMITTED_LINGER: Duration = Duration::from_millis(100);
 const POINT_DELETES_MAX: u64 = 1024;
 
 pub(super) enum Io {
-    Append { entries: Vec<Entry>, sequence: u64, callback: IOFlushed<TypeConfig> },
+    Append {
+        entries: Vec<Entry>,
+        sequence: u64,
+        callback: IOFlushed<TypeConfig>,
+    },
     Vote(Vote, oneshot::Sender<io::Result<()>>),
     /// Deletes the entries `from..end`.
-    Truncate { from: u64, end: u64 },
+    Truncate {
+        from: u64,
+        end: u64,
+    },
     /// Deletes the entries from `from` up to and with `upto`.
-    Purge { from: u64, upto: LogId },
+    Purge {
+        from: u64,
+        upto: LogId,
+    },
     #[cfg(test)]
     Barrier(oneshot::Sender<io::Result<()>>),
 }
@@ -152,7 +162,11 @@ impl Writer {
                 }
                 Io::Vote(vote, _) => {
                     sync = true;
-                    batch.put_cf(meta, keys::meta(group.id, keys::Meta::Vote), vote_to_pb(vote).encode_to_vec());
+                    batch.put_cf(
+                        meta,
+                        keys::meta(group.id, keys::Meta::Vote),
+                        vote_to_pb(vote).encode_to_vec(),
+                    );
                 }
                 Io::Truncate { from, end } => delete(&mut batch, log, group.id, *from, *end),
                 Io::Purge { from, upto } => {

@@ -54,7 +54,8 @@ impl Writer {
                 Message::Close => return,
             };
             if let Err(error) = result {
-                self.failure.publish(format!("writing the state in {} failed: {error}", self.db.0.path().display()));
+                self.failure
+                    .publish(format!("writing the state in {} failed: {error}", self.db.0.path().display()));
                 return;
             }
             if next.is_none() {
