@@ -16,6 +16,7 @@ pub mod pb {
         clippy::all,
         clippy::disallowed_types,
         clippy::allow_attributes,
+        clippy::allow_attributes_without_reason,
         missing_docs,
         missing_debug_implementations,
         unreachable_pub,

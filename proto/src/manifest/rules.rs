@@ -312,7 +312,7 @@ impl Rules {
     fn stop(&mut self, stop: Option<&pb::Stop>) {
         let Some(stop) = stop else { return };
         match stop.signal {
-            18 | 19 | 20 | 21 | 22 => {
+            18..=22 => {
                 let why = format!("{} ends no process; SIGTERM asks it to end", signals::name(stop.signal));
                 self.at(&["stop", "signal"], why);
             }

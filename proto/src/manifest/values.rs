@@ -59,7 +59,7 @@ pub fn format_size(bytes: u64) -> String {
     let (unit, factor) = PRINTED_UNITS
         .iter()
         .filter_map(|printed| SIZE_UNITS.iter().find(|(unit, _)| unit == printed))
-        .find(|(_, factor)| bytes > 0 && bytes % factor == 0)
+        .find(|(_, factor)| bytes > 0 && bytes.is_multiple_of(*factor))
         .unwrap_or(&("B", 1));
     format!("{}{unit}", bytes / factor)
 }
@@ -134,9 +134,9 @@ mod tests {
     fn cores_are_kept_to_the_thousandth() {
         assert_eq!(parse_cpu(0.1), Ok(100));
         assert_eq!(parse_cpu(2.0), Ok(2000));
-        assert!(parse_cpu(0.0001).is_err());
-        assert!(parse_cpu(-1.0).is_err());
-        assert!(parse_cpu(f64::NAN).is_err());
+        parse_cpu(0.0001).unwrap_err();
+        parse_cpu(-1.0).unwrap_err();
+        parse_cpu(f64::NAN).unwrap_err();
         assert_eq!(format_cpu(500), "0.5");
         assert_eq!(format_cpu(2000), "2");
         assert_eq!(format_cpu(10), "0.01");

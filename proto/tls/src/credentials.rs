@@ -203,7 +203,7 @@ impl Credentials {
 }
 
 /// The certificate being shown at the moment; rustls asks it at each handshake, server and client alike.
-pub struct Reloadable {
+pub(crate) struct Reloadable {
     shown: RwLock<Shown>,
     generation: AtomicU64,
     time_floor_unix: AtomicI64,

@@ -25,7 +25,7 @@ pub use authority::{
 };
 pub use client::{ChannelOptions, Expect, channel, client_config, enroll_channel};
 pub use connect_error::{ConnectError, Refusal, connect_error};
-pub use credentials::{Credentials, CredentialsError, Reloadable};
+pub use credentials::{Credentials, CredentialsError};
 pub use files::FileError;
 pub use identity::{IdentityError, PeerIdentity, Role};
 pub use incoming::{IncomingLimits, PeerInfo, TlsConnection, incoming, peer, peer_info, peer_or_expired};

@@ -1,0 +1,139 @@
+//! From the message to the document that a person could have written.
+
+use std::time::Duration;
+
+use super::{
+    Document, DurationText, HealthDocument, OnDisconnectWord, PlacementDocument, PolicyWord, PortDocument,
+    ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, StopDocument, UpdateDocument,
+};
+use crate::manifest::values::{format_budget, format_size};
+use crate::pb;
+use crate::pb::probe::Check;
+use crate::time::{format_duration, from_proto_or};
+use crate::{signals, words};
+
+impl From<&pb::Manifest> for Document {
+    fn from(manifest: &pb::Manifest) -> Self {
+        let text = |text: &String| (!text.is_empty()).then(|| text.clone());
+        Self {
+            name: manifest.name.clone(),
+            command: manifest.command.clone(),
+            count: (!manifest.per_host).then_some(manifest.count),
+            per_host: manifest.per_host.then_some(true),
+            env: manifest.env.clone(),
+            user: text(&manifest.user),
+            working_dir: text(&manifest.working_dir),
+            needs: manifest.needs.clone(),
+            ports: manifest.ports.iter().map(|(name, port)| (name.clone(), port.into())).collect(),
+            health: manifest.health.as_ref().map(HealthDocument::from),
+            restart: manifest.restart.as_ref().map(RestartDocument::from),
+            resources: manifest.resources.as_ref().and_then(resources),
+            update: manifest.update.as_ref().map(UpdateDocument::from),
+            stop: manifest.stop.as_ref().map(StopDocument::from),
+            placement: manifest.placement.as_ref().map(PlacementDocument::from),
+        }
+    }
+}
+
+impl From<&pb::Port> for PortDocument {
+    fn from(port: &pb::Port) -> Self {
+        let number = |number: u32| (number != 0).then_some(number);
+        Self {
+            protocol: ProtocolWord(words::protocol(port.protocol())),
+            service_port: number(port.service_port),
+            port: number(port.port),
+        }
+    }
+}
+
+impl From<&pb::Health> for HealthDocument {
+    fn from(health: &pb::Health) -> Self {
+        let ready = health.ready.as_ref().map(ProbeDocument::from).unwrap_or_default();
+        let ProbeDocument { http, tcp, grpc, exec, notify, port, interval, timeout } = ready;
+        let live = health.live.as_ref().map(ProbeDocument::from);
+        Self { http, tcp, grpc, exec, notify, port, interval, timeout, live }
+    }
+}
+
+impl From<&pb::Probe> for ProbeDocument {
+    fn from(probe: &pb::Probe) -> Self {
+        let mut document = Self {
+            port: (!probe.port.is_empty()).then(|| probe.port.clone()),
+            interval: DurationText::of(probe.interval.as_ref()),
+            timeout: DurationText::of(probe.timeout.as_ref()),
+            ..Self::default()
+        };
+        match &probe.check {
+            None => {}
+            Some(Check::Http(path)) => document.http = Some(path.clone()),
+            Some(Check::Tcp(chosen)) => document.tcp = Some(*chosen),
+            Some(Check::Grpc(chosen)) => document.grpc = Some(*chosen),
+            Some(Check::Exec(exec)) => document.exec = Some(exec.command.clone()),
+            Some(Check::Notify(chosen)) => document.notify = Some(*chosen),
+        }
+        document
+    }
+}
+
+impl From<&pb::Restart> for RestartDocument {
+    fn from(restart: &pb::Restart) -> Self {
+        let policy = restart.policy();
+        Self {
+            policy: (policy != pb::RestartPolicy::Unspecified)
+                .then(|| PolicyWord(words::restart_policy(policy))),
+            budget: restart.budget_window.as_ref().map(|window| {
+                format_budget(restart.budget_restarts, from_proto_or(Some(window), Duration::ZERO))
+            }),
+        }
+    }
+}
+
+/// Nothing at all rather than an empty table.
+fn resources(resources: &pb::Resources) -> Option<ResourcesDocument> {
+    #[expect(clippy::cast_precision_loss, reason = "core counts are small")]
+    let cores = |millicores: u64| (millicores != 0).then(|| millicores as f64 / 1000.0);
+    (*resources != pb::Resources::default()).then(|| ResourcesDocument {
+        cpu: cores(resources.cpu_millicores),
+        cpu_max: cores(resources.cpu_max_millicores),
+        memory: (resources.memory_bytes != 0).then(|| format_size(resources.memory_bytes)),
+    })
+}
+
+impl From<&pb::Update> for UpdateDocument {
+    fn from(update: &pb::Update) -> Self {
+        Self {
+            max_parallel: (update.max_parallel != 0).then_some(update.max_parallel),
+            min_ready: DurationText::of(update.min_ready.as_ref()),
+            progress_deadline: DurationText::of(update.progress_deadline.as_ref()),
+            auto_revert: Some(update.auto_revert),
+            canary: Some(update.canary),
+        }
+    }
+}
+
+impl From<&pb::Stop> for StopDocument {
+    fn from(stop: &pb::Stop) -> Self {
+        Self {
+            signal: (stop.signal != 0).then(|| signals::name(stop.signal)),
+            grace: DurationText::of(stop.grace.as_ref()),
+        }
+    }
+}
+
+impl From<&pb::Placement> for PlacementDocument {
+    fn from(placement: &pb::Placement) -> Self {
+        let on_disconnect = placement.on_disconnect();
+        Self {
+            constraints: placement.constraints.clone(),
+            spread: (!placement.spread.is_empty()).then(|| placement.spread.clone()),
+            on_disconnect: (on_disconnect != pb::OnDisconnect::Unspecified)
+                .then(|| OnDisconnectWord(words::on_disconnect(on_disconnect))),
+        }
+    }
+}
+
+impl DurationText {
+    fn of(duration: Option<&prost_types::Duration>) -> Option<Self> {
+        duration.map(|given| Self(format_duration(from_proto_or(Some(given), Duration::ZERO))))
+    }
+}
