@@ -1,238 +1,42 @@
-//! One member in this process, over real TLS on a real port: what people, agents and strangers get from it.
+//! What people, agents and strangers get from one member.
 
-use std::net::SocketAddr;
-use std::path::Path;
 use std::time::Duration;
 
-use nave_orchestrator::{Bootstrap, MemberConfig, MemberEntry, RunError, run};
-use nave_proto::ids::{ClusterId, HostId, MemberId};
+use nave_orchestrator::{RunError, run};
+use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::token::JoinToken;
-use nave_tls::{Authority, ChannelOptions, Credentials, Expect, KeyPair, OPERATOR_VALIDITY, Role};
+use nave_tls::{KeyPair, Role};
 use pb::agent_message::Message as FromAgent;
-use pb::agent_session_client::AgentSessionClient;
 use pb::cluster_service_client::ClusterServiceClient;
 use pb::enroll_service_client::EnrollServiceClient;
 use pb::host_service_client::HostServiceClient;
 use pb::hub_message::Message as ToAgent;
 use pb::service_service_client::ServiceServiceClient;
 use pb::watch_item::Item;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
-use tonic::{Code, Streaming};
+use tonic::Code;
 use tonic_types::StatusExt as _;
 
-const CLUSTER: ClusterId = ClusterId(0x00f1_e2d3_c4b5_a697);
-/// Certificates of this test are judged by the machine's clock, so they are made by it.
-const NOW_UNIX: fn() -> i64 = || {
-    let output = std::process::Command::new("date").arg("+%s").output().expect("date runs");
-    String::from_utf8(output.stdout).expect("digits").trim().parse().expect("a number")
-};
-
-struct Member {
-    address: String,
-    authority: Authority,
-    token: JoinToken,
-    config: MemberConfig,
-    stop: CancellationToken,
-    running: JoinSet<Result<(), RunError>>,
-}
-
-/// A port that was free a moment ago.
-fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
-}
-
-impl Member {
-    fn start(folder: &Path) -> Self {
-        let authority = Authority::generate(CLUSTER);
-        authority.save(folder).expect("a writable folder");
-        let token = JoinToken::new(CLUSTER, authority.sha256(), [7; JoinToken::RANDOM_BYTES]);
-        let listen = free_address();
-        let config = MemberConfig {
-            id: MemberId(1),
-            name: "member-1".to_owned(),
-            cluster_id: CLUSTER,
-            data_dir: folder.join("data"),
-            listen,
-            advertise: listen.to_string(),
-            metrics_listen: Some(free_address()),
-            ca_cert: folder.join("ca.pem"),
-            ca_key: folder.join("ca.key"),
-            members: vec![MemberEntry {
-                id: MemberId(1),
-                name: "member-1".to_owned(),
-                address: listen.to_string(),
-            }],
-            bootstrap: Some(Bootstrap {
-                token_id: token.id.clone(),
-                token_sha256: Bootstrap::hex(&token.secret_sha256()),
-                token_expires_unix: NOW_UNIX() + 3600,
-            }),
-        };
-        let mut member = Self {
-            address: listen.to_string(),
-            authority,
-            token,
-            config,
-            stop: CancellationToken::new(),
-            running: JoinSet::new(),
-        };
-        member.begin();
-        member
-    }
-
-    fn begin(&mut self) {
-        self.stop = CancellationToken::new();
-        self.running.spawn(run(self.config.clone(), self.stop.clone()));
-    }
-
-    async fn end(&mut self) {
-        self.stop.cancel();
-        let ended = timeout(Duration::from_secs(20), self.running.join_next()).await.expect("ends in time");
-        ended.expect("it was running").expect("no panic").expect("no error");
-    }
-
-    fn credentials(&self, role: Role) -> Credentials {
-        self.authority.issue_new(role, OPERATOR_VALIDITY, NOW_UNIX()).expect("a good role")
-    }
-
-    fn operator(&self) -> Channel {
-        let credentials = self.credentials(Role::Operator("ann".to_owned()));
-        nave_tls::channel(&self.address, &credentials, Expect::Member, ChannelOptions::default())
-    }
-
-    /// Waits until there is a leader and the cluster has begun.
-    async fn ready(&self) -> pb::ClusterStatus {
-        let mut cluster = ClusterServiceClient::new(self.operator());
-        let ready = async {
-            loop {
-                match cluster.get_cluster_status(pb::GetClusterStatusRequest {}).await {
-                    Ok(status) if status.get_ref().incarnation != 0 => return status.into_inner(),
-                    _ => tokio::time::sleep(Duration::from_millis(20)).await,
-                }
-            }
-        };
-        timeout(Duration::from_secs(30), ready).await.expect("a leader in time")
-    }
-
-    async fn enroll(&self, name: &str) -> (HostId, Credentials) {
-        let key = KeyPair::generate();
-        let mut client =
-            EnrollServiceClient::new(nave_tls::enroll_channel(&self.address, self.authority.sha256()));
-        let request = pb::EnrollRequest {
-            token: self.token.to_string(),
-            csr_der: key.csr_der(),
-            facts: Some(facts(name)),
-        };
-        let answer = client.enroll(request).await.expect("enrolled").into_inner();
-        assert_eq!(answer.members, [self.address.clone()]);
-        let credentials = key.with_certificate(answer.certificate_der, answer.ca_der).expect("they fit");
-        (answer.host_id.parse().expect("a host id"), credentials)
-    }
-}
-
-fn facts(name: &str) -> pb::HostFacts {
-    pb::HostFacts {
-        name: name.to_owned(),
-        address: "127.0.0.1:7410".to_owned(),
-        cpu_millicores: 4000,
-        memory_bytes: 8 << 30,
-        os: "linux".to_owned(),
-        address_prefix: "127.88".to_owned(),
-        ..Default::default()
-    }
-}
-
-fn manifest(name: &str, count: u32) -> pb::Manifest {
-    let text = format!("name = \"{name}\"\ncommand = [\"/bin/sleep\", \"1000\"]\ncount = {count}\n");
-    nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "test.toml")
-        .expect("a good manifest")
-}
-
-fn apply(manifest: pb::Manifest) -> pb::ApplyServiceRequest {
-    pb::ApplyServiceRequest { manifest: Some(manifest), ..Default::default() }
-}
-
-fn reason(status: &tonic::Status) -> String {
-    status.get_error_details().error_info().map(|info| info.reason.clone()).unwrap_or_default()
-}
-
-/// The test's end of an agent's stream.
-struct Agent {
-    send: mpsc::Sender<pb::AgentMessage>,
-    receive: Streaming<pb::HubMessage>,
-}
-
-impl Agent {
-    async fn connect(member: &Member, credentials: &Credentials, host: HostId) -> Self {
-        let channel =
-            nave_tls::channel(&member.address, credentials, Expect::Member, ChannelOptions::default());
-        let (send, outgoing) = mpsc::channel(16);
-        let mut client = AgentSessionClient::new(channel);
-        let receive =
-            client.open_session(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
-        let agent = Self { send, receive };
-        let hello = pb::Hello {
-            cluster_id: CLUSTER.to_string(),
-            host_id: host.to_string(),
-            facts: Some(facts("alpha")),
-            agent_run_id: "run".to_owned(),
-            ..Default::default()
-        };
-        agent.say(FromAgent::Hello(hello)).await;
-        agent
-    }
-
-    async fn say(&self, message: FromAgent) {
-        self.send.send(pb::AgentMessage { message: Some(message) }).await.expect("the stream is open");
-    }
-
-    async fn hear(&mut self) -> Result<Option<ToAgent>, tonic::Status> {
-        let heard =
-            timeout(Duration::from_secs(10), self.receive.message()).await.expect("an answer in time");
-        Ok(heard?.and_then(|message| message.message))
-    }
-
-    async fn expect(&mut self) -> ToAgent {
-        self.hear().await.expect("no error").expect("a message")
-    }
-}
-
-fn running(instance_id: u64, epoch: u64) -> pb::InstanceReport {
-    let running = pb::observed::Running { ready: true, started_unix_ns: 1, process: None };
-    pb::InstanceReport {
-        instance_id,
-        epoch,
-        attempt: 1,
-        observed: Some(pb::Observed { state: Some(pb::observed::State::Running(running)) }),
-        endpoint: pb::EndpointState::Ready.into(),
-        ..Default::default()
-    }
-}
+use crate::harness::{Agent, CLUSTER, Cluster, apply, facts, manifest, reason, running};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_service_goes_from_apply_to_running_and_away_again() {
     let folder = tempfile::tempdir().unwrap();
-    let mut member = Member::start(folder.path());
-    let status = member.ready().await;
+    let mut cluster = Cluster::start(folder.path(), 1).await;
+    let status = cluster.ready(0).await;
     assert_eq!((status.leader.as_str(), status.members.len()), ("member-1", 1));
     assert_eq!((status.members[0].role.as_str(), status.members[0].reachable), ("leader", true));
 
-    let (host, credentials) = member.enroll("alpha").await;
-    let mut agent = Agent::connect(&member, &credentials, host).await;
+    let (host, credentials) = cluster.enroll(0, "alpha").await;
+    let mut agent = Agent::connect(&cluster, 0, &credentials, host).await;
     let ToAgent::Welcome(welcome) = agent.expect().await else { panic!("welcome comes first") };
-    assert_eq!((welcome.incarnation, welcome.members), (1, vec![member.address.clone()]));
+    assert_eq!((welcome.incarnation, welcome.members), (1, vec![cluster.address(0).to_owned()]));
     let ToAgent::Wanted(set) = agent.expect().await else { panic!("then the whole set") };
     assert_eq!(set.instances, []);
 
-    let mut services = ServiceServiceClient::new(member.operator());
+    let mut services = cluster.services(0);
     let mut watch = services.watch(pb::WatchRequest::default()).await.unwrap().into_inner();
     let first = watch.message().await.unwrap().unwrap();
     assert!(first.reset && first.synced, "the whole state in one message");
@@ -321,7 +125,7 @@ async fn a_service_goes_from_apply_to_running_and_away_again() {
     };
     timeout(Duration::from_secs(10), gone).await.expect("the service is gone in time");
 
-    let hosts = HostServiceClient::new(member.operator())
+    let hosts = HostServiceClient::new(cluster.operator(0))
         .list_hosts(pb::ListHostsRequest { linearizable: false })
         .await
         .unwrap()
@@ -330,16 +134,16 @@ async fn a_service_goes_from_apply_to_running_and_away_again() {
     assert!(hosts.hosts[0].last_heard.is_some());
 
     // Goes down in order with a stream open, and comes back with what it knew.
-    member.end().await;
-    member.begin();
-    assert_eq!(member.ready().await.incarnation, 1);
-    let hosts = HostServiceClient::new(member.operator())
+    cluster.end().await;
+    cluster.members[0].begin();
+    assert_eq!(cluster.ready(0).await.incarnation, 1);
+    let hosts = HostServiceClient::new(cluster.operator(0))
         .list_hosts(pb::ListHostsRequest { linearizable: true })
         .await
         .unwrap()
         .into_inner();
     assert_eq!(hosts.hosts.len(), 1);
-    member.end().await;
+    cluster.end().await;
 }
 
 fn key(item: &Item) -> String {
@@ -357,14 +161,13 @@ fn key(item: &Item) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_and_impostors_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let mut member = Member::start(folder.path());
-    member.ready().await;
+    let mut cluster = Cluster::start(folder.path(), 1).await;
 
-    let stranger = || nave_tls::enroll_channel(&member.address, member.authority.sha256());
+    let stranger = || nave_tls::enroll_channel(cluster.address(0), cluster.authority.sha256());
     let refused = HostServiceClient::new(stranger()).list_hosts(pb::ListHostsRequest::default()).await;
     assert_eq!(refused.unwrap_err().code(), Code::Unauthenticated);
-    let mut wrong = member.token.clone();
-    wrong.secret = JoinToken::new(CLUSTER, member.authority.sha256(), [8; JoinToken::RANDOM_BYTES]).secret;
+    let mut wrong = cluster.token.clone();
+    wrong.secret = JoinToken::new(CLUSTER, cluster.authority.sha256(), [8; JoinToken::RANDOM_BYTES]).secret;
     let request = pb::EnrollRequest {
         token: wrong.to_string(),
         csr_der: KeyPair::generate().csr_der(),
@@ -373,20 +176,20 @@ async fn strangers_and_impostors_are_refused() {
     let refused = EnrollServiceClient::new(stranger()).enroll(request).await.unwrap_err();
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::PermissionDenied, "TOKEN_INVALID"));
 
-    let (host, credentials) = member.enroll("alpha").await;
-    let mut claims_another = Agent::connect(&member, &credentials, HostId(host.0 + 1)).await;
+    let (host, credentials) = cluster.enroll(0, "alpha").await;
+    let mut claims_another = Agent::connect(&cluster, 0, &credentials, HostId(host.0 + 1)).await;
     let refused = claims_another.hear().await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
-    let agent = nave_tls::channel(&member.address, &credentials, Expect::Member, ChannelOptions::default());
+    let agent = cluster.channel(0, &credentials);
     let refused = ServiceServiceClient::new(agent.clone()).apply_service(apply(manifest("web", 0))).await;
     assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
 
     // A certificate of the right CA whose key nobody enrolled.
-    let forged = member.credentials(Role::Agent(host));
-    let mut unknown_key = Agent::connect(&member, &forged, host).await;
+    let forged = cluster.credentials(Role::Agent(host));
+    let mut unknown_key = Agent::connect(&cluster, 0, &forged, host).await;
     let refused = unknown_key.hear().await.unwrap_err();
     assert_eq!(reason(&refused), "HOST_NOT_REGISTERED");
-    let forged = nave_tls::channel(&member.address, &forged, Expect::Member, ChannelOptions::default());
+    let forged = cluster.channel(0, &forged);
     let csr_der = KeyPair::generate().csr_der();
     let refused = EnrollServiceClient::new(forged).renew(pb::RenewRequest { csr_der }).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
@@ -394,15 +197,14 @@ async fn strangers_and_impostors_are_refused() {
     let renewed =
         EnrollServiceClient::new(agent).renew(pb::RenewRequest { csr_der: credentials.csr_der() }).await;
     assert!(!renewed.unwrap().into_inner().certificate_der.is_empty());
-    member.end().await;
+    cluster.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_done_is_said_with_its_reason() {
     let folder = tempfile::tempdir().unwrap();
-    let mut member = Member::start(folder.path());
-    member.ready().await;
-    let mut services = ServiceServiceClient::new(member.operator());
+    let mut cluster = Cluster::start(folder.path(), 1).await;
+    let mut services = cluster.services(0);
 
     let mut bad = manifest("web", 1);
     bad.name = "Not A Name".to_owned();
@@ -429,7 +231,7 @@ async fn what_cannot_be_done_is_said_with_its_reason() {
         let refused = services.apply_service(conflict.clone()).await.unwrap_err();
         assert_eq!((refused.code(), reason(&refused).as_str()), (Code::FailedPrecondition, "CONFLICT"));
     }
-    let refused = ClusterServiceClient::new(member.operator())
+    let refused = ClusterServiceClient::new(cluster.operator(0))
         .transfer_leader(pb::TransferLeaderRequest { to: "m-9".to_owned() })
         .await
         .unwrap_err();
@@ -443,11 +245,11 @@ async fn what_cannot_be_done_is_said_with_its_reason() {
     assert_eq!((first.version, first.revision, second.version), (1, first.revision, 1));
 
     // The port is taken, and that is said before anything else is touched.
-    let mut other = member.config.clone();
+    let mut other = cluster.members[0].config.clone();
     other.data_dir = folder.path().join("other");
     let refused = run(other.clone(), CancellationToken::new()).await.unwrap_err();
     assert!(matches!(refused, RunError::Listen { key: "listen", .. }), "{refused}");
     assert!(refused.to_string().contains("another process uses the port"), "{refused}");
     assert!(!other.data_dir.exists());
-    member.end().await;
+    cluster.end().await;
 }
