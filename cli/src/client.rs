@@ -89,7 +89,10 @@ impl Hub {
 
     /// The id of one write, for all its tries.
     pub(crate) fn request_id(&self) -> pb::RequestId {
-        pb::RequestId { client_id: self.client_id.clone(), serial: self.serial.fetch_add(1, Ordering::Relaxed) }
+        pb::RequestId {
+            client_id: self.client_id.clone(),
+            serial: self.serial.fetch_add(1, Ordering::Relaxed),
+        }
     }
 
     /// The member that answered last, or the first to be tried; for streams, which are resumed by their reader.
@@ -112,7 +115,10 @@ impl Hub {
     }
 
     /// A read with the refusal still a status, for those who look at its code.
-    pub(crate) async fn read_status<T, F>(&self, call: impl Fn(Member) -> F) -> Result<Result<T, Status>, Failure>
+    pub(crate) async fn read_status<T, F>(
+        &self,
+        call: impl Fn(Member) -> F,
+    ) -> Result<Result<T, Status>, Failure>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
@@ -132,7 +138,10 @@ impl Hub {
     }
 
     /// A write with the refusal still a status.
-    pub(crate) async fn write_status<T, F>(&self, call: impl Fn(Member) -> F) -> Result<Result<T, Status>, Failure>
+    pub(crate) async fn write_status<T, F>(
+        &self,
+        call: impl Fn(Member) -> F,
+    ) -> Result<Result<T, Status>, Failure>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
@@ -161,7 +170,9 @@ impl Hub {
                         return Ok(answer.into_inner());
                     }
                     Ok(Err(status)) => status,
-                    Err(_) => Status::deadline_exceeded(format!("no answer within {} s", TRY_TIMEOUT.as_secs())),
+                    Err(_) => {
+                        Status::deadline_exceeded(format!("no answer within {} s", TRY_TIMEOUT.as_secs()))
+                    }
                 };
                 if !passes_over(&status) {
                     self.current.store(index, Ordering::Relaxed);
@@ -192,7 +203,8 @@ impl Hub {
                 };
                 let next = match none_there {
                     true => format!("is it running? The addresses come from {}", self.context.path.display()),
-                    false => "`nave cluster status` shows the members; a hub needs more than half of them".to_owned(),
+                    false => "`nave cluster status` shows the members; a hub needs more than half of them"
+                        .to_owned(),
                 };
                 Failure::new(Exit::Unknown, what)
                     .details(misses.iter().map(|miss| format!("{}: {}", miss.address, reason(&miss.status))))

@@ -52,7 +52,8 @@ impl Context {
             }
         };
         let file: ClientFile = toml::from_str(&text).map_err(|error| {
-            Failure::usage(format!("{} is not a valid client file", path.display())).detail(error.to_string().trim_end())
+            Failure::usage(format!("{} is not a valid client file", path.display()))
+                .detail(error.to_string().trim_end())
         })?;
         if file.addresses.is_empty() {
             return Err(Failure::usage(format!("{} names no addresses", path.display())));

@@ -46,9 +46,9 @@ fn directory(args: &args::Dev) -> Result<PathBuf, Failure> {
         None => context::default_dev_dir()
             .ok_or_else(|| Failure::usage("HOME is not set: choose a directory with --data-dir"))?,
     };
-    std::fs::create_dir_all(&chosen)
-        .and_then(|()| chosen.canonicalize())
-        .map_err(|error| Failure::refused(format!("cannot use {}: {}", chosen.display(), context::plain(&error))))
+    std::fs::create_dir_all(&chosen).and_then(|()| chosen.canonicalize()).map_err(|error| {
+        Failure::refused(format!("cannot use {}: {}", chosen.display(), context::plain(&error)))
+    })
 }
 
 /// From the first process to the last.
@@ -84,7 +84,9 @@ async fn start(layout: &Layout, supervised: &mut Supervised) -> Result<(), Failu
     let members = role::with_running(&layout.members);
     let agents = role::with_running(&layout.agents);
     let adopted = members.iter().chain(&agents).filter(|(_, process)| process.is_some()).count();
-    ports::refuse_taken(members.iter().chain(&agents).filter(|(_, process)| process.is_none()).map(|(role, _)| role))?;
+    ports::refuse_taken(
+        members.iter().chain(&agents).filter(|(_, process)| process.is_none()).map(|(role, _)| role),
+    )?;
     let all = members.len() + agents.len();
     match adopted {
         0 => say(format_args!("starting {} in {}", layout.what(), layout.dir.display())),
@@ -105,8 +107,14 @@ async fn start(layout: &Layout, supervised: &mut Supervised) -> Result<(), Failu
 
 fn announce(layout: &Layout, leader: &str, took: Duration) {
     say(format_args!("ready after {:.1} s: {}, {leader} leads", took.as_secs_f32(), layout.what()));
-    out::line(format_args!("\n  {}\n", out::paint(out::Tone::Bold, &format!("export NAVE_CONTEXT={}", layout.client_file.display()))));
-    for next in ["nave apply -f examples/web.toml --wait", "nave status web", "nave cluster status"] {
+    out::line(format_args!(
+        "\n  {}\n",
+        out::paint(out::Tone::Bold, &format!("export NAVE_CONTEXT={}", layout.client_file.display()))
+    ));
+    let example = std::path::Path::new("examples/hello.toml").exists();
+    let apply =
+        if example { "nave apply -f examples/hello.toml --wait" } else { "nave apply -f FILE --wait" };
+    for next in [apply, "nave services", "nave cluster status"] {
         out::line(format_args!("  {next}"));
     }
     out::line(format_args!("\nlogs are in {}/*/nave.log; Ctrl-C stops everything", layout.dir.display()));

@@ -78,7 +78,8 @@ impl Failure {
         let mut failure = Self::new(exit_of(status), message_of(status));
         let said = failure.message.clone();
         if let Some(bad) = status.get_details_bad_request() {
-            let unsaid = bad.field_violations.iter().filter(|violation| !said.contains(&violation.description));
+            let unsaid =
+                bad.field_violations.iter().filter(|violation| !said.contains(&violation.description));
             failure = failure.details(unsaid.map(|violation| match violation.field.as_str() {
                 "" => violation.description.clone(),
                 field => format!("{field}: {}", violation.description),
@@ -103,7 +104,9 @@ const DOES_NOT_FIT: &str = "INVALID";
 /// DESIGN 5: what was refused is 1, what was wrong in the request is 2, what nobody knows is 3.
 fn exit_of(status: &Status) -> Exit {
     match status.code() {
-        Code::InvalidArgument if status.get_details_error_info().is_some_and(|info| info.reason == DOES_NOT_FIT) => {
+        Code::InvalidArgument
+            if status.get_details_error_info().is_some_and(|info| info.reason == DOES_NOT_FIT) =>
+        {
             Exit::Refused
         }
         Code::InvalidArgument | Code::OutOfRange => Exit::Usage,
@@ -124,7 +127,9 @@ fn exit_of(status: &Status) -> Exit {
 
 fn message_of(status: &Status) -> String {
     match (status.code(), status.message()) {
-        (Code::Unimplemented, "") => "this member does not know the request: it runs an older program".to_owned(),
+        (Code::Unimplemented, "") => {
+            "this member does not know the request: it runs an older program".to_owned()
+        }
         (code, "") => format!("the hub answered: {}", code.description().to_lowercase()),
         (Code::Internal | Code::Unknown | Code::DataLoss, message) => format!("the hub failed: {message}"),
         (_, message) => message.to_owned(),
@@ -178,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_manifest_that_does_not_fit_what_there_is_is_refused_rather_than_invalid() {
-        let details = ErrorDetails::with_error_info("INVALID", "nave.v1", Default::default());
+        let details = ErrorDetails::with_error_info("INVALID", "nave.v1", std::collections::HashMap::new());
         let status = Status::with_error_details(Code::InvalidArgument, "a and b need each other", details);
         assert_eq!(exit_of(&status), Exit::Refused);
     }
@@ -194,7 +199,8 @@ mod tests {
 
     #[test]
     fn the_next_step_comes_last() {
-        let failure = Failure::refused("no service \"wbe\"").detail("did you mean web?").next("`nave services`");
+        let failure =
+            Failure::refused("no service \"wbe\"").detail("did you mean web?").next("`nave services`");
         assert_eq!(failure.to_string(), "no service \"wbe\"\n  did you mean web?\nnext: `nave services`");
     }
 }

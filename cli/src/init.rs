@@ -59,7 +59,11 @@ pub(crate) fn run(args: &Init) -> Result<(), Failure> {
     refuse_occupied(&args.out)?;
     let cluster = NewCluster {
         dir: args.out.clone(),
-        members: addresses.iter().enumerate().map(|(index, address)| member(index + 1, address, &args.out)).collect(),
+        members: addresses
+            .iter()
+            .enumerate()
+            .map(|(index, address)| member(index + 1, address, &args.out))
+            .collect(),
         operator: operator_name(),
         token_ttl: args.token_ttl,
     };
@@ -77,7 +81,8 @@ pub(crate) fn create(cluster: &NewCluster) -> Result<(), Failure> {
     let bootstrap = Bootstrap {
         token_id: token.id.clone(),
         token_sha256: Bootstrap::hex(&token.secret_sha256()),
-        token_expires_unix: now.saturating_add(i64::try_from(cluster.token_ttl.as_secs()).unwrap_or(i64::MAX)),
+        token_expires_unix: now
+            .saturating_add(i64::try_from(cluster.token_ttl.as_secs()).unwrap_or(i64::MAX)),
     };
     folder(&cluster.dir)?;
     for (index, member) in cluster.members.iter().enumerate() {
@@ -85,7 +90,11 @@ pub(crate) fn create(cluster: &NewCluster) -> Result<(), Failure> {
         authority.save(&member.folder).context("write the cluster's CA")?;
         let config = member_config(cluster, index, id, &bootstrap);
         let text = toml::to_string(&config).context("write member.toml as TOML")?;
-        write(&member.folder.join("member.toml"), 0o644, &format!("# One hub member: nave orchestrator --config FILE\n{text}"))?;
+        write(
+            &member.folder.join("member.toml"),
+            0o644,
+            &format!("# One hub member: nave orchestrator --config FILE\n{text}"),
+        )?;
     }
     write(&cluster.token_file(), 0o600, &format!("{token}\n"))?;
     let operator = authority
@@ -93,7 +102,9 @@ pub(crate) fn create(cluster: &NewCluster) -> Result<(), Failure> {
         .context("issue the operator's certificate")?;
     let [ca, certificate, key] = ["ca.pem", "operator.pem", "operator.key"];
     let in_dir = |name: &str| cluster.dir.join(name);
-    operator.save(&in_dir(certificate), &in_dir(key), &in_dir(ca)).context("write the operator's certificate")?;
+    operator
+        .save(&in_dir(certificate), &in_dir(key), &in_dir(ca))
+        .context("write the operator's certificate")?;
     let client = ClientFile {
         addresses: cluster.members.iter().map(|member| member.address.clone()).collect(),
         ca: ca.to_owned(),
@@ -102,7 +113,11 @@ pub(crate) fn create(cluster: &NewCluster) -> Result<(), Failure> {
     };
     let text = toml::to_string(&client).context("write client.toml as TOML")?;
     // Last: who finds it finds a whole cluster.
-    write(&cluster.client_file(), 0o644, &format!("# An operator's way to the cluster: export NAVE_CONTEXT=FILE\n{text}"))
+    write(
+        &cluster.client_file(),
+        0o644,
+        &format!("# An operator's way to the cluster: export NAVE_CONTEXT=FILE\n{text}"),
+    )
 }
 
 fn member_config(cluster: &NewCluster, index: usize, id: ClusterId, bootstrap: &Bootstrap) -> MemberConfig {
@@ -150,14 +165,19 @@ fn address(text: &str) -> Result<String, Failure> {
 fn refuse_wrong(addresses: &[String]) -> Result<(), Failure> {
     const MEMBERS_MAX: usize = 7;
     if addresses.len() > MEMBERS_MAX {
-        return Err(Failure::usage(format!("--members: {} are too many, a hub has at most 7", addresses.len())));
+        return Err(Failure::usage(format!(
+            "--members: {} are too many, a hub has at most 7",
+            addresses.len()
+        )));
     }
     for (index, address) in addresses.iter().enumerate() {
         if addresses[..index].contains(address) {
             return Err(Failure::usage(format!("--members: {address} is given twice")));
         }
         if address.starts_with("0.0.0.0:") || address.starts_with("[::]:") {
-            return Err(Failure::usage(format!("--members: {address} is not an address that others can dial")));
+            return Err(Failure::usage(format!(
+                "--members: {address} is not an address that others can dial"
+            )));
         }
     }
     if addresses.len() % 2 == 0 {
@@ -204,17 +224,27 @@ fn member(number: usize, address: &str, dir: &Path) -> NewMember {
 /// The person's own name, as the cluster's history will show it.
 pub(crate) fn operator_name() -> String {
     let name = ["SUDO_USER", "USER", "LOGNAME"].iter().find_map(|variable| std::env::var(variable).ok());
-    let name: String =
-        name.unwrap_or_default().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(32).collect();
+    let name: String = name
+        .unwrap_or_default()
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
+        .take(32)
+        .collect();
     if name.is_empty() { "admin".to_owned() } else { name.to_lowercase() }
 }
 
 fn print_next(cluster: &NewCluster) {
     let shown = cluster.dir.display();
     out::line(format_args!("made a cluster of {} in {shown}", cluster.members.len()));
-    out::line("\non each member's machine, with its own folder copied there (it holds the CA's key: keep it private):");
+    out::line(
+        "\non each member's machine, with its own folder copied there (it holds the CA's key: keep it private):",
+    );
     for member in &cluster.members {
-        out::line(format_args!("  {:<24} nave orchestrator --config {}/member.toml", member.address, member.folder.display()));
+        out::line(format_args!(
+            "  {:<24} nave orchestrator --config {}/member.toml",
+            member.address,
+            member.folder.display()
+        ));
     }
     let addresses: Vec<_> = cluster.members.iter().map(|member| member.address.as_str()).collect();
     out::line("\non each host that shall run services, with the token copied there:");
@@ -268,7 +298,11 @@ mod tests {
         let dir = folder.path().join("cluster");
         let members = ["10.0.0.1:7400", "10.0.0.2:7400", "10.0.0.3:7400"];
         let cluster = NewCluster {
-            members: members.iter().enumerate().map(|(index, address)| member(index + 1, address, &dir)).collect(),
+            members: members
+                .iter()
+                .enumerate()
+                .map(|(index, address)| member(index + 1, address, &dir))
+                .collect(),
             dir,
             operator: "me".into(),
             token_ttl: Duration::from_secs(3600),
@@ -290,8 +324,11 @@ mod tests {
     #[test]
     fn every_member_loads_its_file_and_agrees_with_the_others() {
         let (_folder, cluster) = made();
-        let configs: Vec<_> =
-            cluster.members.iter().map(|member| MemberConfig::load(&member.folder.join("member.toml")).unwrap()).collect();
+        let configs: Vec<_> = cluster
+            .members
+            .iter()
+            .map(|member| MemberConfig::load(&member.folder.join("member.toml")).unwrap())
+            .collect();
         assert_eq!(configs[1].id, MemberId(2));
         assert_eq!(configs[1].advertise, "10.0.0.2:7400");
         assert!(configs.iter().all(|config| config.members == configs[0].members));

@@ -5,9 +5,9 @@
 //! an error once.
 
 mod args;
+mod client;
 mod clock;
 mod context;
-mod client;
 mod dev;
 mod failure;
 mod init;

@@ -105,7 +105,9 @@ fn files_in(folder: &Path) -> Result<Vec<PathBuf>, Failure> {
         }
     }
     if files.is_empty() {
-        return Err(Failure::usage(format!("{shown} has no manifests in it (*.toml, *.yaml, *.yml, *.json)")));
+        return Err(Failure::usage(format!(
+            "{shown} has no manifests in it (*.toml, *.yaml, *.yml, *.json)"
+        )));
     }
     files.sort();
     Ok(files)
@@ -149,7 +151,8 @@ fn format_of(path: &Path) -> Option<Format> {
 
 /// Standard input has no ending; the first line that says something gives it away.
 fn guess(text: &str) -> Format {
-    let first = text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#')).unwrap_or("");
+    let first =
+        text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#')).unwrap_or("");
     let toml = first.starts_with('[') || first.find('=').is_some_and(|at| !first[..at].contains(':'));
     match first.starts_with('{') {
         true => Format::Json,
@@ -221,6 +224,9 @@ mod tests {
         let failure = load(&[folder.path().to_owned()]).unwrap_err();
         assert_eq!(failure.exit, crate::failure::Exit::Usage);
         let text = failure.to_string();
-        assert!(text.contains("2 mistakes") && text.contains("nonsense") && text.contains("rubbish"), "{text}");
+        assert!(
+            text.contains("2 mistakes") && text.contains("nonsense") && text.contains("rubbish"),
+            "{text}"
+        );
     }
 }

@@ -1,14 +1,29 @@
 //! A line per thing that is waited for: kept up to date in place on a terminal, else printed when it changes.
 
 use std::io::{self, IsTerminal as _};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::out::{self, Tone};
+
+/// What is said of one thing: how far it is, and why not further.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Text {
+    tone: Tone,
+    how_far: String,
+    why: String,
+    said: Instant,
+}
+
+/// Reasons that last no longer are not worth a line of their own.
+const WHY_AT_MOST_EVERY: Duration = Duration::from_secs(2);
 
 /// The lines.
 #[derive(Debug)]
 pub(crate) struct Progress {
     names: Vec<String>,
-    texts: Vec<Option<(Tone, String)>>,
+    texts: Vec<Option<Text>>,
     width: usize,
     live: bool,
     /// Lines on the screen, below which the cursor stands.
@@ -24,12 +39,19 @@ impl Progress {
     }
 
     /// What to say of one thing from now on.
-    pub(crate) fn set(&mut self, index: usize, tone: Tone, text: &str) {
-        let fresh = Some((tone, text.to_owned()));
-        if self.texts[index] == fresh {
+    pub(crate) fn set(&mut self, index: usize, tone: Tone, how_far: &str, why: &str) {
+        let before = &self.texts[index];
+        let now = Instant::now();
+        let moved = before.as_ref().is_none_or(|before| before.how_far != how_far);
+        let news = before.as_ref().is_none_or(|before| before.why != why);
+        if !moved && !news {
             return;
         }
-        self.texts[index] = fresh;
+        let soon = before.as_ref().is_some_and(|before| now < before.said + WHY_AT_MOST_EVERY);
+        if !self.live && !moved && soon {
+            return;
+        }
+        self.texts[index] = Some(Text { tone, how_far: how_far.to_owned(), why: why.to_owned(), said: now });
         if self.live {
             self.draw();
         } else {
@@ -40,7 +62,7 @@ impl Progress {
 
     /// The last word on one thing.
     pub(crate) fn finish(&mut self, index: usize, tone: Tone, text: &str) {
-        self.set(index, tone, text);
+        self.set(index, tone, text, "");
     }
 
     /// Leaves the lines as they stand.
@@ -66,10 +88,15 @@ impl Progress {
     }
 
     fn line(&self, index: usize, columns: usize) -> String {
-        let Some((tone, text)) = &self.texts[index] else { return String::new() };
+        let Some(text) = &self.texts[index] else { return String::new() };
         let name = format!("{:width$}", self.names[index], width = self.width);
         let room = columns.saturating_sub(self.width + 3);
-        format!("{name}  {}", out::paint(*tone, &cut(text, room)))
+        let said = if text.why.is_empty() {
+            text.how_far.clone()
+        } else {
+            format!("{}: {}", text.how_far, text.why)
+        };
+        format!("{name}  {}", out::paint(text.tone, &cut(&said, room)))
     }
 }
 
@@ -104,8 +131,10 @@ mod tests {
     #[test]
     fn names_line_up() {
         let mut progress = Progress::new(["a".to_owned(), "long".to_owned()]);
-        progress.texts = vec![Some((Tone::Plain, "x".to_owned())), Some((Tone::Plain, "y".to_owned()))];
-        assert_eq!(progress.line(0, 80), "a     x");
-        assert_eq!(progress.line(1, 80), "long  y");
+        for index in 0..2 {
+            progress.set(index, Tone::Plain, "0 of 1", ["", "it starts"][index]);
+        }
+        assert_eq!(progress.line(0, 80), "a     0 of 1");
+        assert_eq!(progress.line(1, 80), "long  0 of 1: it starts");
     }
 }

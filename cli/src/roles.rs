@@ -73,7 +73,8 @@ fn plain_agent_args(arguments: impl Iterator<Item = OsString>) -> Option<args::A
 /// This host's keeper, for its whole life.
 pub(crate) fn keeper(args: &args::Agent) -> Result<(), Failure> {
     let config = agent_config(args)?;
-    let options = KeeperOptions { data_dir: absolute(&config.data_dir)?, agent_command: agent_command(args)? };
+    let options =
+        KeeperOptions { data_dir: absolute(&config.data_dir)?, agent_command: agent_command(args)? };
     drop(config);
     nave_keeper::keeper_main(options).context("the keeper ended").map_err(Failure::from)
 }
@@ -126,7 +127,9 @@ pub(crate) fn orchestrator(args: &args::Orchestrator) -> Result<(), Failure> {
     if let Some(file) = &args.pid_file {
         write_pid(file).with_context(|| format!("write {}", file.display()))?;
     }
-    until_signalled(|shutdown| async { nave_orchestrator::run(config, shutdown).await.map_err(anyhow::Error::from) })
+    until_signalled(|shutdown| async {
+        nave_orchestrator::run(config, shutdown).await.map_err(anyhow::Error::from)
+    })
 }
 
 /// Whole or not at all, so that nobody reads half a number.
@@ -232,14 +235,24 @@ mod tests {
             "--data-dir=d --join=a:1",
         ] {
             let words = ["nave", "agent"].into_iter().chain(line.split_whitespace());
-            let args::Verb::Agent(by_clap) = args::Cli::parse_from(words).verb else { panic!("another verb") };
+            let args::Verb::Agent(by_clap) = args::Cli::parse_from(words).verb else {
+                panic!("another verb")
+            };
             assert_eq!(plain(line), Some(by_clap), "{line}");
         }
     }
 
     #[test]
     fn what_is_odd_is_left_to_clap() {
-        for line in ["", "--help", "--config", "--config a --data-dir d", "--join a", "--frob x", "--config a --config b"] {
+        for line in [
+            "",
+            "--help",
+            "--config",
+            "--config a --data-dir d",
+            "--join a",
+            "--frob x",
+            "--config a --config b",
+        ] {
             assert_eq!(plain(line), None, "{line}");
         }
     }
@@ -253,7 +266,15 @@ mod tests {
         let token_file = here.join("t");
         assert_eq!(
             words,
-            ["agent-process", "--join", "a:1,b:2", "--token-file", token_file.to_str().unwrap(), "--data-dir", "/d"]
+            [
+                "agent-process",
+                "--join",
+                "a:1,b:2",
+                "--token-file",
+                token_file.to_str().unwrap(),
+                "--data-dir",
+                "/d"
+            ]
         );
     }
 }

@@ -114,7 +114,8 @@ mod tests {
         let mut table = Table::new(["A", "B"]);
         table.row([Cell::new("ok", Tone::Good), "x".into()]);
         table.row([Cell::new("später", Tone::Bad), "y".into()]);
-        let painted = table.lines(|tone, text| if tone == Tone::Plain { text.into() } else { format!("<{text}>") });
+        let painted =
+            table.lines(|tone, text| if tone == Tone::Plain { text.into() } else { format!("<{text}>") });
         assert_eq!(painted, ["<A>       <B>", "<ok>      x", "<später>  y"]);
     }
 

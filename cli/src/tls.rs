@@ -15,11 +15,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The operator that the client file speaks for.
 pub(crate) fn operator(context: &Context) -> Result<Credentials, Failure> {
-    let wrong = |key: &str, what: String| Failure::usage(format!("{}: {key}: {what}", context.path.display()));
+    let wrong =
+        |key: &str, what: String| Failure::usage(format!("{}: {key}: {what}", context.path.display()));
     let ca = certificate(&context.ca_pem).map_err(|what| wrong("ca", what))?;
     let own = certificate(&context.certificate_pem).map_err(|what| wrong("certificate", what))?;
     let key = KeyPair::from_pem(&context.key_pem).map_err(|error| wrong("key", error.to_string()))?;
-    let credentials = key.with_certificate(own, ca).map_err(|error| wrong("certificate", error.to_string()))?;
+    let credentials =
+        key.with_certificate(own, ca).map_err(|error| wrong("certificate", error.to_string()))?;
     if credentials.expires_unix() <= crate::clock::now_unix() {
         return Err(wrong("certificate", "it has expired".to_owned())
             .next("a member's operator can issue another; `nave init` and `nave dev` make the first"));

@@ -68,7 +68,9 @@ async fn about_service(hub: &Hub, name: &str, status: &Status) -> Failure {
 
 async fn no_service(hub: &Hub, name: &str) -> Failure {
     let absent = Failure::refused(format!("there is no service {name:?}"));
-    let listed = hub.read(|mut member| async move { member.services.list_services(pb::ListServicesRequest::default()).await });
+    let listed = hub.read(|mut member| async move {
+        member.services.list_services(pb::ListServicesRequest::default()).await
+    });
     let Ok(listed) = listed.await else { return absent };
     match nearest(name, listed.services.iter().map(|service| service.name.as_str())) {
         Some(near) => absent.next(format!("did you mean {near}? `nave services` lists them all")),

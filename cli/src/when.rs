@@ -28,7 +28,8 @@ pub(crate) fn span(span: SignedDuration) -> String {
 
 /// A duration as it was asked for: `60s`, `1m30s`.
 pub(crate) fn exact(duration: Duration) -> String {
-    SignedDuration::try_from(duration).map_or_else(|_| format!("{duration:?}"), |duration| format!("{duration:#}").replace(' ', ""))
+    SignedDuration::try_from(duration)
+        .map_or_else(|_| format!("{duration:?}"), |duration| format!("{duration:#}").replace(' ', ""))
 }
 
 /// `2026-11-26T14:00:00.123Z`, for JSON; empty for never.
@@ -41,7 +42,8 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     if let Ok(seconds) = text.parse::<u64>() {
         return Err(format!("a unit is missing: did you mean {seconds}s?"));
     }
-    let parsed: SignedDuration = text.parse().map_err(|_| "not a duration, which looks like 60s or 1h30m".to_owned())?;
+    let parsed: SignedDuration =
+        text.parse().map_err(|_| "not a duration, which looks like 60s or 1h30m".to_owned())?;
     Duration::try_from(parsed).map_err(|_| "a duration cannot be negative".to_owned())
 }
 

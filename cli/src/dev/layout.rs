@@ -61,7 +61,9 @@ impl Layout {
                 (merge(kept, args, dir)?, false)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => (create(dir, args)?, true),
-            Err(error) => return Err(Failure::refused(format!("cannot read {}: {}", file.display(), plain(&error)))),
+            Err(error) => {
+                return Err(Failure::refused(format!("cannot read {}: {}", file.display(), plain(&error))));
+            }
         };
         let layout = Self {
             members: (1..=choices.members).map(|number| member_role(dir, choices.port, number)).collect(),
@@ -81,7 +83,8 @@ impl Layout {
 
     /// `3 members and 1 agent`.
     pub(super) fn what(&self) -> String {
-        let count = |number: usize, noun: &str| format!("{number} {noun}{}", if number == 1 { "" } else { "s" });
+        let count =
+            |number: usize, noun: &str| format!("{number} {noun}{}", if number == 1 { "" } else { "s" });
         format!("{} and {}", count(self.members.len(), "member"), count(self.agents.len(), "agent"))
     }
 
@@ -104,7 +107,9 @@ impl Layout {
         let taken = prefix::taken(&self.dir);
         let wanted = 87 + number;
         let mut config = match AgentConfig::load(&role.config) {
-            Ok(config) if role.running().is_some() || !taken.contains(&config.address_prefix) => return Ok(()),
+            Ok(config) if role.running().is_some() || !taken.contains(&config.address_prefix) => {
+                return Ok(());
+            }
             Ok(config) => config,
             Err(_) => self.agent_config(number, role),
         };
@@ -117,7 +122,8 @@ impl Layout {
 
     fn agent_config(&self, number: u8, role: &Role) -> AgentConfig {
         let port = self.choices.port;
-        let members = (1..=self.choices.members).map(|number| format!("{}:{}", args::LOOPBACK, member_port(port, number)));
+        let members = (1..=self.choices.members)
+            .map(|number| format!("{}:{}", args::LOOPBACK, member_port(port, number)));
         let mut config = AgentConfig::new(role.folder.clone(), members.collect());
         config.token_file = Some(self.token_file.clone());
         config.name.clone_from(&role.name);
@@ -191,7 +197,11 @@ fn merge(kept: Choices, args: &args::Dev, dir: &Path) -> Result<Choices, Failure
     }
     let agents = args.agents.unwrap_or(kept.agents);
     if agents < kept.agents {
-        out::note(format_args!("{} has {} agents; the last ones are not started", dir.display(), kept.agents));
+        out::note(format_args!(
+            "{} has {} agents; the last ones are not started",
+            dir.display(),
+            kept.agents
+        ));
     }
     Ok(Choices { agents, ..kept })
 }

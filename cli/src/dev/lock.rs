@@ -18,7 +18,9 @@ pub(super) struct Lock {
 impl Lock {
     pub(super) fn take(dir: &Path) -> Result<Self, Failure> {
         let path = dir.join("dev.lock");
-        let cannot = |error: &std::io::Error| Failure::refused(format!("cannot lock {}: {}", path.display(), plain(error)));
+        let cannot = |error: &std::io::Error| {
+            Failure::refused(format!("cannot lock {}: {}", path.display(), plain(error)))
+        };
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -32,9 +34,13 @@ impl Lock {
                 let mut pid = String::new();
                 // Without the number the message is still true.
                 drop(file.read_to_string(&mut pid));
-                let holder = if pid.trim().is_empty() { String::new() } else { format!(" (pid {})", pid.trim()) };
-                return Err(Failure::refused(format!("another `nave dev`{holder} runs in {}", dir.display()))
-                    .next("use that one, or give this one its own --data-dir and --port"));
+                let holder =
+                    if pid.trim().is_empty() { String::new() } else { format!(" (pid {})", pid.trim()) };
+                return Err(Failure::refused(format!(
+                    "another `nave dev`{holder} runs in {}",
+                    dir.display()
+                ))
+                .next("use that one, or give this one its own --data-dir and --port"));
             }
             Err(error) => return Err(cannot(&error.into())),
         }

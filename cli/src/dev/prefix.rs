@@ -21,7 +21,9 @@ pub(super) fn taken(dir: &Path) -> BTreeSet<String> {
 /// `nave agent --config FILE`.
 fn config_of(words: &[String]) -> Option<PathBuf> {
     match words {
-        [program, role, flag, file, ..] if role == "agent" && flag == "--config" && program.ends_with("nave") => {
+        [program, role, flag, file, ..]
+            if role == "agent" && flag == "--config" && program.ends_with("nave") =>
+        {
             Some(PathBuf::from(file))
         }
         _ => None,
@@ -53,7 +55,10 @@ mod tests {
     #[test]
     fn agents_are_known_by_their_command_line() {
         let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        assert_eq!(config_of(&words("/usr/bin/nave agent --config /d/agent.toml")), Some("/d/agent.toml".into()));
+        assert_eq!(
+            config_of(&words("/usr/bin/nave agent --config /d/agent.toml")),
+            Some("/d/agent.toml".into())
+        );
         assert_eq!(config_of(&words("/usr/bin/vim agent --config /d/agent.toml")), None);
         assert_eq!(config_of(&words("nave orchestrator --config f")), None);
     }

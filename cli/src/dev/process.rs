@@ -41,7 +41,10 @@ impl Process {
 
     /// Waits for the end; the status of an adopted process is its parent's to know.
     pub(super) async fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
-        #[expect(deprecated, reason = "unsound only for a type that lies about its descriptor; an OwnedFd does not")]
+        #[expect(
+            deprecated,
+            reason = "unsound only for a type that lies about its descriptor; an OwnedFd does not"
+        )]
         let watched = AsyncFd::with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
         // Readable once it has ended, and from then on.
         watched.readable().await?.retain_ready();
@@ -93,7 +96,13 @@ mod tests {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         std::fs::write(&file, format!("{}\n", child.id())).unwrap();
         assert!(Process::of_pid_file(&file, &["sleep", "999"]).is_none());
-        let mut adopted = Process::of_pid_file(&file, &["sleep", "1000"]).unwrap();
+        // A process that has just been started has no command line for a moment.
+        let mut adopted = loop {
+            if let Some(process) = Process::of_pid_file(&file, &["sleep", "1000"]) {
+                break process;
+            }
+            tokio::task::yield_now().await;
+        };
         child.kill().unwrap();
         assert_eq!(adopted.ended().await.unwrap(), None);
         child.wait().unwrap();

@@ -41,7 +41,9 @@ pub(super) async fn fresh_token(hub: &Hub) -> String {
     loop {
         if leader(hub).await.is_some() {
             let created = hub
-                .write(|mut member| async move { member.cluster.create_token(pb::CreateTokenRequest::default()).await })
+                .write(|mut member| async move {
+                    member.cluster.create_token(pb::CreateTokenRequest::default()).await
+                })
                 .await;
             if let Ok(created) = created {
                 return created.token;
@@ -52,17 +54,32 @@ pub(super) async fn fresh_token(hub: &Hub) -> String {
 }
 
 async fn leader(hub: &Hub) -> Option<String> {
-    let status = hub
-        .read(|mut member| async move { member.cluster.get_cluster_status(pb::GetClusterStatusRequest {}).await })
+    let status =
+        hub.read(|mut member| async move {
+            member.cluster.get_cluster_status(pb::GetClusterStatusRequest {}).await
+        })
         .await
         .ok()?;
     (!status.leader.is_empty()).then_some(status.leader)
 }
 
 async fn missing_agents(hub: &Hub, layout: &Layout) -> Option<Vec<String>> {
-    let listed =
-        hub.read(|mut member| async move { member.hosts.list_hosts(pb::ListHostsRequest::default()).await }).await.ok()?;
-    let connected: BTreeSet<&str> =
-        listed.hosts.iter().filter(|host| host.status == "connected").map(|host| host.name.as_str()).collect();
-    Some(layout.agents.iter().map(|role| role.name.clone()).filter(|name| !connected.contains(name.as_str())).collect())
+    let listed = hub
+        .read(|mut member| async move { member.hosts.list_hosts(pb::ListHostsRequest::default()).await })
+        .await
+        .ok()?;
+    let connected: BTreeSet<&str> = listed
+        .hosts
+        .iter()
+        .filter(|host| host.status == "connected")
+        .map(|host| host.name.as_str())
+        .collect();
+    Some(
+        layout
+            .agents
+            .iter()
+            .map(|role| role.name.clone())
+            .filter(|name| !connected.contains(name.as_str()))
+            .collect(),
+    )
 }

@@ -56,10 +56,20 @@ impl Role {
         let log = self.log()?;
         let mut command = Command::new(std::env::current_exe()?);
         match self.kind {
-            Kind::Member => command.arg("orchestrator").arg("--config").arg(&self.config).arg("--pid-file").arg(self.pid_file()),
+            Kind::Member => command
+                .arg("orchestrator")
+                .arg("--config")
+                .arg(&self.config)
+                .arg("--pid-file")
+                .arg(self.pid_file()),
             Kind::Agent => command.arg("agent").arg("--config").arg(&self.config),
         };
-        command.current_dir(&self.folder).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        command
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0);
         Process::of_child(command.spawn()?)
     }
 

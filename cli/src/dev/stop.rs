@@ -60,7 +60,10 @@ async fn stop_host((role, keeper): &mut Held) {
     match timeout(SERVICE_GRACE + KEEPER_GRACE, asked).await {
         Ok(Ok(Ok(()))) => {}
         Ok(Ok(Err(error))) if keeper.is_some() => {
-            say(format_args!("{}: its keeper did not stop the services ({error}); they may still run", role.name));
+            say(format_args!(
+                "{}: its keeper did not stop the services ({error}); they may still run",
+                role.name
+            ));
         }
         Ok(_) => {}
         Err(_) => say(format_args!("{}: its services did not end in time; they may still run", role.name)),

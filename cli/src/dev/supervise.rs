@@ -30,9 +30,9 @@ impl Supervised {
         for (role, running) in roles {
             let process = match running {
                 Some(process) => process,
-                None => role
-                    .start()
-                    .map_err(|error| Failure::refused(format!("cannot start {}: {}", role.name, plain(&error))))?,
+                None => role.start().map_err(|error| {
+                    Failure::refused(format!("cannot start {}: {}", role.name, plain(&error)))
+                })?,
             };
             self.tasks.spawn(keep(role, process, self.stop.clone()));
         }
@@ -65,7 +65,7 @@ async fn keep(role: Role, process: Process, stop: CancellationToken) -> Held {
             Some(running) => tokio::select! {
                 () = stop.cancelled() => return (role, process),
                 ended = running.ended() => match ended {
-                    Ok(status) => how(status),
+                    Ok(status) => how(status, || role.last_words()),
                     Err(error) => format!("can no longer be watched: {}", plain(&error)),
                 },
             },
@@ -74,8 +74,7 @@ async fn keep(role: Role, process: Process, stop: CancellationToken) -> Held {
         if started.elapsed() >= HELD {
             backoff = BACKOFF_MIN;
         }
-        let words = role.last_words().map_or_else(String::new, |words| format!(": {words}"));
-        say(format_args!("{} {why}; starting it again in {:.1} s{words}", role.name, backoff.as_secs_f32()));
+        say(format_args!("{} {why}; starting it again in {:.1} s", role.name, backoff.as_secs_f32()));
         tokio::select! {
             () = stop.cancelled() => return (role, None),
             () = tokio::time::sleep(backoff) => {}
@@ -85,11 +84,16 @@ async fn keep(role: Role, process: Process, stop: CancellationToken) -> Held {
     }
 }
 
-fn how(status: Option<ExitStatus>) -> String {
+/// How it ended; of one that ended by itself, what it said last too.
+fn how(status: Option<ExitStatus>, last_words: impl Fn() -> Option<String>) -> String {
     use std::os::unix::process::ExitStatusExt as _;
     let Some(status) = status else { return "has ended".to_owned() };
     match (status.code(), status.signal()) {
-        (Some(code), _) => format!("ended with exit code {code}"),
+        (Some(0), _) => "ended".to_owned(),
+        (Some(code), _) => match last_words() {
+            Some(words) => format!("ended with exit code {code} ({words})"),
+            None => format!("ended with exit code {code}"),
+        },
         (None, Some(9)) => "was killed (SIGKILL)".to_owned(),
         (None, Some(signal)) => format!("was ended by signal {signal}"),
         (None, None) => "has ended".to_owned(),
@@ -103,9 +107,11 @@ mod tests {
 
     #[test]
     fn an_end_is_told_in_words() {
-        assert_eq!(how(None), "has ended");
-        assert_eq!(how(Some(ExitStatus::from_raw(0x100))), "ended with exit code 1");
-        assert_eq!(how(Some(ExitStatus::from_raw(9))), "was killed (SIGKILL)");
-        assert_eq!(how(Some(ExitStatus::from_raw(6))), "was ended by signal 6");
+        let status = |raw| Some(ExitStatus::from_raw(raw));
+        let words = || Some("error: disk full".to_owned());
+        assert_eq!(how(None, words), "has ended");
+        assert_eq!(how(status(0x100), words), "ended with exit code 1 (error: disk full)");
+        assert_eq!(how(status(9), words), "was killed (SIGKILL)");
+        assert_eq!(how(status(6), words), "was ended by signal 6");
     }
 }

@@ -22,12 +22,16 @@ pub(super) async fn run(args: &Apply, hub: &Hub) -> Result<(), Failure> {
             Ok(applied) => applied,
             Err(failure) if done == 0 => return Err(failure),
             Err(failure) => {
-                let before: Vec<_> = manifests[..done].iter().map(|named| named.manifest.name.as_str()).collect();
+                let before: Vec<_> =
+                    manifests[..done].iter().map(|named| named.manifest.name.as_str()).collect();
                 return Err(failure.detail(format!("applied before it: {}", before.join(", "))));
             }
         };
         out::line(format_args!("{:width$}  {}", named.manifest.name, outcome(&applied)));
-        targets.push(Target { service: named.manifest.name.clone(), goal: Goal::Ready { version: applied.version } });
+        targets.push(Target {
+            service: named.manifest.name.clone(),
+            goal: Goal::Ready { version: applied.version },
+        });
     }
     if args.waiting.wait {
         return wait::until(hub, &targets, args.waiting.timeout).await;
@@ -85,7 +89,10 @@ fn difference(manifest: &pb::Manifest, would: &pb::ApplyServiceResponse) -> Vec<
         Outcome::Unchanged => out::paint(Tone::Dim, "would stay as it is"),
         Outcome::Updated | Outcome::Unspecified if would.replaces_instances => {
             let at_once = manifest.update.as_ref().map_or(1, |update| update.max_parallel.max(1));
-            out::paint(Tone::Warning, &format!("would change, and its processes be replaced, {at_once} at a time"))
+            out::paint(
+                Tone::Warning,
+                &format!("would change, and its processes be replaced, {at_once} at a time"),
+            )
         }
         Outcome::Updated | Outcome::Unspecified => {
             out::paint(Tone::Warning, "would change, and its processes stay")
@@ -121,7 +128,11 @@ mod tests {
         let would = pb::ApplyServiceResponse {
             outcome: Outcome::Updated.into(),
             replaces_instances: true,
-            changes: vec![change("count", "2", "3"), change("env.LOG", "", "debug"), change("user", "me", "")],
+            changes: vec![
+                change("count", "2", "3"),
+                change("env.LOG", "", "debug"),
+                change("user", "me", ""),
+            ],
             ..Default::default()
         };
         assert_eq!(

@@ -28,7 +28,8 @@ pub(super) async fn scale(args: &Scale, hub: &Hub) -> Result<(), Failure> {
 }
 
 pub(super) async fn restart(args: &Change, hub: &Hub) -> Result<(), Failure> {
-    let request = pb::RestartServiceRequest { name: args.service.clone(), request_id: Some(hub.request_id()) };
+    let request =
+        pb::RestartServiceRequest { name: args.service.clone(), request_id: Some(hub.request_id()) };
     let changed = hub
         .write_status(|mut member| {
             let request = request.clone();

@@ -58,8 +58,10 @@ impl<'a> From<&'a pb::ClusterStatus> for StatusRow<'a> {
 }
 
 pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
-    let status = hub
-        .read(|mut member| async move { member.cluster.get_cluster_status(pb::GetClusterStatusRequest {}).await })
+    let status =
+        hub.read(|mut member| async move {
+            member.cluster.get_cluster_status(pb::GetClusterStatusRequest {}).await
+        })
         .await?;
     note_age(status.freshness.as_ref());
     if args.json() {
@@ -127,7 +129,10 @@ mod tests {
             ..Default::default()
         };
         let object = serde_json::to_value(StatusRow::from(&status)).unwrap();
-        assert_eq!((&object["leader"], &object["term"], &object["revision"]), (&"member-1".into(), &3.into(), &9.into()));
+        assert_eq!(
+            (&object["leader"], &object["term"], &object["revision"]),
+            (&"member-1".into(), &3.into(), &9.into())
+        );
         for field in ["id", "name", "address", "role", "reachable", "applied_index"] {
             assert!(object["members"][0].get(field).is_some(), "{field}");
         }

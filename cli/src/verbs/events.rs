@@ -41,23 +41,35 @@ impl<'a> From<&'a pb::Event> for EventRow<'a> {
     }
 }
 
-/// One event on one line: when, what it is about, what happened, who did it.
+/// One event on one line: when, what happened, which person did it.
 pub(super) fn text(event: &pb::Event, now: Timestamp, absolute: bool) -> String {
     let time = when::timestamp(event.time.as_ref());
     let time = if absolute { when::rfc3339(time) } else { format!("{:>4}", when::age(time, now)) };
-    let about = [&event.service, &event.instance_id, &event.host];
-    let about: Vec<&str> = about.into_iter().filter(|part| !part.is_empty()).map(String::as_str).collect();
     let message = if event.message.is_empty() { event.kind.replace('_', " ") } else { event.message.clone() };
-    let actor = match event.actor.as_str() {
-        "" | "hub" => String::new(),
-        actor => out::paint(Tone::Dim, &format!("  by {actor}")),
+    // Only what the sentence does not say by itself.
+    let about = [&event.service, &event.instance_id, &event.host];
+    let about: Vec<&str> =
+        about.into_iter().map(String::as_str).filter(|part| !message.contains(part)).collect();
+    let about = if about.is_empty() { String::new() } else { format!("{}: ", about.join(" ")) };
+    // What agents report of their own hosts needs no author; what people do does.
+    let actor = match event.actor.split_once('/') {
+        Some(("operator", name)) => out::paint(Tone::Dim, &format!("  (by {name})")),
+        _ => String::new(),
     };
-    format!("{}  {}  {}{actor}", out::paint(Tone::Dim, &time), out::paint(tone(&event.kind), &about.join(" ")), message)
+    format!(
+        "{}  {}{actor}",
+        out::paint(Tone::Dim, &time),
+        out::paint(tone(&event.kind), &format!("{about}{message}"))
+    )
 }
 
 fn tone(kind: &str) -> Tone {
-    let bad = ["failed", "lost", "given_up", "reverted"];
-    if bad.iter().any(|word| kind.contains(word)) { Tone::Bad } else { Tone::Bold }
+    let has = |words: &[&str]| words.iter().any(|word| kind.contains(word));
+    match kind {
+        _ if has(&["failed", "lost", "reverted"]) => Tone::Bad,
+        _ if has(&["exited", "backing_off", "stopped"]) => Tone::Warning,
+        _ => Tone::Plain,
+    }
 }
 
 pub(super) async fn run(args: &Events, hub: &Hub) -> Result<(), Failure> {
@@ -164,7 +176,13 @@ mod tests {
             ..Default::default()
         };
         let now = Timestamp::from_second(160).unwrap();
-        assert_eq!(text(&event, now, false), "  1m  web i-3  exited with 1  by agent/h-1");
-        assert!(text(&event, now, true).starts_with("1970-01-01T00:01:40.000Z  web"));
+        assert_eq!(text(&event, now, false), "  1m  web i-3: exited with 1");
+        let applied = pb::Event {
+            message: "web is new".into(),
+            actor: "operator/ann".into(),
+            service: "web".into(),
+            ..event
+        };
+        assert_eq!(text(&applied, now, true), "1970-01-01T00:01:40.000Z  i-3: web is new  (by ann)");
     }
 }

@@ -70,13 +70,16 @@ pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
     note_age(listed.freshness.as_ref());
     let unknown = pb::HostFacts::default();
     if args.json() {
-        let rows = listed.hosts.iter().map(|host| HostRow::new(host, host.facts.as_ref().unwrap_or(&unknown)));
+        let rows =
+            listed.hosts.iter().map(|host| HostRow::new(host, host.facts.as_ref().unwrap_or(&unknown)));
         out::json(&rows.collect::<Vec<_>>());
         return Ok(());
     }
     if listed.hosts.is_empty() {
         out::aside("no hosts have joined yet");
-        out::hint("`nave token create`, then on the host: nave agent --join ADDR --token-file FILE --data-dir DIR");
+        out::hint(
+            "`nave token create`, then on the host: nave agent --join ADDR --token-file FILE --data-dir DIR",
+        );
         return Ok(());
     }
     let now = clock::now();

@@ -52,12 +52,18 @@ pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
             instance_id: args.instance.clone().unwrap_or_default(),
             follow: args.follow,
             tail_lines: tail,
-            since: since.map(|time| prost_types::Timestamp { seconds: time.as_second(), nanos: time.subsec_nanosecond() }),
+            since: since.map(|time| prost_types::Timestamp {
+                seconds: time.as_second(),
+                nanos: time.subsec_nanosecond(),
+            }),
         };
-        let trouble = match hub.read_status(|mut member| {
-            let request = request.clone();
-            async move { member.services.read_logs(request).await }
-        }).await? {
+        let trouble = match hub
+            .read_status(|mut member| {
+                let request = request.clone();
+                async move { member.services.read_logs(request).await }
+            })
+            .await?
+        {
             Ok(mut stream) => loop {
                 match stream.message().await {
                     Ok(Some(response)) => {
@@ -144,7 +150,11 @@ impl<'a> Printer<'a> {
         }
         if self.args.listing.json() {
             let row = row(line);
-            if self.args.follow { out::json_line(&row) } else { self.rows.push(row) }
+            if self.args.follow {
+                out::json_line(&row)
+            } else {
+                self.rows.push(row)
+            }
             return;
         }
         let mut bytes = self.prefix(line).into_bytes();
@@ -181,10 +191,14 @@ impl<'a> Printer<'a> {
         if self.args.listing.json() && !self.args.follow {
             out::json(&self.rows);
         } else if self.newest.is_empty() && !self.args.follow {
-            out::aside(format_args!("{} has written nothing{}", self.args.service, match self.args.since {
-                Some(_) => " since then",
-                None => " yet",
-            }));
+            out::aside(format_args!(
+                "{} has written nothing{}",
+                self.args.service,
+                match self.args.since {
+                    Some(_) => " since then",
+                    None => " yet",
+                }
+            ));
         }
     }
 }

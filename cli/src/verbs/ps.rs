@@ -122,7 +122,8 @@ pub(super) fn table(instances: &[pb::Instance], with_service: bool, indent: usiz
     let now = clock::now();
     let service: &[&'static str] = if with_service { &["SERVICE"] } else { &[] };
     let headers = ["VERSION", "HOST", "STATE", "READY", "PID", "PORTS", "RESTARTS", "SINCE", "REASON"];
-    let mut table = Table::new(["ID"].into_iter().chain(service.iter().copied()).chain(headers)).indented(indent);
+    let mut table =
+        Table::new(["ID"].into_iter().chain(service.iter().copied()).chain(headers)).indented(indent);
     for instance in instances {
         let mut row = vec![Cell::from(instance.id.as_str())];
         if with_service {
@@ -175,7 +176,10 @@ mod tests {
             ..Default::default()
         };
         let row = serde_json::to_value(InstanceRow::from(&instance)).unwrap();
-        for field in ["id", "service", "version", "host", "desired", "observed", "ready", "pid", "restarts", "ports", "since", "reason"] {
+        for field in [
+            "id", "service", "version", "host", "desired", "observed", "ready", "pid", "restarts", "ports",
+            "since", "reason",
+        ] {
             assert!(row.get(field).is_some(), "{field}");
         }
         assert_eq!(row["pid"], 42);

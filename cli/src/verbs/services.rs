@@ -86,8 +86,10 @@ pub(super) fn deployment_cell(service: &pb::Service) -> Cell {
 }
 
 pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
-    let listed = hub
-        .read(|mut member| async move { member.services.list_services(pb::ListServicesRequest::default()).await })
+    let listed =
+        hub.read(|mut member| async move {
+            member.services.list_services(pb::ListServicesRequest::default()).await
+        })
         .await?;
     note_age(listed.freshness.as_ref());
     if args.json() {

@@ -105,7 +105,8 @@ fn deployment(service: &pb::Service, now: jiff::Timestamp) -> String {
         "successful" => Tone::Good,
         _ => Tone::Warning,
     };
-    let at = if deployment.ended_unix_ns == 0 { deployment.started_unix_ns } else { deployment.ended_unix_ns };
+    let at =
+        if deployment.ended_unix_ns == 0 { deployment.started_unix_ns } else { deployment.ended_unix_ns };
     let at = jiff::Timestamp::from_nanosecond(i128::from(at)).ok();
     let mut text = format!("{} {} ago", out::paint(tone, word), when::age(at, now));
     if deployment.from_version != 0 {
@@ -126,7 +127,8 @@ fn command(arguments: &[String]) -> String {
     let quoted: Vec<String> = arguments
         .iter()
         .map(|argument| {
-            let plain = !argument.is_empty() && !argument.contains([' ', '\'', '"', '\n', '\t', ';', '&', '|']);
+            let plain =
+                !argument.is_empty() && !argument.contains([' ', '\'', '"', '\n', '\t', ';', '&', '|']);
             if plain { argument.clone() } else { format!("'{}'", argument.replace('\n', "⏎")) }
         })
         .collect();
@@ -143,7 +145,9 @@ fn next(service: &pb::Service, instances: &[pb::Instance]) -> Option<String> {
     if service.deleting {
         return None;
     }
-    if let Some(bad) = instances.iter().find(|instance| matches!(instance.observed.as_str(), "failed" | "backing_off")) {
+    if let Some(bad) =
+        instances.iter().find(|instance| matches!(instance.observed.as_str(), "failed" | "backing_off"))
+    {
         return Some(format!("`nave logs {name} --instance {} --tail 50`", bad.id));
     }
     if !service.unplaced.is_empty() {

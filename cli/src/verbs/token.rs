@@ -44,7 +44,9 @@ pub(super) async fn create(ttl: Duration, uses: u32, hub: &Hub) -> Result<(), Fa
         })
         .await?;
     out::line(&created.token);
-    out::hint("keep it in a file (mode 600); on the new host: nave agent --join ADDR --token-file FILE --data-dir DIR");
+    out::hint(
+        "keep it in a file (mode 600); on the new host: nave agent --join ADDR --token-file FILE --data-dir DIR",
+    );
     Ok(())
 }
 

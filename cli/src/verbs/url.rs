@@ -55,10 +55,12 @@ fn choose<'a>(manifest: &'a pb::Manifest, wanted: Option<&str>) -> Result<&'a pb
     let names = || manifest.ports.keys().cloned().collect::<Vec<_>>().join(", ");
     match wanted {
         Some(name) => manifest.ports.get(name).ok_or_else(|| {
-            Failure::refused(format!("{} has no port {name:?}", manifest.name)).next(match manifest.ports.len() {
-                0 => "it has none at all".to_owned(),
-                _ => format!("it has {}", names()),
-            })
+            Failure::refused(format!("{} has no port {name:?}", manifest.name)).next(
+                match manifest.ports.len() {
+                    0 => "it has none at all".to_owned(),
+                    _ => format!("it has {}", names()),
+                },
+            )
         }),
         None => match manifest.ports.len() {
             0 => Err(Failure::refused(format!("{} has no ports", manifest.name))),
@@ -110,7 +112,11 @@ mod tests {
 
     #[test]
     fn a_scheme_where_the_protocol_has_one() {
-        let port = |protocol: pb::Protocol, service_port| pb::Port { protocol: protocol.into(), service_port, port: 0 };
+        let port = |protocol: pb::Protocol, service_port| pb::Port {
+            protocol: protocol.into(),
+            service_port,
+            port: 0,
+        };
         let at = Ipv4Addr::new(127, 88, 0, 5);
         assert_eq!(text(&port(pb::Protocol::Http, 80), at), "http://127.88.0.5:80");
         assert_eq!(text(&port(pb::Protocol::Tcp, 5432), at), "127.88.0.5:5432");

@@ -38,11 +38,19 @@ pub(super) enum Goal {
 /// Where a target stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
-    Going(String),
+    Going {
+        how_far: String,
+        why: String,
+    },
     Done(String),
-    Failed { reason: String, details: Vec<String> },
+    Failed {
+        reason: String,
+        details: Vec<String>,
+    },
     /// A newer version is there: it must be asked why.
-    Superseded { by: u64 },
+    Superseded {
+        by: u64,
+    },
 }
 
 /// Returns when all targets are reached; the first failure ends the wait with its reason.
@@ -65,11 +73,13 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
             let target = &targets[index];
             let verdict = match &answer {
                 Ok(answer) => judge(target, answer),
-                Err(failure) => Verdict::Going(format!("waiting: {}", first_line(failure))),
+                Err(failure) => {
+                    Verdict::Going { how_far: "no answer yet".to_owned(), why: first_line(failure) }
+                }
             };
             match verdict {
-                Verdict::Going(text) => {
-                    progress.set(index, Tone::Warning, &text);
+                Verdict::Going { how_far, why } => {
+                    progress.set(index, Tone::Warning, &how_far, &why);
                     still.push(index);
                 }
                 Verdict::Done(text) => {
@@ -82,7 +92,8 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
                 }
                 Verdict::Superseded { by } => {
                     progress.finish(index, Tone::Bad, "failed");
-                    let events = answer.ok().and_then(Result::ok).map(|answer| answer.events).unwrap_or_default();
+                    let events =
+                        answer.ok().and_then(Result::ok).map(|answer| answer.events).unwrap_or_default();
                     failures.push(superseded(hub, target, by, &events).await);
                     continue;
                 }
@@ -127,9 +138,14 @@ fn judge(target: &Target, answer: &Result<pb::GetServiceResponse, Status>) -> Ve
         }
         Err(status) => return fail(first_line(&Failure::from_status(status))),
     };
-    let Some(service) = &response.service else { return fail("the hub's answer has no service in it".to_owned()) };
+    let Some(service) = &response.service else {
+        return fail("the hub's answer has no service in it".to_owned());
+    };
     match target.goal {
-        Goal::Gone => Verdict::Going(format!("stopping, {} left", super::count(response.instances.len(), "instance"))),
+        Goal::Gone => {
+            let left = super::count(response.instances.len(), "instance");
+            Verdict::Going { how_far: format!("stopping, {left} left"), why: String::new() }
+        }
         Goal::Ready { version } => judge_version(version, service, &response.instances),
     }
 }
@@ -141,8 +157,10 @@ fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]
     if service.version != version {
         return Verdict::Superseded { by: service.version };
     }
-    let wanted: Vec<&pb::Instance> =
-        instances.iter().filter(|instance| instance.version == version && instance.desired == "run").collect();
+    let wanted: Vec<&pb::Instance> = instances
+        .iter()
+        .filter(|instance| instance.version == version && instance.desired == "run")
+        .collect();
     let ready = wanted.iter().filter(|instance| instance.ready).count();
     let ready = u32::try_from(ready).unwrap_or(u32::MAX);
     let of = format!("{ready} of {} ready", service.desired);
@@ -154,13 +172,10 @@ fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]
             details: why_not(service, &wanted),
         },
         "successful" if ready >= service.desired => Verdict::Done(format!("version {version}, {of}")),
-        _ => {
-            let mut text = format!("version {version}, {of}");
-            if let Some(why) = why_not(service, &wanted).first() {
-                text = format!("{text}: {why}");
-            }
-            Verdict::Going(text)
-        }
+        _ => Verdict::Going {
+            how_far: format!("version {version}, {of}"),
+            why: why_not(service, &wanted).into_iter().next().unwrap_or_default(),
+        },
     }
 }
 
@@ -171,7 +186,8 @@ fn fail(reason: String) -> Verdict {
 /// A sentence for each thing that is missing.
 fn why_not(service: &pb::Service, instances: &[&pb::Instance]) -> Vec<String> {
     let missing = instances.iter().filter(|instance| !instance.ready).map(|instance| {
-        let reason = if instance.reason.is_empty() { String::new() } else { format!(": {}", instance.reason) };
+        let reason =
+            if instance.reason.is_empty() { String::new() } else { format!(": {}", instance.reason) };
         format!("{} on {} is {}{reason}", instance.id, instance.host, observed_text(instance))
     });
     // The hub's own sentences cover the instances too.
@@ -194,17 +210,28 @@ async fn superseded(hub: &Hub, target: &Target, by: u64, events: &[pb::Event]) -
         })
         .await;
     let next = versions.ok().and_then(|listed| {
-        listed.versions.into_iter().filter(|record| record.version > version).min_by_key(|record| record.version)
+        listed
+            .versions
+            .into_iter()
+            .filter(|record| record.version > version)
+            .min_by_key(|record| record.version)
     });
     let Some(next) = next else {
         return failed(target, &format!("version {by} took the place of version {version}"), Vec::new());
     };
     if let Some(to) = next.cause.strip_prefix("auto-revert to ") {
-        let why = events.iter().find(|event| event.kind == "deployment_failed").map(|event| event.message.clone());
-        let reason = format!("version {version} failed and was reverted to version {to} (as version {})", next.version);
+        let why =
+            events.iter().find(|event| event.kind == "deployment_failed").map(|event| event.message.clone());
+        let reason = format!(
+            "version {version} failed and was reverted to version {to} (as version {})",
+            next.version
+        );
         return failed(target, &reason, why.into_iter().collect());
     }
-    let reason = format!("version {} ({} by {}) took the place of version {version}", next.version, next.cause, next.actor);
+    let reason = format!(
+        "version {} ({} by {}) took the place of version {version}",
+        next.version, next.cause, next.actor
+    );
     failed(target, &reason, Vec::new())
 }
 
@@ -333,9 +360,9 @@ mod tests {
         let successful = service(2, pb::DeploymentStatus::Successful);
         assert_eq!(judge_version(2, &successful, &both), Verdict::Done("version 2, 2 of 2 ready".into()));
         let going = service(2, pb::DeploymentStatus::Running);
-        assert!(matches!(judge_version(2, &going, &both), Verdict::Going(_)));
+        assert!(matches!(judge_version(2, &going, &both), Verdict::Going { .. }));
         let old = [instance("i-1", 2, true), instance("i-2", 1, true)];
-        assert!(matches!(judge_version(2, &successful, &old), Verdict::Going(_)));
+        assert!(matches!(judge_version(2, &successful, &old), Verdict::Going { .. }));
     }
 
     #[test]
@@ -344,7 +371,10 @@ mod tests {
         let some = [instance("i-1", 2, true), instance("i-2", 2, false)];
         assert_eq!(
             judge_version(2, &going, &some),
-            Verdict::Going("version 2, 1 of 2 ready: i-2 on a is running, not ready".into())
+            Verdict::Going {
+                how_far: "version 2, 1 of 2 ready".into(),
+                why: "i-2 on a is running, not ready".into()
+            }
         );
     }
 
