@@ -125,7 +125,8 @@ impl Agent {
             return;
         }
         self.state = State::Waiting { until: now + self.delay_ns };
-        self.delay_ns = if self.delay_ns == 0 { FIRST_DELAY_NS } else { (2 * self.delay_ns).min(LAST_DELAY_NS) };
+        self.delay_ns =
+            if self.delay_ns == 0 { FIRST_DELAY_NS } else { (2 * self.delay_ns).min(LAST_DELAY_NS) };
     }
 }
 
@@ -175,8 +176,7 @@ impl Keeper {
             Ok((pid, pidfd)) => {
                 let start_ticks = Stat::read(pid).map_or(0, |stat| stat.start_ticks);
                 self.ledger.note(Record::Agent(self.identity_of(pid, start_ticks, 0)));
-                self.agent.state =
-                    State::Running { pid, pidfd, since: now, signal_at: None, termed: false };
+                self.agent.state = State::Running { pid, pidfd, since: now, signal_at: None, termed: false };
             }
             Err(error) => {
                 let program = self.agent.command.first().map(|program| program.to_string_lossy());

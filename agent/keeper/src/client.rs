@@ -36,11 +36,9 @@ pub fn socket_path(data_dir: &Path) -> PathBuf {
     let real = data_dir.canonicalize().or_else(|_| std::path::absolute(data_dir));
     let real = real.unwrap_or_else(|_| data_dir.to_path_buf());
     // FNV-1a, 64 bits: a name, not a secret.
-    let name = real
-        .as_os_str()
-        .as_bytes()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    let name = real.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    });
     match std::fs::metadata(&real).map(|data| data.uid()) {
         Ok(0) => PathBuf::from(format!("/run/nave-keeper-{name:016x}.sock")),
         Ok(uid) => PathBuf::from(format!("/tmp/nave-keeper-{uid}-{name:016x}/keeper.sock")),

@@ -28,10 +28,11 @@ impl Stat {
     /// # Errors
     /// `NotFound` when no process has this pid.
     pub(crate) fn read(pid: u32) -> io::Result<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| match error.raw_os_error() {
-            Some(libc::ESRCH) => io::ErrorKind::NotFound.into(),
-            _ => error,
-        })?;
+        let text =
+            fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| match error.raw_os_error() {
+                Some(libc::ESRCH) => io::ErrorKind::NotFound.into(),
+                _ => error,
+            })?;
         Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 

@@ -137,7 +137,9 @@ impl Kept {
     /// As the agent is told.
     pub(crate) fn describe(&self) -> pb::KeptProcess {
         let (started_unix_ns, adopted) = match &self.phase {
-            Phase::Starting(process, _) | Phase::Running(process) => (process.started_unix_ns, process.adopted),
+            Phase::Starting(process, _) | Phase::Running(process) => {
+                (process.started_unix_ns, process.adopted)
+            }
             Phase::Ended(ended) => (ended.started_unix_ns, false),
         };
         pb::KeptProcess {

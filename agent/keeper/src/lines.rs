@@ -186,7 +186,10 @@ mod tests {
             for chunk in [1000, LINE_BYTES_MAX, line.len()] {
                 let records = split(&line.chunks(chunk).collect::<Vec<_>>());
                 let (last, parts) = records.split_last().unwrap();
-                assert!(last.starts_with("F ") && parts.iter().all(|part| part.starts_with("P ")), "{length}");
+                assert!(
+                    last.starts_with("F ") && parts.iter().all(|part| part.starts_with("P ")),
+                    "{length}"
+                );
                 assert!(records.iter().all(|record| record.len() <= LINE_BYTES_MAX + 2));
                 let joined: String = records.iter().map(|record| &record[2..]).collect();
                 assert_eq!(joined.as_bytes(), &line[..length]);

@@ -54,7 +54,8 @@ fn clean_file_mappings(smaps: &str) -> Vec<Mapping> {
 fn header(line: &str) -> Option<Option<Mapping>> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
-    let mapping = Mapping { start: usize::from_str_radix(start, 16).ok()?, end: usize::from_str_radix(end, 16).ok()? };
+    let mapping =
+        Mapping { start: usize::from_str_radix(start, 16).ok()?, end: usize::from_str_radix(end, 16).ok()? };
     let readable_only = matches!(fields.next()?, "r-xp" | "r--p");
     let of_a_file = fields.nth(3).is_some_and(|path| path.starts_with('/'));
     Some((readable_only && of_a_file).then_some(mapping))

@@ -79,10 +79,20 @@ impl EventSender {
 
 #[derive(Debug)]
 enum Command {
-    Open { log: u32, fifos: [OwnedFd; 2], counters: Arc<Counters> },
+    Open {
+        log: u32,
+        fifos: [OwnedFd; 2],
+        counters: Arc<Counters>,
+    },
     /// Its process has ended: read what is there, and let the last line be one.
-    Drain { log: u32 },
-    Close { log: u32, remove_fifos: bool, remove_logs: bool },
+    Drain {
+        log: u32,
+    },
+    Close {
+        log: u32,
+        remove_fifos: bool,
+        remove_logs: bool,
+    },
     Stop,
 }
 
@@ -295,12 +305,14 @@ impl Reader {
                 Ok(Command::Open { log, fifos, counters }) => {
                     for (index, fifo) in fifos.iter().enumerate() {
                         let token = (u64::from(log) << 1) | index as u64;
-                        if let Err(error) = self.epoll.add(fifo, EpollEvent::new(EpollFlags::EPOLLIN, token)) {
+                        if let Err(error) = self.epoll.add(fifo, EpollEvent::new(EpollFlags::EPOLLIN, token))
+                        {
                             crate::say!("output cannot be watched: {error}");
                         }
                     }
                     let splitters = Default::default();
-                    self.logs.insert(log, ReadLog { fifos, splitters, missing: [0; 2], stalled: false, counters });
+                    self.logs
+                        .insert(log, ReadLog { fifos, splitters, missing: [0; 2], stalled: false, counters });
                 }
                 Ok(Command::Drain { log }) => self.drain(log),
                 Ok(Command::Close { log, remove_fifos, remove_logs }) => {

@@ -63,9 +63,13 @@ impl Keeper {
             process.unknown_at = Some(boottime_ns() + UNKNOWN_AFTER_NS);
             // Only the news of its being reaped is of interest now (always reported), not that it has ended.
             let quiet = EpollFlags::empty();
-            let _ = self.epoll.modify(&process.pidfd, &mut EpollEvent::new(quiet, Source::Process(pid).token()));
+            let _ =
+                self.epoll.modify(&process.pidfd, &mut EpollEvent::new(quiet, Source::Process(pid).token()));
         } else if stat.is_none() {
-            self.ended(key, Ending::Unknown("ended as the child of another process, which took its exit code"));
+            self.ended(
+                key,
+                Ending::Unknown("ended as the child of another process, which took its exit code"),
+            );
         }
     }
 

@@ -139,7 +139,8 @@ fn parse<M: Message + Default>(bytes: &[u8]) -> (Vec<M>, usize) {
 fn parse_one<M: Message + Default>(bytes: &[u8]) -> Option<(M, usize)> {
     let (length, rest) = bytes.split_first_chunk::<4>()?;
     let (sum, rest) = rest.split_first_chunk::<4>()?;
-    let length = usize::try_from(u32::from_le_bytes(*length)).ok().filter(|length| *length <= RECORD_BYTES_MAX)?;
+    let length =
+        usize::try_from(u32::from_le_bytes(*length)).ok().filter(|length| *length <= RECORD_BYTES_MAX)?;
     let body = rest.get(..length)?;
     // Zeroes, as a crash can leave them, would be an empty record with a right sum.
     if length == 0 || crc32(body) != u32::from_le_bytes(*sum) {

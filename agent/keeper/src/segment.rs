@@ -236,7 +236,10 @@ impl Segments {
     /// Goes on with the newest file when it has room, else with a new one; the oldest go first, which may be what
     /// makes the room.
     fn next_file(&mut self, full: bool) -> io::Result<()> {
-        if !full && self.length == 0 && let Some(newest) = self.numbers.back() {
+        if !full
+            && self.length == 0
+            && let Some(newest) = self.numbers.back()
+        {
             let file = self.open_file(*newest)?;
             let length = file.metadata()?.len();
             if length < self.place.segment_bytes && ends_whole(&file, length) {
@@ -256,8 +259,12 @@ impl Segments {
     }
 
     fn open_file(&self, number: u64) -> io::Result<File> {
-        let flags =
-            OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let flags = OFlag::O_RDWR
+            | OFlag::O_APPEND
+            | OFlag::O_CREAT
+            | OFlag::O_NOFOLLOW
+            | OFlag::O_CLOEXEC
+            | OFlag::O_NONBLOCK;
         let name = segment_name(number);
         let fd = openat(self.place.directory.as_fd(), name.as_str(), flags, Mode::from_bits_truncate(0o600))?;
         Ok(File::from(fd))

@@ -91,7 +91,11 @@ impl Keeper {
 
     fn note_started(&mut self, spawn: &pb::Spawn, process: &pb::ProcessIdentity, started_unix_ns: i64) {
         let spawn = Some(spawn.clone());
-        self.ledger.note(Record::Started(pb::KeptSpawn { spawn, process: Some(process.clone()), started_unix_ns }));
+        self.ledger.note(Record::Started(pb::KeptSpawn {
+            spawn,
+            process: Some(process.clone()),
+            started_unix_ns,
+        }));
     }
 
     fn check_spawn(&self, spawn: &pb::Spawn) -> Result<(), pb::KeeperError> {
@@ -119,7 +123,10 @@ impl Keeper {
                 continue;
             }
             if kept.spawn.attempt >= attempt {
-                return busy(format!("attempt {} of instance {instance} was made already", kept.spawn.attempt));
+                return busy(format!(
+                    "attempt {} of instance {instance} was made already",
+                    kept.spawn.attempt
+                ));
             }
             if kept.forgetting.is_some() {
                 return busy(format!("instance {instance} is being forgotten"));
@@ -138,7 +145,9 @@ impl Keeper {
             return busy(match self.table.values().find(ours) {
                 Some(leftover) => {
                     cgroup::signal(&leftover.spawn, libc::SIGKILL);
-                    format!("{count} processes of the last attempt are still there; they are being killed, try again")
+                    format!(
+                        "{count} processes of the last attempt are still there; they are being killed, try again"
+                    )
                 }
                 None => format!("cgroup {} holds {count} processes that no keeper noted", spawn.cgroup2),
             });
@@ -152,13 +161,9 @@ impl Keeper {
         let [stdout, stderr] =
             self.output_for(spawn).map_err(|error| Failure::new(Step::Output, error, &spawn.log_dir))?;
         let stub = |error: io::Error| Failure::new(Step::Stub, error, "");
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .map_err(|error| stub(error.into()))?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(|error| stub(error.into()))?;
         set_nonblocking(&ours).map_err(stub)?;
         let orders = pb::ExecOrders {
             spawn: Some(spawn.clone()),

@@ -93,7 +93,11 @@ impl Failure {
         let (step, rest) = bytes.split_first()?;
         let (errno, what) = rest.split_first_chunk::<4>()?;
         let step = STEPS.into_iter().find(|known| *known as u8 == *step).unwrap_or(Step::Stub);
-        Some(Self { step, errno: i32::from_le_bytes(*errno), what: String::from_utf8_lossy(what).into_owned() })
+        Some(Self {
+            step,
+            errno: i32::from_le_bytes(*errno),
+            what: String::from_utf8_lossy(what).into_owned(),
+        })
     }
 }
 
@@ -305,16 +309,15 @@ fn execute(spawn: &pb::Spawn) -> Failure {
             _ => return failure,
         }
     }
-    refused.unwrap_or_else(|| {
-        Failure::new(Step::Lookup, Errno::ENOENT, name.to_string_lossy().into_owned())
-    })
+    refused.unwrap_or_else(|| Failure::new(Step::Lookup, Errno::ENOENT, name.to_string_lossy().into_owned()))
 }
 
 fn attempt(program: &CStr, argv: &[CString], env: &[CString]) -> Failure {
     let Err(error) = nix::unistd::execve(program, argv, env);
     let path = program.to_string_lossy().into_owned();
     // ENOENT about a file that is there means the file it asks for.
-    let step = if error == Errno::ENOENT && Path::new(&path).exists() { Step::Interpreter } else { Step::Exec };
+    let step =
+        if error == Errno::ENOENT && Path::new(&path).exists() { Step::Interpreter } else { Step::Exec };
     Failure::new(step, error, path)
 }
 
@@ -332,7 +335,10 @@ mod tests {
     #[test]
     fn reports_survive_the_channel_and_read_well() {
         let cases = [
-            (Failure::new(Step::Exec, Errno::ENOENT, "/usr/bin/nope"), "/usr/bin/nope: no such file or directory"),
+            (
+                Failure::new(Step::Exec, Errno::ENOENT, "/usr/bin/nope"),
+                "/usr/bin/nope: no such file or directory",
+            ),
             (Failure::new(Step::Lookup, Errno::ENOENT, "nope"), "nope: not found in PATH"),
             (
                 Failure::new(Step::WorkingDir, Errno::EACCES, "/root"),

@@ -229,7 +229,9 @@ pub(crate) fn with_default_signals(command: &mut std::process::Command) -> &mut 
 #[expect(unsafe_code, reason = "nix has no close_range")]
 pub(crate) fn close_from(first: u32) -> io::Result<()> {
     // SAFETY: the caller (the stub, just before exec) owns no descriptor from `first` on that it still uses.
-    check(unsafe { libc::syscall(libc::SYS_close_range, libc::c_long::from(first), libc::c_long::from(u32::MAX), 0) })
+    check(unsafe {
+        libc::syscall(libc::SYS_close_range, libc::c_long::from(first), libc::c_long::from(u32::MAX), 0)
+    })
 }
 
 /// Makes `number` (0 to 3) refer to what `fd` does.

@@ -59,7 +59,8 @@ impl Keeper {
 
     fn tend(&mut self, key: Key, now: i64) {
         let Some(kept) = self.table.get_mut(&key) else { return };
-        if let Some(deadline) = kept.deadline.filter(|deadline| !kept.deadline_begun && deadline.boottime_ns <= now)
+        if let Some(deadline) =
+            kept.deadline.filter(|deadline| !kept.deadline_begun && deadline.boottime_ns <= now)
         {
             kept.deadline_begun = true;
             let grace_ns = i64::try_from(deadline.grace_ms).unwrap_or(i64::MAX / MS).saturating_mul(MS);
@@ -72,7 +73,10 @@ impl Keeper {
         match &kept.phase {
             Phase::Starting(_, starting) if starting.give_up_at <= now => self.give_up_stub(key),
             Phase::Running(process) if process.unknown_at.is_some_and(|at| at <= now) => {
-                self.ended(key, Ending::Unknown("ended as the child of another process, which did not reap it"));
+                self.ended(
+                    key,
+                    Ending::Unknown("ended as the child of another process, which did not reap it"),
+                );
             }
             Phase::Starting(..) | Phase::Running(_) | Phase::Ended(_) => {}
         }
@@ -86,12 +90,14 @@ impl Keeper {
         if forgetting.retry_at > now {
             return;
         }
-        let shared = |other: &Kept| !other.spawn.cgroup2.is_empty() && other.spawn.cgroup2 == kept.spawn.cgroup2;
+        let shared =
+            |other: &Kept| !other.spawn.cgroup2.is_empty() && other.spawn.cgroup2 == kept.spawn.cgroup2;
         let shared = self.table.iter().any(|(other_key, other)| *other_key != key && shared(other));
         if !forgetting.cgroup_removed && !shared && kept.is_leftover() {
             cgroup::signal(&kept.spawn, libc::SIGKILL);
         }
-        let removed = if forgetting.cgroup_removed || shared { Ok(true) } else { cgroup::remove(&kept.spawn) };
+        let removed =
+            if forgetting.cgroup_removed || shared { Ok(true) } else { cgroup::remove(&kept.spawn) };
         let last_try = forgetting.tries >= FORGET_TRIES;
         let failure = match &removed {
             Ok(false) if last_try => Some(format!("processes in {} do not end", kept.spawn.cgroup2)),

@@ -7,11 +7,11 @@ use pb::keeper_reply::Reply;
 use pb::keeper_request::Request;
 
 use super::{Keeper, Mode, Stopping};
+use crate::client;
 use crate::clock::{MS, SECOND, boottime_ns};
 use crate::kept::{Asker, Cause, Forgetting, Kept};
 use crate::ledger::Key;
 use crate::signal::{self, refusal, system};
-use crate::client;
 
 /// For the cgroup directories of stopped services to become removable.
 const CGROUPS_WITHIN_NS: i64 = 2 * SECOND;
@@ -154,7 +154,8 @@ impl Keeper {
         }
         let closing = kept.forgetting.is_some();
         let log_dir = kept.spawn.log_dir.clone();
-        let remove_logs = request.remove_logs || kept.forgetting.as_ref().is_some_and(|before| before.remove_logs);
+        let remove_logs =
+            request.remove_logs || kept.forgetting.as_ref().is_some_and(|before| before.remove_logs);
         kept.forgetting = Some(Forgetting {
             asker,
             remove_logs,

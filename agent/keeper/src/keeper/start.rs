@@ -55,11 +55,13 @@ impl Keeper {
         let (ledger, torn) = Ledger::open(&path).map_err(file(&path))?;
         say_torn(&path, torn);
         let path = data_dir.join("exits");
-        let (exits, torn) = Exits::open(&path, ledger.content().acknowledged_sequence).map_err(file(&path))?;
+        let (exits, torn) =
+            Exits::open(&path, ledger.content().acknowledged_sequence).map_err(file(&path))?;
         say_torn(&path, torn);
         let noted_sequence = ledger.content().acknowledged_sequence;
 
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| cannot("wait for events")(e.into()))?;
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| cannot("wait for events")(e.into()))?;
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
         let timer =
             TimerFd::new(ClockId::CLOCK_BOOTTIME, flags).map_err(|e| cannot("make a timer")(e.into()))?;

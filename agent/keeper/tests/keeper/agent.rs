@@ -24,6 +24,13 @@ fn its_end_starts_another_and_touches_no_service() {
     let command = noting(&host);
     host.start_keeper(&command);
     let first = agents(&host, 1)[0];
+    let status = std::fs::read_to_string(format!("/proc/{first}/status")).unwrap();
+    for mask in ["SigBlk", "SigIgn"] {
+        assert!(
+            status.contains(&format!("{mask}:\t0000000000000000\n")),
+            "what the keeper blocks is not passed on"
+        );
+    }
     let mut client = host.agent();
     let service = client.spawn(&host.script(1, "exec sleep 1000"));
     drop(client);
@@ -49,6 +56,7 @@ fn there_are_never_two_over_the_end_of_the_keeper() {
     let client = host.agent();
     assert_eq!(agents(&host, 1), [first]);
     kill(first, Signal::SIGKILL);
+    eventually("its end to be seen", || host.said().contains("agent ended, starting it again").then_some(()));
     let both = agents(&host, 2);
     assert!(runs(both[1]));
     drop(client);
@@ -57,13 +65,15 @@ fn there_are_never_two_over_the_end_of_the_keeper() {
 #[test]
 fn sigterm_ends_agent_and_keeper_and_leaves_services() {
     let mut host = Host::off();
-    let command = noting(&host);
-    host.start_keeper(&command);
+    let (file, termed) = (host.dir.path().join("agents"), host.dir.path().join("termed"));
+    let trap = format!("trap 'echo > {}; exit' TERM; echo $$ >> {};", termed.display(), file.display());
+    host.start_keeper(&["sh", "-c", &format!("{trap} while :; do sleep 0.02; done")]);
     let agent = agents(&host, 1)[0];
     let service = host.agent().spawn(&host.script(1, "exec sleep 1000"));
     kill(host.keeper_pid(), Signal::SIGTERM);
     assert_eq!(host.keeper_ends(), 0);
     assert!(!runs(agent) && runs(service));
+    assert!(termed.exists(), "it was asked, not killed");
     assert!(!host.data_dir().join("keeper.pid").exists());
     kill(service, Signal::SIGKILL);
 }

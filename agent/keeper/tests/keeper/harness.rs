@@ -83,8 +83,9 @@ impl Host {
 
     pub(crate) fn start_keeper(&mut self, agent: &[impl AsRef<OsStr>]) {
         let log = fs::File::options().append(true).create(true).open(self.dir.path().join("stderr")).unwrap();
-        let child = Command::new(PROGRAM)
-            .arg("keeper")
+        // With a descriptor that a careless parent left open, for nobody to pass on.
+        let child = Command::new("sh")
+            .args(["-c", "exec 9</dev/null; exec \"$0\" \"$@\"", PROGRAM, "keeper"])
             .arg(self.data_dir())
             .args(agent)
             .stdin(Stdio::null())

@@ -114,6 +114,9 @@ fn nothing_runs_twice() {
     agent.exit(1);
     let error = agent.refused(Request::Spawn(first.clone()));
     assert_eq!(error.kind(), Kind::Busy, "the same attempt a second time: {error:?}");
+    agent.acknowledge(1);
+    let error = agent.refused(Request::Spawn(first.clone()));
+    assert_eq!(error.kind(), Kind::Busy, "also when its exit is acknowledged: {error:?}");
     agent.spawn(&pb::Spawn { attempt: 2, ..first });
 }
 

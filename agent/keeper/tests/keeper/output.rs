@@ -13,7 +13,8 @@ use crate::harness::{Host, eventually};
 fn twenty_thousand_lines_are_all_there_in_order() {
     let mut host = Host::start();
     let mut agent = host.agent();
-    let script = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; echo to stderr >&2; printf unended";
+    let script =
+        "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; echo to stderr >&2; printf unended";
     let spawn = pb::Spawn { log_segment_bytes: 256 * 1024, log_segments: 20, ..host.script(1, script) };
     agent.spawn(&spawn);
     assert_eq!(agent.exit(1).code, 0);
@@ -77,9 +78,9 @@ fn a_full_disk_drops_and_counts_and_holds_nobody_up() {
     let writer = agent.kept(1).unwrap().process.unwrap().pid;
     eventually("all written", || {
         let children = fs::read_to_string(format!("/proc/{writer}/task/{writer}/children")).unwrap();
-        let seq = children.split_whitespace().any(|pid| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "seq\n")
-        });
+        let seq = children
+            .split_whitespace()
+            .any(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "seq\n"));
         (!seq).then_some(())
     });
     fs::remove_file(&filler).unwrap();
@@ -101,11 +102,16 @@ fn a_full_disk_drops_and_counts_and_holds_nobody_up() {
 fn a_planted_link_is_not_written_through() {
     let mut host = Host::start();
     let mut agent = host.agent();
-    fs::create_dir_all(host.log_dir(1)).unwrap();
-    let target = host.dir.path().join("target");
-    fs::write(&target, "precious").unwrap();
-    std::os::unix::fs::symlink(&target, host.log_dir(1).join("stdout")).unwrap();
-    let error = agent.refused(pb::keeper_request::Request::Spawn(host.script(1, "echo x")));
-    assert_eq!(error.kind(), pb::KeeperErrorKind::Exec, "{error:?}");
-    assert_eq!(fs::read_to_string(&target).unwrap(), "precious");
+    let file = host.dir.path().join("file");
+    fs::write(&file, "precious").unwrap();
+    let fifo = host.dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    for (instance, target) in [(1, &file), (2, &fifo)] {
+        fs::create_dir_all(host.log_dir(instance)).unwrap();
+        std::os::unix::fs::symlink(target, host.log_dir(instance).join("stdout")).unwrap();
+        let spawn = host.script(instance, "echo x");
+        let error = agent.refused(pb::keeper_request::Request::Spawn(spawn));
+        assert_eq!(error.kind(), pb::KeeperErrorKind::Exec, "{error:?}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
 }

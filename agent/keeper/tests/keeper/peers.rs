@@ -62,7 +62,8 @@ fn descriptors_outlive_the_agent() {
     assert_eq!(without.kind(), pb::KeeperErrorKind::Invalid);
     drop((agent, far));
     let mut agent = host.agent();
-    let Reply::Descriptors(list) = agent.ask(Request::ListDescriptors(pb::ListDescriptors {})).unwrap() else {
+    let Reply::Descriptors(list) = agent.ask(Request::ListDescriptors(pb::ListDescriptors {})).unwrap()
+    else {
         panic!("no list")
     };
     assert_eq!(list.names, ["listen/web"]);
@@ -99,7 +100,8 @@ fn shutting_down_stops_services_and_what_they_left() {
     let mut host = Host::start();
     let mut agent = host.agent();
     let polite = host.script(1, "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.05; done");
-    let stubborn = host.script(2, "trap '' TERM; (setsid sleep 1000 &); echo up; while :; do sleep 0.05; done");
+    let stubborn =
+        host.script(2, "trap '' TERM; (setsid sleep 1000 &); echo up; while :; do sleep 0.05; done");
     let cgroups = [polite.cgroup2.clone(), stubborn.cgroup2.clone()];
     let pids = [agent.spawn(&polite), agent.spawn(&stubborn)];
     host.line(1, "up");

@@ -41,7 +41,9 @@ fn it_adopts_what_runs_and_knows_how_it_ends() {
     // Whether its last word can still be had depends on how soon init reaps.
     match exit.cause() {
         ExitCause::Signal => assert_eq!(exit.signal, libc::SIGKILL),
-        cause => assert_eq!((cause, exit.message.as_str()), (ExitCause::Unspecified, "ended while no keeper ran")),
+        cause => {
+            assert_eq!((cause, exit.message.as_str()), (ExitCause::Unspecified, "ended while no keeper ran"))
+        }
     }
     gate.open();
     let exit = agent.exit(1);
@@ -154,9 +156,11 @@ fn a_stranger_with_the_pid_is_never_signalled() {
     let another_start = pb::ProcessIdentity { start_ticks: truth.start_ticks - 1, ..truth.clone() };
     let another_cgroup = pb::ProcessIdentity { cgroup_id: 1, ..truth.clone() };
     for (spawn, identity) in [(&plain, another_start), (&with_cgroup, another_cgroup)] {
-        write_ledger(&host, spawn, identity);
+        write_ledger(&host, spawn, identity.clone());
         host.start_keeper(NO_AGENT);
         let mut agent = host.agent();
+        let is_it = identity.start_ticks == truth.start_ticks;
+        assert_eq!(agent.kept(1).is_some(), is_it, "one with another start is not it, and has ended");
         for scope in [Process, Group] {
             for signal in [libc::SIGTERM, libc::SIGKILL] {
                 let error = agent.refused(signal_request(1, signal, scope));
@@ -193,7 +197,8 @@ fn an_upgrade_keeps_pid_children_descriptors_and_causes() {
     let mut agent = host.agent();
     let gate = host.gate("go");
     let pid = agent.spawn(&host.script(1, &format!("{} exit 6", gate.wait())));
-    let other = agent.spawn(&host.script(2, "trap 'sleep 0.5; exit 0' TERM; echo up; while :; do sleep 0.05; done"));
+    let other =
+        agent.spawn(&host.script(2, "trap 'sleep 0.5; exit 0' TERM; echo up; while :; do sleep 0.05; done"));
     host.line(2, "up");
     let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     let store = Request::StoreDescriptor(pb::StoreDescriptor { name: "kept".to_owned() });
