@@ -20,6 +20,7 @@ pub(crate) mod server;
 pub(crate) mod services;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use nave_orchestrator_core::ClusterState;
 use nave_proto::ids::{ClusterId, MemberId};
@@ -37,6 +38,10 @@ use crate::dispatch::beats::Beats;
 use crate::metrics::Metrics;
 use crate::raft::RaftHub;
 use crate::watch::Changes;
+
+/// A leader that no quorum, or nobody, has answered for so long leads nothing: ten heartbeats, three times the lease.
+/// A leader that is cut off still calls itself one.
+const LEADER_SILENT: Duration = Duration::from_secs(1);
 
 /// What every part of a member's API works with. One per process, behind an `Arc`.
 #[derive(Debug)]
@@ -123,7 +128,7 @@ impl Hub {
             linearizable,
             age_ms: u64::try_from(age).unwrap_or(u64::MAX),
             member: self.name.clone(),
-            has_leader: status.leader.is_some(),
+            has_leader: status.leader.is_some() && status.last_quorum_contact < LEADER_SILENT,
         })
     }
 
