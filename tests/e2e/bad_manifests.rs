@@ -7,7 +7,7 @@ fn each_is_refused_with_its_place_and_a_hint() {
     let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
     let cases: [(&str, &[&str]); 9] = [
         ("name = \"web\"\ncomand = [\"true\"]\n", &[":2:1", "comand", "command"]),
-        ("name = \"Web!\"\ncommand = [\"true\"]\n", &[":1:", "a-z0-9-"]),
+        ("name = \"Web!\"\ncommand = [\"true\"]\n", &[":1:8", "a-z, 0-9"]),
         ("name = \"web\"\ncommand = []\n", &[":2:", "command"]),
         ("name = \"web\"\ncommand = [\"true\"]\ncount = 2\nper_host = true\n", &["per_host", "count"]),
         ("name = \"web\"\ncommand = [\"true\"]\nneeds = [\"web\"]\n", &["needs"]),

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use nave_orchestrator::storage::{LoggedEntry, dump_log};
+use nave_orchestrator::{LoggedEntry, dump_log};
 use nave_tests::wait::pause;
 use nave_tests::{Cluster, Setup, eventually};
 

@@ -12,7 +12,6 @@ use nix::unistd::Pid;
 #[derive(Debug)]
 pub struct Process {
     child: Child,
-    name: String,
 }
 
 impl Process {
@@ -25,7 +24,7 @@ impl Process {
             .stderr(out)
             .spawn()
             .with_context(|| format!("start {name}"))?;
-        Ok(Self { child, name: name.to_owned() })
+        Ok(Self { child })
     }
 
     pub fn pid(&self) -> u32 {
