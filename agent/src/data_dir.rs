@@ -39,6 +39,7 @@ impl DataDir {
             move |source| DataDirError::Io { path, source }
         };
         DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(io(path))?;
+        open_to_services(path).map_err(io(path))?;
         // The keeper tells its children only absolute paths.
         let path = &path.canonicalize().map_err(io(path))?;
         let lock_path = path.join("agent.lock");
@@ -65,6 +66,16 @@ impl DataDir {
     }
     pub(crate) fn logs(&self) -> PathBuf {
         self.path.join("logs")
+    }
+}
+
+/// Services with users of their own pass through to theirs; what is private here is so by its own mode. Whoever made
+/// the directory (the keeper, a person) may not have known.
+fn open_to_services(path: &Path) -> std::io::Result<()> {
+    let found = std::fs::metadata(path)?.permissions().mode() & 0o777;
+    match nix::unistd::geteuid().is_root() && found & 0o001 == 0 {
+        true => std::fs::set_permissions(path, std::fs::Permissions::from_mode(found | 0o011)),
+        false => Ok(()),
     }
 }
 

@@ -28,6 +28,7 @@ use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
 use crate::metrics::{Metrics, StateLabel};
 use crate::run::RunError;
+use crate::sequence::Sequencer;
 use crate::uplink::Uplink;
 
 /// Taken in one turn, so that a burst shares one sync; more would keep the effects of the first waiting.
@@ -77,6 +78,7 @@ pub(crate) struct HostTask {
     reconciler: Reconciler,
     /// `None` only while it is being written.
     ledger: Option<Ledger>,
+    sequencer: Sequencer,
     executor: Executor,
     uplink: Uplink,
     inbox: Inbox,
@@ -100,7 +102,8 @@ impl HostTask {
         metrics: Metrics,
         shown: Shown,
     ) -> Self {
-        Self { reconciler, ledger: Some(ledger), executor, uplink, inbox, metrics, shown }
+        let (ledger, sequencer) = (Some(ledger), Sequencer::default());
+        Self { reconciler, ledger, sequencer, executor, uplink, inbox, metrics, shown }
     }
 
     /// Runs until `shutdown`, at the end of a turn; processes are left alone.
@@ -148,7 +151,13 @@ impl HostTask {
     fn take(&mut self, event: Event, work: &mut Work) -> Result<(), RunError> {
         match event {
             Event::Timer | Event::JobDone => {}
-            Event::Input(instance, input) => self.input(instance, input, work),
+            Event::Input(instance, input) => {
+                if let Input::SpawnFailed { .. } = input {
+                    // The order could not even be made, so the keeper will not answer.
+                    work.orders.extend(self.sequencer.answered(instance));
+                }
+                self.input(instance, input, work);
+            }
             Event::Keeper(event) => self.keeper_event(event, work)?,
             Event::Hub(event) => self.hub_event(event, work),
         }
@@ -172,7 +181,8 @@ impl HostTask {
                 warn!(%instance, lines, "lines of output were dropped: it writes faster than the disk takes");
             }
             KeeperEvent::Answered { purpose: Purpose::Spawn { instance, key }, result } => {
-                let input = match result {
+                work.orders.extend(self.sequencer.answered(instance));
+                let input = match *result {
                     Ok(Reply::Spawned(spawned)) => {
                         self.metrics.process_starts.inc();
                         Input::Spawned {
@@ -186,12 +196,13 @@ impl HostTask {
                 self.input(instance, input, work);
             }
             KeeperEvent::Answered { purpose: Purpose::Signal { instance, key, signal }, result } => {
-                if let Err(failed) = result {
+                work.orders.extend(self.sequencer.answered(instance));
+                if let Err(failed) = *result {
                     let error = signal_error(&failed);
                     self.input(instance, Input::SignalFailed { key, signal, error }, work);
                 }
             }
-            KeeperEvent::Answered { purpose: Purpose::List, result } => match result {
+            KeeperEvent::Answered { purpose: Purpose::List, result } => match *result {
                 Ok(Reply::Processes(list)) => self.keeper_processes(&list.processes, work),
                 other => return Err(RunError::KeeperList { message: format!("{other:?}") }),
             },
@@ -272,26 +283,21 @@ impl HostTask {
         }
     }
 
-    /// Ledger first, effects after; what an effect answers at once is decided upon at once.
+    /// Ledger first, effects after, round by round; what an effect answers at once is decided upon at once.
     async fn carry_out(&mut self, mut work: Work) -> Result<(), RunError> {
         while !work.records.is_empty() || !work.orders.is_empty() {
-            let mut effects = Vec::new();
-            for Order { instance, action } in std::mem::take(&mut work.orders) {
-                match action {
-                    Action::Persist(record) => work.records.push(Record::Instance(*record)),
-                    Action::ForgetLedger => {
-                        work.records.push(Record::Forgotten(instance.0));
-                        effects.push(Order { instance, action });
-                    }
-                    action => effects.push(Order { instance, action }),
-                }
-            }
+            let round = self.sequencer.round(std::mem::take(&mut work.orders));
+            work.orders = round.later;
+            work.records.extend(round.records);
             self.write_down(std::mem::take(&mut work.records)).await?;
-            for Order { instance, action } in effects {
+            for Order { instance, action } in round.effects {
                 self.perform(instance, action, &mut work);
             }
         }
-        Ok(())
+        if let Some(up_to_sequence) = self.sequencer.acknowledge() {
+            self.executor.acknowledge_exits(up_to_sequence);
+        }
+        self.shorten_ledger().await
     }
 
     async fn write_down(&mut self, records: Vec<Record>) -> Result<(), RunError> {
@@ -300,14 +306,19 @@ impl HostTask {
         }
         let mut ledger = self.ledger.take().expect("it is put back after each write");
         let written = tokio::task::spawn_blocking(move || ledger.append(records).map(|()| ledger)).await;
-        let mut ledger = written.map_err(|_| RunError::Stopped)??;
-        if ledger.is_long() {
-            let records = self.reconciler.ledger_records();
-            let written =
-                tokio::task::spawn_blocking(move || ledger.rewrite(&records).map(|()| ledger)).await;
-            ledger = written.map_err(|_| RunError::Stopped)??;
+        self.ledger = Some(written.map_err(|_| RunError::Stopped)??);
+        Ok(())
+    }
+
+    /// Only while no record waits for its effect: the rewrite says all that is decided, not all that is done.
+    async fn shorten_ledger(&mut self) -> Result<(), RunError> {
+        if !self.ledger.as_ref().is_some_and(Ledger::is_long) || !self.sequencer.is_settled() {
+            return Ok(());
         }
-        self.ledger = Some(ledger);
+        let mut ledger = self.ledger.take().expect("it is put back after each write");
+        let records = self.reconciler.ledger_records();
+        let written = tokio::task::spawn_blocking(move || ledger.rewrite(&records).map(|()| ledger)).await;
+        self.ledger = Some(written.map_err(|_| RunError::Stopped)??);
         Ok(())
     }
 
@@ -344,11 +355,14 @@ impl HostTask {
             Action::StopProbes => self.executor.stop_probes(instance),
             Action::ListProcesses => self.executor.list(),
             Action::Forget { epoch } => self.executor.forget(instance, epoch, self.alive()),
-            Action::AcknowledgeExits { up_to_sequence } => self.executor.acknowledge_exits(up_to_sequence),
             Action::ForgetLedger => self.executor.remove_directory(instance),
             Action::Log { level, message } => self.log(instance, level, &message),
-            // Taken out before, or kept by the reconciler.
-            Action::Persist(_) | Action::Report | Action::Gone | Action::WakeAt(_) => {}
+            // The sequencer's, or kept by the reconciler.
+            Action::Persist(_)
+            | Action::AcknowledgeExits { .. }
+            | Action::Report
+            | Action::Gone
+            | Action::WakeAt(_) => {}
         }
     }
 

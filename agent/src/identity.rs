@@ -38,7 +38,7 @@ pub enum IdentityError {
     #[error("no hub member to join: `join` is empty")]
     NoMembers,
     #[error(
-        "the hub refused the join token in {path}: {message}; create a new one with `nave token create`, put it in that file and start the agent again"
+        "the hub refused the join token in {path}: {message}; put a new one (`nave token create`) in that file"
     )]
     TokenRefused { path: String, message: String },
     #[error(
@@ -112,7 +112,8 @@ impl Identity {
         let cluster: ClusterId = record.cluster_id.parse().map_err(|e| damaged(&files.record, e))?;
         let host: HostId = record.host_id.parse().map_err(|e| damaged(&files.record, e))?;
         refuse_other_cluster(data_dir, config, cluster, host)?;
-        let credentials = Credentials::load(&files.certificate, &files.key, &files.ca)?;
+        let credentials = Credentials::load(&files.certificate, &files.key, &files.ca)
+            .map_err(|e| damaged(&files.record, crate::error_chain(&e)))?;
         if credentials.cluster() != cluster || *credentials.role() != nave_tls::Role::Agent(host) {
             let message =
                 format!("agent.crt is of {} in cluster {}", credentials.role(), credentials.cluster());

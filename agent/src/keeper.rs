@@ -61,7 +61,7 @@ pub(crate) enum CallError {
 pub(crate) enum KeeperEvent {
     Exited(Box<pb::ExitRecord>),
     OutputDropped(pb::OutputDropped),
-    Answered { purpose: Purpose, result: Result<Reply, CallError> },
+    Answered { purpose: Purpose, result: Box<Result<Reply, CallError>> },
 }
 
 /// What a request that the main loop waits for was made for.
@@ -241,7 +241,9 @@ async fn deliver(
     events: &mpsc::Sender<KeeperEvent>,
 ) -> Result<(), mpsc::error::SendError<KeeperEvent>> {
     match answer {
-        Answer::MainLoop(purpose) => events.send(KeeperEvent::Answered { purpose, result }).await,
+        Answer::MainLoop(purpose) => {
+            events.send(KeeperEvent::Answered { purpose, result: Box::new(result) }).await
+        }
         Answer::Caller(caller) => {
             // One that has given up is no loss.
             let _given_up = caller.send(result);

@@ -22,6 +22,7 @@ mod metrics;
 mod notify;
 mod probes;
 mod run;
+mod sequence;
 mod uplink;
 
 pub use config::{AgentConfig, ConfigError};

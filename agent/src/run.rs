@@ -164,10 +164,16 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     let api_shutdown = shutdown.clone();
     tasks.spawn(async move { api.serve(listener, api_shutdown).await.map_err(RunError::Api) });
     let renew = RenewTask { identity, members: members.clone(), metrics: metrics.clone() };
-    tasks.spawn(async move { never(renew.run().await) });
+    tasks.spawn(async move {
+        renew.run().await;
+        Err(RunError::Task("certificate renewal".to_owned()))
+    });
     let (hub_events, hub_inbox) = mpsc::channel(HUB_EVENTS);
     let hub = HubTask { members, events: hub_events };
-    tasks.spawn(async move { never(hub.run().await) });
+    tasks.spawn(async move {
+        hub.run().await;
+        Err(RunError::Task("session with the hub".to_owned()))
+    });
 
     let (inputs, input_inbox) = mpsc::channel(INPUTS);
     let executor = Executor::new(context.into(), keeper, config.port_min..=config.port_max, inputs);
@@ -194,10 +200,6 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
 
 /// Tasks that end only by being dropped: keeper, renewal, hub.
 const ENDLESS_TASKS: usize = 3;
-
-fn never((): ()) -> Result<(), RunError> {
-    Err(RunError::Task("it was not meant to end".to_owned()))
-}
 
 fn why(ended: Option<Result<Result<(), RunError>, tokio::task::JoinError>>) -> RunError {
     match ended {

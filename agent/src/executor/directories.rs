@@ -92,6 +92,10 @@ impl Directories {
                 let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
                 name.as_deref().and_then(parse_folder).is_some_and(|(id, epoch)| !alive(id, epoch))
             });
+            // Of a process that never said a word there is nothing to keep.
+            let (silent, mut ended): (Vec<_>, Vec<_>) =
+                ended.into_iter().partition(|folder| is_silent(folder));
+            remove(&silent);
             newest_first(&mut ended);
             let kept = ended.len().min(ENDED_LOGS_PER_SERVICE);
             remove(&ended.split_off(kept));
@@ -124,6 +128,11 @@ fn folders(dir: &Path) -> Vec<PathBuf> {
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .map(|entry| entry.path())
         .collect()
+}
+
+fn is_silent(folder: &Path) -> bool {
+    let mut files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    !files.any(|file| file.path().extension().is_some_and(|extension| extension == "log"))
 }
 
 /// By the newest file in each: the directory's own time does not move with writes.
@@ -174,7 +183,10 @@ mod tests {
             let file = std::fs::File::create(made.logs.join("0000000001.log")).unwrap();
             file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(id)).unwrap();
         }
+        directories.prepare("web", InstanceId(13), 1, None).unwrap();
+        directories.prepare("mute", InstanceId(14), 1, None).unwrap();
         directories.prune_logs(&|instance, _| instance == InstanceId(1));
+        assert!(!directories.logs().join("mute").exists(), "silent processes leave nothing");
         let mut left: Vec<String> = folders(&directories.logs().join("web"))
             .iter()
             .map(|folder| folder.file_name().unwrap().to_string_lossy().into_owned())

@@ -177,8 +177,7 @@ fn error(kind: SpawnErrorKind, message: impl Into<String>) -> SpawnError {
 
 fn open_files() -> Option<pb::Rlimit> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-    let resource = u32::try_from(libc::RLIMIT_NOFILE).ok()?;
-    Some(pb::Rlimit { resource, soft: OPEN_FILES_SOFT.min(hard), hard })
+    Some(pb::Rlimit { resource: libc::RLIMIT_NOFILE, soft: OPEN_FILES_SOFT.min(hard), hard })
 }
 
 #[cfg(test)]

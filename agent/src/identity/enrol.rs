@@ -16,7 +16,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 use tracing::{info, warn};
 
-use super::{Files, Identity, IdentityError, damaged, load_or_make_key, read_token};
+use super::{Files, Identity, IdentityError, load_or_make_key, read_token};
 use crate::backoff::Backoff;
 use crate::config::AgentConfig;
 use crate::data_dir::write_atomically;
@@ -157,7 +157,8 @@ fn keep(
         members: answer.members,
         time_floor_unix_ns: answer.hub_time_unix_ns,
     };
-    write_atomically(&files.record, &record.encode_to_vec(), 0o600).map_err(|e| damaged(&files.record, e))?;
+    write_atomically(&files.record, &record.encode_to_vec(), 0o600)
+        .map_err(|source| IdentityError::Write { path: files.record.display().to_string(), source })?;
     info!(%cluster, %host, "joined the cluster");
     let identity = Identity::new(files, record, cluster, host, credentials);
     identity.hub_clock.heard(answer.hub_time_unix_ns);

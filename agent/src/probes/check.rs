@@ -190,7 +190,7 @@ mod tests {
                 match answer {
                     Some(answer) => {
                         let mut request = [0; 512];
-                        stream.read(&mut request).await.unwrap();
+                        assert_ne!(stream.read(&mut request).await.unwrap(), 0);
                         stream.write_all(answer.as_bytes()).await.unwrap();
                     }
                     None => kept.push(stream),

@@ -1,6 +1,8 @@
 //! A whole agent between a hub and a keeper that only pretend: what it says to the one and asks of the other, through
 //! its own restarts and the hub's absence. Real processes are the business of `tests/e2e`.
 
+#![expect(clippy::unwrap_used, reason = "a fake that cannot go on fails the test")]
+
 mod fake_hub;
 mod fake_keeper;
 
@@ -76,6 +78,16 @@ fn wanted(id: u64, desired: pb::Desired) -> pb::WantedInstance {
     }
 }
 
+/// Waits for what can only be looked at.
+async fn until(what: &str, is: impl Fn() -> bool) {
+    let looked = tokio::time::timeout(Duration::from_secs(20), async {
+        while !is() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    assert!(looked.await.is_ok(), "not seen: {what}");
+}
+
 /// The pid of a running and ready instance.
 fn ready(heard: &fake_hub::Heard, instance: u64) -> Option<u32> {
     match &heard.reports.get(&instance)?.observed.as_ref()?.state {
@@ -113,14 +125,16 @@ async fn it_joins_runs_what_is_wanted_and_its_successor_adopts_it() {
     let (attempt, exit) = hub
         .heard("43 again", |heard| {
             let report = heard.reports.get(&43)?;
-            (report.attempt == 2).then(|| (report.attempt, report.last_exit.clone()))
+            ready(heard, 43).filter(|_| report.attempt == 2)?;
+            Some((report.attempt, report.last_exit.clone()))
         })
         .await;
     assert_eq!((attempt, exit.unwrap().code), (2, 7), "how it ended is known");
     assert_eq!(hub.heard("42 still ready", |heard| ready(heard, 42)).await, pid);
     let attempts = |id| keeper.kept.lock().spawns.iter().filter(|spawn| spawn.instance_id == id).count();
     assert_eq!((attempts(42), attempts(43)), (1, 2), "what runs is adopted, never started twice");
-    assert_eq!(keeper.kept.lock().acknowledged, 1, "the exit is acknowledged once it is in the ledger");
+    until("the exit is acknowledged, once it is in the ledger", || keeper.kept.lock().acknowledged == 1)
+        .await;
     second.stop().await;
 }
 
@@ -136,12 +150,7 @@ async fn it_works_on_while_the_hub_is_away() {
     let pid = hub.heard("42 ready", |heard| ready(heard, 42)).await;
     drop(running);
     keeper.end(42, 1);
-    let restarted = async {
-        while keeper.kept.lock().spawns.len() < 2 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), restarted).await.unwrap();
+    until("a second process", || keeper.kept.lock().spawns.len() == 2).await;
     // The hub is back, and hears what became of it.
     let (_running, _) = hub.run().await;
     let again = hub.heard("42 ready again", |heard| ready(heard, 42).filter(|now| *now != pid)).await;
@@ -163,12 +172,7 @@ async fn what_is_stopped_is_reported_ended_then_gone_and_leaves_nothing() {
     assert!(own.is_dir());
     hub.want(vec![wanted(42, pb::Desired::Stop)]);
     hub.heard("42 gone", |heard| heard.gone.contains(&42).then_some(())).await;
-    let removed = async {
-        while own.exists() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), removed).await.unwrap();
+    until("its directory is removed", || !own.exists()).await;
     agent.stop().await;
 }
 
