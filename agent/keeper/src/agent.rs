@@ -174,6 +174,8 @@ impl Keeper {
     fn start_agent(&mut self, now: i64) {
         match self.agent.start() {
             Ok((pid, pidfd)) => {
+                // A keeper killed before this line leaves an agent that the next one does not know; it ends with its
+                // connection, which the next agent's hello cuts.
                 let start_ticks = Stat::read(pid).map_or(0, |stat| stat.start_ticks);
                 self.ledger.note(Record::Agent(self.identity_of(pid, start_ticks, 0)));
                 self.agent.state = State::Running { pid, pidfd, since: now, signal_at: None, termed: false };

@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn a_long_line_comes_in_parts_that_join_to_it() {
         for length in [LINE_BYTES_MAX - 1, LINE_BYTES_MAX, LINE_BYTES_MAX + 1, 3 * LINE_BYTES_MAX + 5] {
-            let mut line: Vec<u8> = (0..length).map(|index| b'a' + (index % 26) as u8).collect();
+            let mut line: Vec<u8> = (b'a'..=b'z').cycle().take(length).collect();
             line.push(b'\n');
             for chunk in [1000, LINE_BYTES_MAX, line.len()] {
                 let records = split(&line.chunks(chunk).collect::<Vec<_>>());

@@ -197,11 +197,11 @@ mod tests {
         file.append(&[exit(3)]).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         assert_eq!(bytes.len() as u64, file.length(), "reserved room is not part of the content");
-        for cut in two..bytes.len() as u64 {
-            std::fs::write(&path, &bytes[..cut as usize]).unwrap();
+        for cut in usize::try_from(two).unwrap()..bytes.len() {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
             let (mut file, loaded) = RecordFile::open::<pb::ExitRecord>(&path).unwrap();
             assert_eq!(loaded.records, [exit(1), exit(2)], "cut at {cut}");
-            assert_eq!(loaded.torn_bytes, cut - two);
+            assert_eq!(loaded.torn_bytes, cut as u64 - two);
             file.append(&[exit(4)]).unwrap();
             let (_, loaded) = RecordFile::open::<pb::ExitRecord>(&path).unwrap();
             assert_eq!(loaded.records, [exit(1), exit(2), exit(4)]);

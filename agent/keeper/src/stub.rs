@@ -176,10 +176,7 @@ fn prepare(orders: &pb::ExecOrders, channel: OwnedFd) -> Prepared<'_> {
     let Some(spawn) = &orders.spawn else {
         return Err((Failure::new(Step::Orders, Errno::EINVAL, "(no spawn in them)"), channel));
     };
-    let channel = match standard_descriptors(orders, channel) {
-        Ok(channel) => channel,
-        Err(failed) => return Err(failed),
-    };
+    let channel = standard_descriptors(orders, channel)?;
     match surroundings(spawn).and_then(|()| user(spawn)).and_then(|()| working_dir(spawn)) {
         Ok(()) => Ok((channel, spawn)),
         Err(failure) => Err((failure, channel)),
@@ -195,9 +192,8 @@ fn standard_descriptors(orders: &pb::ExecOrders, channel: OwnedFd) -> Result<Own
                 .map_err(|error| Failure::new(Step::Output, error, "the FIFOs"))
         };
         let null = File::open("/dev/null")
-            .map_err(Into::into)
             .and_then(|null| sys::duplicate_above(null, 10))
-            .map_err(|error: io::Error| Failure::new(Step::Output, error, "/dev/null"))?;
+            .map_err(|error| Failure::new(Step::Output, error, "/dev/null"))?;
         Ok((null, output(orders.stdout_fd)?, output(orders.stderr_fd)?))
     };
     let (null, stdout, stderr) = match open() {
@@ -219,10 +215,7 @@ fn standard_descriptors(orders: &pb::ExecOrders, channel: OwnedFd) -> Result<Own
         Ok(()) => drop(high),
         Err(error) => return Err((Failure::new(Step::Descriptors, error, ""), high)),
     }
-    let channel = match sys::inherited(3) {
-        Ok(channel) => channel,
-        Err(_) => sys::exit_now(127),
-    };
+    let Ok(channel) = sys::inherited(3) else { sys::exit_now(127) };
     match sys::close_from(4) {
         Ok(()) => Ok(channel),
         Err(error) => Err((Failure::new(Step::Descriptors, error, ""), channel)),

@@ -49,6 +49,8 @@ fn there_are_never_two_over_the_end_of_the_keeper() {
     let command = noting(&host);
     host.start_keeper(&command);
     let first = agents(&host, 1)[0];
+    // Its answer says that it has noted what it started.
+    host.connect().list().unwrap();
     host.kill_keeper();
     assert!(runs(first), "open traffic goes on");
     host.start_keeper(&command);

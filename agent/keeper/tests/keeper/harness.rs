@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -206,7 +207,7 @@ impl Gate {
 impl Drop for Host {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            println!("the keeper said:\n{}", self.said());
+            let _ = writeln!(std::io::stderr(), "the keeper said:\n{}", self.said());
         }
         if let Some(mut keeper) = self.keeper.take() {
             // The agent and all services end with it; by force only when that fails.

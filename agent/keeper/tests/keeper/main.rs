@@ -1,4 +1,5 @@
 //! The keeper from outside: a real process with a real socket, its agent played by the tests.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, also in its helpers")]
 
 mod agent;
 mod harness;
