@@ -7,11 +7,13 @@
 //! What to run, when, and how often to try again is decided by the agent, never here.
 
 mod agent;
+mod backlog;
 mod cgroup;
 mod clock;
 mod connection;
 mod descriptors;
 mod exits;
+mod fifo;
 mod frame;
 mod handover;
 mod identity;

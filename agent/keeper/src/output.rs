@@ -12,33 +12,24 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open, openat};
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::stat::{Mode, SFlag, fstat};
-use nix::unistd::{Gid, Uid, fchown, mkfifoat, read};
+use nix::unistd::read;
 
+use crate::backlog::Backlog;
 use crate::clock;
+use crate::fifo;
 use crate::lines::{STREAMS, Splitter, Stamp, Stream};
 use crate::segment::{self, Counters, Job, Place};
 
 /// Enough for both threads' few frames, and for the thread-local data of the large binary around us.
 const STACK_BYTES: usize = 128 * 1024;
-/// One read. A FIFO holds 64 KiB, or [`FIFO_BYTES`] where we may say so.
+/// One read. A FIFO holds 64 KiB, or 256 KiB where we may say so.
 const READ_BYTES: usize = 16 * 1024;
-/// What a process can write while no keeper runs.
-const FIFO_BYTES: i32 = 256 * 1024;
-/// How long a process may be held up by a disk that does nothing at all, once, before its lines are dropped instead:
-/// longer than an ordinary pause of the other thread, shorter than anyone's time-out.
-const STALL_MS: u16 = 200;
-/// Waiting for the disk: of one log, and of all.
-const LOG_QUEUE_BYTES_MAX: u64 = 1024 * 1024;
-const QUEUE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// A line without an end is written as a part after this long, so that a prompt is seen and a kill loses little.
 const PARTIAL_MS: u16 = 250;
 /// Reads of one FIFO when it is to be emptied: its capacity and some, so that a fast writer cannot hold us for ever.
@@ -162,14 +153,8 @@ impl Output {
     /// When the directory or a FIFO cannot be made, or something else has its name.
     pub(crate) fn open(&mut self, dir: &Path, segment_bytes: u64, segments: u32) -> io::Result<OpenLog> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let directory = open_directory(dir)?;
-        let fifo = |stream: Stream| -> io::Result<OwnedFd> {
-            let fd = open_fifo(directory.as_fd(), stream, OFlag::O_NONBLOCK)?;
-            // Refused to a user who has many; what there is then must do.
-            let _ = fcntl(&fd, FcntlArg::F_SETPIPE_SZ(FIFO_BYTES));
-            Ok(fd)
-        };
-        let fifos = [fifo(Stream::Stdout)?, fifo(Stream::Stderr)?];
+        let directory = fifo::open_directory(dir)?;
+        let fifos = fifo::reading_ends(&directory)?;
         self.last_log += 1;
         let log = self.last_log;
         let counters = Arc::<Counters>::default();
@@ -206,42 +191,6 @@ impl Output {
         let _ = self.commands.send(command);
         let _ = self.wake.write(1);
     }
-}
-
-/// The ends of a log's FIFOs for a process to write to; `owner` may open them again through /dev/stdout.
-///
-/// # Errors
-/// When they are not there or not FIFOs.
-pub(crate) fn writing_ends(dir: &Path, owner: Option<(u32, u32)>) -> io::Result<[OwnedFd; 2]> {
-    let directory = open_directory(dir)?;
-    let end = |stream: Stream| -> io::Result<OwnedFd> {
-        let fd = open_fifo(directory.as_fd(), stream, OFlag::empty())?;
-        if let Some((uid, gid)) = owner {
-            fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-        }
-        Ok(fd)
-    };
-    Ok([end(Stream::Stdout)?, end(Stream::Stderr)?])
-}
-
-fn open_directory(dir: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    Ok(open(dir, flags, Mode::empty())?)
-}
-
-fn open_fifo(directory: BorrowedFd<'_>, stream: Stream, more: OFlag) -> io::Result<OwnedFd> {
-    match mkfifoat(directory, stream.name(), Mode::from_bits_truncate(0o600)) {
-        Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
-        Err(error) => return Err(error.into()),
-    }
-    // Read-write never waits for the other end, and never sees it go.
-    let flags = OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | more;
-    let fd = openat(directory, stream.name(), flags, Mode::empty())?;
-    let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
-    if kind != SFlag::S_IFIFO {
-        return Err(io::Error::from_raw_os_error(libc::EEXIST));
-    }
-    Ok(fd)
 }
 
 /// The thread that reads the FIFOs.
@@ -384,55 +333,6 @@ struct Onward {
     backlog: Arc<Backlog>,
 }
 
-/// How much waits for the disk in all logs, and a bell for when it has become less.
-#[derive(Debug)]
-pub(crate) struct Backlog {
-    queued_bytes: AtomicU64,
-    waiting: AtomicBool,
-    bell: EventFd,
-}
-
-impl Backlog {
-    fn new() -> io::Result<Self> {
-        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { queued_bytes: AtomicU64::new(0), waiting: AtomicBool::new(false), bell })
-    }
-
-    /// The disk's thread has taken this much of a log.
-    pub(crate) fn done(&self, log: &Counters, bytes: usize) {
-        log.queued_bytes.fetch_sub(bytes as u64, Ordering::AcqRel);
-        self.queued_bytes.fetch_sub(bytes as u64, Ordering::AcqRel);
-        if self.waiting.swap(false, Ordering::AcqRel) {
-            let _ = self.bell.write(1);
-        }
-    }
-
-    fn add(&self, log: &Counters, bytes: u64) {
-        log.queued_bytes.fetch_add(bytes, Ordering::AcqRel);
-        self.queued_bytes.fetch_add(bytes, Ordering::AcqRel);
-    }
-
-    fn has_room(&self, log: &Counters, bytes: u64) -> bool {
-        log.queued_bytes.load(Ordering::Acquire) + bytes <= LOG_QUEUE_BYTES_MAX
-            && self.queued_bytes.load(Ordering::Acquire) + bytes <= QUEUE_BYTES_MAX
-    }
-
-    /// Waits for room while the disk goes on; `false` once it has done nothing for [`STALL_MS`].
-    fn wait_for_room(&self, log: &Counters, bytes: u64) -> bool {
-        loop {
-            self.waiting.store(true, Ordering::Release);
-            if self.has_room(log, bytes) {
-                return true;
-            }
-            let mut bell = [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
-            if !matches!(poll(&mut bell, STALL_MS), Ok(1..)) {
-                return self.has_room(log, bytes);
-            }
-            let _ = self.bell.read();
-        }
-    }
-}
-
 impl Onward {
     /// Hands lines on to the disk, or drops and counts them when it stands still.
     fn submit(&self, log: u32, entry: &mut ReadLog, text: Vec<u8>) {
@@ -442,7 +342,7 @@ impl Onward {
         let size = text.len() as u64;
         // Once it has stood still, nobody is held up for it again before it has caught up by half.
         let room = if entry.stalled {
-            self.backlog.has_room(&entry.counters, size + LOG_QUEUE_BYTES_MAX / 2)
+            self.backlog.has_caught_up(&entry.counters, size)
         } else {
             self.backlog.wait_for_room(&entry.counters, size)
         };

@@ -18,9 +18,10 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
+use crate::backlog::Backlog;
 use crate::clock;
 use crate::lines::{self, STREAMS, Stamp};
-use crate::output::{Backlog, Event, EventSender};
+use crate::output::{Event, EventSender};
 
 /// How soon a log that lacks lines is tried again when nothing else comes.
 const RETRY: Duration = Duration::from_secs(1);

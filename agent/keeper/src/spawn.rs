@@ -20,12 +20,12 @@ use prost::Message;
 
 use crate::cgroup;
 use crate::clock::{SECOND, boottime_ns, unix_ns};
+use crate::fifo;
 use crate::handover;
 use crate::identity::Stat;
 use crate::keeper::{Keeper, Source};
 use crate::kept::{Asker, Ended, Kept, Phase, Process, Starting};
 use crate::ledger::{Key, strip};
-use crate::output;
 use crate::signal::refusal;
 use crate::stub::{Failure, Step};
 use crate::sys;
@@ -208,7 +208,7 @@ impl Keeper {
         }
         self.open_log(spawn)?;
         let owner = spawn.set_user.then_some((spawn.uid, spawn.gid));
-        output::writing_ends(Path::new(&spawn.log_dir), owner)
+        fifo::writing_ends(Path::new(&spawn.log_dir), owner)
     }
 
     /// Has the log of this spawn read, if it is not already.
