@@ -139,7 +139,7 @@ impl Tx<'_> {
     }
 
     /// Services are stopped before what they need, so those wait to hear of it.
-    fn touch_needed_by(&mut self, name: &str) {
+    pub(super) fn touch_needed_by(&mut self, name: &str) {
         let needs = self.state.services.get(name).and_then(|entry| entry.current()).map(|m| m.needs.clone());
         for needed in needs.into_iter().flatten() {
             self.state.services.touch(&needed, self.revision);

@@ -129,6 +129,10 @@ impl Tx<'_> {
         let (kind, message) = cause.event(&record, replaces);
         let subject = Subject::service(&record.name);
         let known = before.is_some();
+        if before.as_ref().is_some_and(|record| record.deleting) {
+            // It no longer holds back what it needs from stopping.
+            self.touch_needed_by(&record.name);
+        }
         drop(before);
         self.put_service(record);
         self.put_version(row);

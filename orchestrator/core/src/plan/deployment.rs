@@ -130,11 +130,12 @@ impl Rollout<'_> {
         self.old.iter().any(|instance| instance.template_version != self.entry.record.template_version)
     }
 
-    /// The stable version, when it would run something else than what has failed: going back to the same cannot help.
+    /// The stable version, when it would run something else than what has failed. Going back to the same cannot
+    /// help, and would go round in circles: the numbers of templates differ, so what they say is compared.
     fn stable_elsewhere(&self) -> Option<u64> {
         let stable = self.entry.version(self.entry.record.stable_version)?;
-        let template = self.entry.record.template_version;
-        (stable.manifest.is_some() && stable.template_version != template).then_some(stable.version)
+        let other = |manifest| !nave_proto::manifest::same_template(manifest, self.manifest);
+        stable.manifest.as_ref().is_some_and(other).then_some(stable.version)
     }
 
     fn revert(&self, reason: &str) -> Option<Step> {

@@ -6,7 +6,7 @@ use nave_proto::pb::DeploymentStatus;
 use nave_proto::pb::plan_step::Step;
 
 use crate::world::{
-    SECOND, World, changed, exited, failed, manifest, restart, rollback, running, scale, seconds, with_cpu,
+    SECOND, World, changed, delete, exited, failed, manifest, restart, rollback, running, scale, seconds, with_cpu,
     with_port, with_update,
 };
 
@@ -382,4 +382,33 @@ fn a_way_back_that_would_close_a_cycle_is_said_and_not_taken() {
         world.reason("web")
     );
     assert_eq!(world.ready("web"), 1);
+}
+
+#[test]
+fn a_stable_version_that_cannot_come_back_is_tried_once() {
+    let first = pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) };
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("db", 1));
+    world.deploy(first.clone());
+    world.settle();
+    for gone in ["db", "web"] {
+        world.accept(delete(gone));
+    }
+    world.plan_all();
+    world.deploy(changed(&first, "other"));
+    world.settle_for(3600);
+    assert_eq!(world.state.service_version("web", 3).unwrap().cause, "auto-revert to 1");
+    assert_eq!((world.service("web").version, world.status("web")), (3, DeploymentStatus::Failed));
+    assert!(world.reason("web").contains("needs db, which does not exist"), "{}", world.reason("web"));
+}
+
+#[test]
+fn a_restart_that_fails_leaves_what_ran_before_alone() {
+    let first = manifest("web", 2);
+    let mut world = deployed(&first);
+    world.sick.push(("web".into(), 2));
+    world.accept(restart("web"));
+    world.settle_for(3600);
+    assert_eq!((world.service("web").version, world.status("web")), (2, DeploymentStatus::Failed));
+    assert_eq!((by_version(&world, "web"), world.ready("web")), (vec![(1, 2), (2, 1)], 2));
 }
