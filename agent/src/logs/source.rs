@@ -95,9 +95,14 @@ impl Source {
             self.at = first.map(|segment| (segment, 0));
             return Ok(first.is_some());
         };
-        if self.read_chunk(segment, offset)? {
-            return Ok(true);
+        match self.read_chunk(segment, offset)? {
+            true => Ok(true),
+            false => self.leave(segment, offset),
         }
+    }
+
+    /// At the end of a segment: on to the next, if there is one.
+    fn leave(&mut self, segment: Segment, offset: u64) -> io::Result<bool> {
         let Some(next) = self.segments()?.into_iter().find(|other| *other > segment) else {
             return Ok(false);
         };
@@ -276,4 +281,38 @@ fn offset_of_tail(path: &Path, left: &mut u64) -> io::Result<Option<u64>> {
 
 fn to_u64(length: usize) -> u64 {
     u64::try_from(length).expect("usize fits u64 on every Linux")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A line is written, and the segment left, between the look at its end and the look for the next one.
+    #[test]
+    fn what_is_written_just_before_a_rotation_is_read_before_the_next_segment() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("i-1-1");
+        std::fs::create_dir(&folder).unwrap();
+        let write = |segment: u64, text: &str| {
+            let path = folder.join(format!("{segment:010}.log"));
+            let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
+            std::io::Write::write_all(
+                &mut file,
+                format!("1970-01-01T00:00:01Z stdout F {text}\n").as_bytes(),
+            )
+            .unwrap();
+        };
+        let selection = Selection { service: "web".into(), instance: None, tail_lines: 0, since_unix_ns: 0 };
+        write(1, "one");
+        let mut source = Source::open(dir.path(), "north", InstanceId(1), &selection).unwrap();
+        assert!(source.fill().unwrap());
+        source.lines.clear();
+        let (segment, offset) = source.at.unwrap();
+        assert!(!source.read_chunk(segment, offset).unwrap());
+        write(1, "two");
+        write(2, "three");
+        assert!(source.leave(segment, offset).unwrap());
+        assert!(source.fill().unwrap());
+        assert_eq!(source.lines[0].text, "two");
+    }
 }
