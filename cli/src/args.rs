@@ -13,8 +13,8 @@ use crate::when;
 const AFTER_HELP: &str = "\
 Begin with:
   nave dev                              a whole cluster on this machine
-  nave apply -f examples/web.toml --wait
-  nave status web
+  nave apply -f examples/hello.toml --wait
+  nave status hello
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage or invalid manifest, 3 not reachable or outcome unknown.";
 

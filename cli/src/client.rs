@@ -16,35 +16,53 @@ use nave_tls::ConnectError;
 use rand::Rng as _;
 use rand::seq::SliceRandom as _;
 use tokio::time::Instant;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Code, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::context::{self, Context};
 use crate::failure::{Exit, Failure};
 use crate::{out, tls};
 
-/// One try of one call. A member that finds no leader says so within 4 s; the rest is for the way.
-const TRY_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a member is told to answer within; it takes four fifths of it to find a leader, more than an election takes.
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// One try of one call, when even that brings no answer.
+const TRY_TIMEOUT: Duration = Duration::from_millis(3500);
 /// No new round over the members begins after this. A new leader is there within 1.5 s of the death of the old.
 const ROUNDS_FOR: Duration = Duration::from_secs(3);
 const PAUSE_BETWEEN_ROUNDS: Duration = Duration::from_millis(100);
 
+/// Sends `grpc-timeout` with every call, so that a member says in time that it cannot decide.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deadline;
+
+impl Interceptor for Deadline {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.set_timeout(CALL_TIMEOUT);
+        Ok(request)
+    }
+}
+
+type Way = InterceptedService<Channel, Deadline>;
+
 /// One member, as a verb speaks to it.
 #[derive(Debug, Clone)]
 pub(crate) struct Member {
-    pub(crate) services: ServiceServiceClient<Channel>,
-    pub(crate) hosts: HostServiceClient<Channel>,
-    pub(crate) events: EventServiceClient<Channel>,
-    pub(crate) cluster: ClusterServiceClient<Channel>,
+    pub(crate) services: ServiceServiceClient<Way>,
+    pub(crate) hosts: HostServiceClient<Way>,
+    pub(crate) events: EventServiceClient<Way>,
+    pub(crate) cluster: ClusterServiceClient<Way>,
 }
 
 impl Member {
     fn new(channel: Channel) -> Self {
+        let way = InterceptedService::new(channel, Deadline);
         Self {
-            services: ServiceServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-            hosts: HostServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-            events: EventServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-            cluster: ClusterServiceClient::new(channel),
+            services: ServiceServiceClient::new(way.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            hosts: HostServiceClient::new(way.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            events: EventServiceClient::new(way.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            cluster: ClusterServiceClient::new(way),
         }
     }
 }
@@ -232,9 +250,10 @@ enum CallError {
 /// Another member may do better.
 pub(crate) fn passes_over(status: &Status) -> bool {
     match status.code() {
-        Code::Unavailable | Code::DeadlineExceeded => true,
+        // Cancelled is what tonic says when the time for the call is up.
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => true,
         // A connection that broke under the call; tonic has no better code for it.
-        Code::Unknown | Code::Cancelled | Code::Internal => of_transport(status),
+        Code::Unknown | Code::Internal => of_transport(status),
         _ => false,
     }
 }

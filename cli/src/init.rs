@@ -180,10 +180,11 @@ fn refuse_wrong(addresses: &[String]) -> Result<(), Failure> {
             )));
         }
     }
-    if addresses.len() % 2 == 0 {
+    if addresses.len().is_multiple_of(2) {
         out::note(format_args!(
-            "{} members survive the loss of no more of them than {} do; an odd number is usual",
+            "{} members survive the loss of {}, no more than {} do; an odd number is usual",
             addresses.len(),
+            (addresses.len() - 1) / 2,
             addresses.len() - 1
         ));
     }

@@ -63,20 +63,27 @@ async fn about_service(hub: &Hub, name: &str, status: &Status) -> Failure {
     if status.code() != Code::NotFound {
         return Failure::from_status(status);
     }
-    no_service(hub, name).await
+    let absent = no_service(hub, name).await;
+    // It exists: something else of it does not, a version for instance.
+    absent.unwrap_or_else(|| Failure::from_status(status))
 }
 
-async fn no_service(hub: &Hub, name: &str) -> Failure {
+/// The refusal for a name that no service has; nothing when one has it.
+async fn no_service(hub: &Hub, name: &str) -> Option<Failure> {
     let absent = Failure::refused(format!("there is no service {name:?}"));
     let listed = hub.read(|mut member| async move {
         member.services.list_services(pb::ListServicesRequest::default()).await
     });
-    let Ok(listed) = listed.await else { return absent };
-    match nearest(name, listed.services.iter().map(|service| service.name.as_str())) {
+    let Ok(listed) = listed.await else { return Some(absent) };
+    let mut names = listed.services.iter().map(|service| service.name.as_str());
+    if names.clone().any(|found| found == name) {
+        return None;
+    }
+    Some(match nearest(name, &mut names) {
         Some(near) => absent.next(format!("did you mean {near}? `nave services` lists them all")),
         None if listed.services.is_empty() => absent.next("there are none yet: `nave apply -f FILE`"),
         None => absent.next("`nave services` lists them"),
-    }
+    })
 }
 
 /// The name most like `wanted`, when one is like it at all.

@@ -9,8 +9,8 @@ use anyhow::Context as _;
 use nave_agent::AgentConfig;
 use serde::{Deserialize, Serialize};
 
-use super::prefix;
 use super::role::{Kind, Role};
+use super::{ports, prefix};
 use crate::args;
 use crate::context::plain;
 use crate::failure::Failure;
@@ -143,6 +143,11 @@ fn create(dir: &Path, args: &args::Dev) -> Result<Choices, Failure> {
         port: args.port.unwrap_or(PORT),
         enrolled: 0,
     };
+    // Before anything is written: the port is fixed once the directory is made.
+    let roles = (1..=choices.members).map(|number| member_role(dir, choices.port, number));
+    let roles: Vec<Role> =
+        roles.chain((1..=choices.agents).map(|number| agent_role(dir, choices.port, number))).collect();
+    ports::refuse_taken(roles.iter())?;
     let members = (1..=choices.members).map(|number| {
         let role = member_role(dir, choices.port, number);
         let listen = loopback(member_port(choices.port, number));

@@ -24,8 +24,12 @@ const AGENT_GRACE: Duration = Duration::from_secs(5);
 const MEMBER_GRACE: Duration = Duration::from_secs(5);
 
 pub(super) async fn all(supervised: Supervised, signals: &mut Signals) -> Result<(), Failure> {
+    let held = supervised.hand_over().await;
+    if held.is_empty() {
+        return Ok(());
+    }
     let (mut agents, mut members): (Vec<Held>, Vec<Held>) =
-        supervised.hand_over().await.into_iter().partition(|(role, _)| role.kind == Kind::Agent);
+        held.into_iter().partition(|(role, _)| role.kind == Kind::Agent);
     let orderly = async {
         join_all(agents.iter_mut().map(stop_host)).await;
         join_all(members.iter_mut().map(|(_, process)| end(process.as_mut(), MEMBER_GRACE))).await;

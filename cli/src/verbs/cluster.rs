@@ -68,9 +68,13 @@ pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
         out::json(&StatusRow::from(&status));
         return Ok(());
     }
+    let led =
+        !status.leader.is_empty() && status.freshness.as_ref().is_none_or(|freshness| freshness.has_leader);
     let leader = match status.leader.as_str() {
+        leader if led => leader.to_owned(),
         "" => out::paint(Tone::Bad, "none"),
-        leader => leader.to_owned(),
+        // It has not been replaced, and cannot be.
+        last => out::paint(Tone::Bad, &format!("none ({last} has lost its majority)")),
     };
     out::line(format_args!(
         "cluster {}  leader {leader}, term {}, revision {}",
@@ -93,7 +97,7 @@ pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
     }
     table.print();
     let away = status.members.iter().filter(|member| !member.reachable).count();
-    if status.leader.is_empty() {
+    if !led {
         let needed = status.members.len() / 2 + 1;
         out::note(format_args!(
             "{away} of {} members are away; {needed} are needed to change anything. What runs goes on running",

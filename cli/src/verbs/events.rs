@@ -59,15 +59,16 @@ pub(super) fn text(event: &pb::Event, now: Timestamp, absolute: bool) -> String 
     format!(
         "{}  {}{actor}",
         out::paint(Tone::Dim, &time),
-        out::paint(tone(&event.kind), &format!("{about}{message}"))
+        out::paint(tone(event), &format!("{about}{message}"))
     )
 }
 
-fn tone(kind: &str) -> Tone {
+fn tone(event: &pb::Event) -> Tone {
+    let kind = event.kind.as_str();
     let has = |words: &[&str]| words.iter().any(|word| kind.contains(word));
     match kind {
         _ if has(&["failed", "lost", "reverted"]) => Tone::Bad,
-        _ if has(&["exited", "backing_off", "stopped"]) => Tone::Warning,
+        _ if has(&["exited", "backing_off"]) && !event.message.contains("was stopped") => Tone::Warning,
         _ => Tone::Plain,
     }
 }

@@ -125,6 +125,9 @@ impl<'a> Printer<'a> {
         if !response.warning.is_empty() {
             out::note(&response.warning);
         }
+        // All prefixes of a batch are as wide as its widest.
+        let widths = response.lines.iter().map(|line| name(line).chars().count());
+        self.width = widths.max().unwrap_or(0).max(self.width);
         for line in &response.lines {
             self.line(line);
         }
@@ -174,7 +177,7 @@ impl<'a> Printer<'a> {
         }
         let next = self.sources.len();
         let number = *self.sources.entry(line.instance_id.clone()).or_insert(next);
-        let name = format!("{} {}", line.instance_id, line.host);
+        let name = name(line);
         self.width = self.width.max(name.chars().count());
         let name = format!("{name:width$}", width = self.width);
         let bar = out::paint(if line.stderr { Tone::Bad } else { Tone::Dim }, "|");
@@ -201,6 +204,10 @@ impl<'a> Printer<'a> {
             ));
         }
     }
+}
+
+fn name(line: &pb::LogLine) -> String {
+    format!("{} {}", line.instance_id, line.host)
 }
 
 fn time(unix_ns: i64) -> Option<Timestamp> {

@@ -81,9 +81,9 @@ pub(super) async fn run(args: &Ps, hub: &Hub) -> Result<(), Failure> {
     note_age(listed.freshness.as_ref());
     if let Some(name) = &args.service
         && listed.instances.is_empty()
-        && !exists(hub, name).await?
+        && let Some(absent) = no_service(hub, name).await
     {
-        return Err(no_service(hub, name).await);
+        return Err(absent);
     }
     if args.listing.json() {
         out::json(&listed.instances.iter().map(InstanceRow::from).collect::<Vec<_>>());
@@ -104,17 +104,6 @@ pub(super) async fn run(args: &Ps, hub: &Hub) -> Result<(), Failure> {
     }
     table(&listed.instances, args.service.is_none(), 0).print();
     Ok(())
-}
-
-async fn exists(hub: &Hub, name: &str) -> Result<bool, Failure> {
-    let request = pb::GetServiceRequest { name: name.to_owned(), linearizable: false };
-    let got = hub
-        .read_status(|mut member| {
-            let request = request.clone();
-            async move { member.services.get_service(request).await }
-        })
-        .await?;
-    Ok(got.is_ok())
 }
 
 /// The table of instances; the status page has it too, without the column that would say the same in each row.

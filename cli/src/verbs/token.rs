@@ -37,12 +37,7 @@ impl<'a> From<&'a pb::Token> for TokenRow<'a> {
 pub(super) async fn create(ttl: Duration, uses: u32, hub: &Hub) -> Result<(), Failure> {
     let ttl = prost_types::Duration::try_from(ttl).map_err(|_| Failure::usage("--ttl is too long"))?;
     let request = pb::CreateTokenRequest { ttl: Some(ttl), uses };
-    let created = hub
-        .write(|mut member| {
-            let request = request.clone();
-            async move { member.cluster.create_token(request).await }
-        })
-        .await?;
+    let created = hub.write(|mut member| async move { member.cluster.create_token(request).await }).await?;
     out::line(&created.token);
     out::hint(
         "keep it in a file (mode 600); on the new host: nave agent --join ADDR --token-file FILE --data-dir DIR",

@@ -16,7 +16,9 @@ use crate::out::{self, Tone};
 use crate::progress::Progress;
 
 /// The watch tells at once; this is for when it is broken.
-const ASK_AT_LEAST_EVERY: Duration = Duration::from_millis(500);
+const ASK_AT_LEAST_EVERY: Duration = Duration::from_millis(400);
+/// A program that cannot work mostly says so sooner.
+const HOLD: Duration = Duration::from_millis(400);
 /// Changes come in bursts; one read answers for a burst.
 const BURST: Duration = Duration::from_millis(15);
 
@@ -61,13 +63,11 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
     let mut open: Vec<usize> = (0..targets.len()).collect();
     let mut failures: Vec<Failure> = Vec::new();
     let mut last: Vec<Option<pb::GetServiceResponse>> = vec![None; targets.len()];
+    let mut ready_since: Vec<Option<Instant>> = vec![None; targets.len()];
     let mut wake = Wake::new(hub, targets);
     while !open.is_empty() {
         let asked = open.iter().map(|&index| ask(hub, &targets[index]));
-        let answers = match tokio::time::timeout_at(deadline, join_all(asked)).await {
-            Ok(answers) => answers,
-            Err(_) => break,
-        };
+        let Ok(answers) = tokio::time::timeout_at(deadline, join_all(asked)).await else { break };
         let mut still = Vec::new();
         for (index, answer) in open.into_iter().zip(answers) {
             let target = &targets[index];
@@ -77,14 +77,17 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
                     Verdict::Going { how_far: "no answer yet".to_owned(), why: first_line(failure) }
                 }
             };
+            if !matches!(verdict, Verdict::Done(_)) {
+                ready_since[index] = None;
+            }
             match verdict {
+                Verdict::Done(_) if !held(&mut ready_since[index], &answer) => still.push(index),
                 Verdict::Going { how_far, why } => {
                     progress.set(index, Tone::Warning, &how_far, &why);
                     still.push(index);
                 }
                 Verdict::Done(text) => {
-                    let took = begun.elapsed().as_secs_f32();
-                    progress.finish(index, Tone::Good, &format!("{text} after {took:.1} s"));
+                    progress.finish(index, Tone::Good, &format!("{text} {}", after(begun.elapsed())));
                 }
                 Verdict::Failed { reason, details } => {
                     progress.finish(index, Tone::Bad, "failed");
@@ -114,6 +117,33 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
     }
     progress.end();
     merge(failures)
+}
+
+/// A service that nothing probes is ready as soon as it runs, which one that crashes at once does again and again: it
+/// has to hold for a moment to count.
+fn held(since: &mut Option<Instant>, answer: &Answer) -> bool {
+    let Ok(Ok(response)) = answer else { return true };
+    let service = response.service.as_ref();
+    let probed =
+        service.and_then(|service| service.manifest.as_ref()?.health.as_ref()?.ready.as_ref()).is_some();
+    let nothing_runs = service.is_none_or(|service| service.desired == 0);
+    let now = Instant::now();
+    let began = *since.get_or_insert(now);
+    // What has run for long has held for long.
+    let long = response.instances.iter().all(|instance| {
+        let age =
+            crate::when::timestamp(instance.since.as_ref()).map(|at| crate::clock::now().duration_since(at));
+        age.is_some_and(|age| age.as_secs() >= 2)
+    });
+    probed || nothing_runs || long || now - began >= HOLD
+}
+
+/// What was there already took no time.
+fn after(took: Duration) -> String {
+    match took.as_millis() {
+        ..1000 => format!("after {} ms", took.as_millis()),
+        _ => format!("after {:.1} s", took.as_secs_f32()),
+    }
 }
 
 type Answer = Result<Result<pb::GetServiceResponse, Status>, Failure>;
@@ -162,15 +192,17 @@ fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]
         .filter(|instance| instance.version == version && instance.desired == "run")
         .collect();
     let ready = wanted.iter().filter(|instance| instance.ready).count();
-    let ready = u32::try_from(ready).unwrap_or(u32::MAX);
+    // More than are desired, while the surplus is on its way out.
+    let ready = u32::try_from(ready).unwrap_or(u32::MAX).min(service.desired);
     let of = format!("{ready} of {} ready", service.desired);
     let word = deployment_word(service.deployment.as_ref());
     let reason = service.deployment.as_ref().map_or("", |deployment| deployment.reason.as_str());
     match word {
-        "failed" | "cancelled" => Verdict::Failed {
-            reason: if reason.is_empty() { format!("the deployment {word}") } else { reason.to_owned() },
+        "failed" | "cancelled" if reason.is_empty() => Verdict::Failed {
+            reason: format!("the deployment of version {version} is {word}"),
             details: why_not(service, &wanted),
         },
+        "failed" | "cancelled" => fail(reason.to_owned()),
         "successful" if ready >= service.desired => Verdict::Done(format!("version {version}, {of}")),
         _ => Verdict::Going {
             how_far: format!("version {version}, {of}"),
@@ -275,7 +307,7 @@ fn merge(mut failures: Vec<Failure>) -> Result<(), Failure> {
     Err(last)
 }
 
-/// Wakes when something changes, and every half second anyway.
+/// Wakes when something changes, and several times a second anyway.
 struct Wake {
     member: crate::client::Member,
     request: pb::WatchRequest,
