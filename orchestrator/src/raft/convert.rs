@@ -347,6 +347,6 @@ mod tests {
     fn a_message_without_its_body_is_refused() {
         let error = entry_from_pb(pb::Entry::default()).unwrap_err();
         assert_eq!(error.to_string(), "entry without a valid log_id");
-        assert!(vote_request_from_pb(&pb::VoteRequest::default()).is_err());
+        vote_request_from_pb(&pb::VoteRequest::default()).unwrap_err();
     }
 }

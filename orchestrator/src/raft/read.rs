@@ -152,16 +152,22 @@ impl ReadTask {
                     Err(RaftError::Fatal(_)) => Attempt::Stopped,
                 }
             }
-            Some(leader) => self.ask(leader).await.map_or(Attempt::Again, Attempt::Index),
+            // A leader that is frozen or gone answers late or never; its successor is asked at once.
+            Some(leader) => tokio::select! {
+                index = Self::ask(&self.raft, &self.channels, leader) => {
+                    index.map_or(Attempt::Again, Attempt::Index)
+                }
+                _ = self.leadership.changed() => Attempt::Again,
+            },
             None => Attempt::Again,
         }
     }
 
-    async fn ask(&self, leader: MemberId) -> Option<u64> {
-        let metrics = self.raft.server_metrics();
+    async fn ask(raft: &Raft, channels: &Channels, leader: MemberId) -> Option<u64> {
+        let metrics = raft.server_metrics();
         let membership = metrics.borrow_watched().membership_config.clone();
         let node = membership.get_node(&leader.0)?;
-        let channel = self.channels.get(leader, &node.address, Purpose::Forward);
+        let channel = channels.get(leader, &node.address, Purpose::Forward);
         let mut client = MemberServiceClient::new(channel);
         let answer = timeout(ASK_WITHIN, client.get_read_index(pb::GetReadIndexRequest { hops: 1 })).await;
         let answer = answer.ok()?.ok()?.into_inner();
@@ -173,5 +179,54 @@ impl ReadTask {
         let delay = Duration::from_millis(rand::rng().random_range(5..15));
         // Either end of the pause is a reason to try again.
         let _elapsed = timeout(delay, self.leadership.changed()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nave_orchestrator_core::ClusterState;
+    use parking_lot::RwLock;
+
+    use super::*;
+    use crate::raft::status::Role;
+
+    fn reads(applied: u64) -> (watch::Sender<Leadership>, Arc<Tables>, Reads, mpsc::Receiver<Waiter>) {
+        let leadership = Leadership { leader: None, term: 1, role: Role::Follower };
+        let (sender, leadership) = watch::channel(leadership);
+        let state = RwLock::new(ClusterState::new());
+        let tables = Arc::new(Tables { state, applied: watch::Sender::new(applied) });
+        let (reads, queue) = Reads::new(tables.clone(), leadership);
+        (sender, tables, reads, queue)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_read_waits_until_the_index_is_applied() {
+        let (_leadership, tables, reads, mut queue) = reads(9);
+        let begun = Instant::now();
+        let reading = reads.linearize(begun + Duration::from_secs(3));
+        let applying = async {
+            queue.recv().await.unwrap().send(Ok(10)).unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            tables.applied.send_replace(10);
+        };
+        let (read, ()) = tokio::join!(reading, applying);
+        assert_eq!((read, begun.elapsed()), (Ok(10), Duration::from_secs(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_member_too_far_behind_says_so_at_the_deadline() {
+        let (_leadership, _tables, reads, mut queue) = reads(9);
+        let reading = reads.linearize(Instant::now() + Duration::from_secs(3));
+        let answering = async { queue.recv().await.unwrap().send(Ok(10)).unwrap() };
+        assert_eq!(tokio::join!(reading, answering).0, Err(ReadError::Timeout));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_leader_a_read_is_over_within_five_seconds() {
+        let (_leadership, _tables, reads, _queue) = reads(9);
+        let begun = Instant::now();
+        let read = reads.linearize(begun + Duration::from_secs(60)).await;
+        assert_eq!(read, Err(ReadError::Unavailable { leader: None }));
+        assert!(begun.elapsed() < Duration::from_secs(5));
     }
 }

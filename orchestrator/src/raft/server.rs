@@ -201,14 +201,14 @@ mod tests {
     #[test]
     fn a_member_votes_for_itself_only() {
         let vote = pb::Vote { term: 3, node_id: 2, committed: true };
-        assert!(own_vote(MemberId(2), REGISTRY_GROUP, Some(&vote)).is_ok());
+        own_vote(MemberId(2), REGISTRY_GROUP, Some(&vote)).unwrap();
         let other = own_vote(MemberId(3), REGISTRY_GROUP, Some(&vote)).unwrap_err();
         assert_eq!(
             (other.code(), other.message()),
             (tonic::Code::PermissionDenied, "m-3 sent the vote of m-2")
         );
-        assert!(own_vote(MemberId(2), 7, Some(&vote)).is_err());
-        assert!(own_vote(MemberId(2), REGISTRY_GROUP, None).is_err());
+        own_vote(MemberId(2), 7, Some(&vote)).unwrap_err();
+        own_vote(MemberId(2), REGISTRY_GROUP, None).unwrap_err();
     }
 
     #[test]

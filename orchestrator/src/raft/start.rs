@@ -22,7 +22,7 @@ use crate::raft::settings::{self, SnapshotSettings};
 use crate::raft::state_machine::StateMachine;
 use crate::raft::status::{Leadership, leadership};
 use crate::raft::types::{REGISTRY_GROUP, Raft};
-use crate::raft::{ApplyObserver, Inner, RaftHub, Stores};
+use crate::raft::{ApplyObserver, Inner, RaftHub, Role, Stores};
 use crate::storage::directory::{DataDirectory, DirectoryError};
 use crate::storage::disk::{DiskSpace, FREE_BYTES_MIN};
 use crate::storage::failure::Failure;
@@ -184,50 +184,36 @@ async fn follow_leadership(
     stopping: CancellationToken,
 ) {
     let mut server = raft.server_metrics();
-    let mut all = raft.metrics();
     loop {
-        let now = leadership(&raft);
-        sender.send_if_modified(|current| {
-            let changed = *current != now;
-            if changed {
-                tracing::info!(
-                    leader = now.leader.map(|id| id.to_string()),
-                    term = now.term,
-                    role = ?now.role,
-                    "leadership changed"
-                );
-                *current = now;
-            }
-            changed
-        });
-        let stopped = async {
-            let reason = loop {
-                let state = all.borrow_watched().running_state.clone();
-                if let Err(fatal) = state {
-                    break fatal.to_string();
-                }
-                if all.changed().await.is_err() {
-                    break "the Raft core has ended".to_owned();
-                }
-            };
-            reason
-        };
+        publish(&sender, leadership(&raft));
         tokio::select! {
             () = stopping.cancelled() => return,
             changed = server.changed() => {
-                if changed.is_err() && !stopping.is_cancelled() {
-                    failure.publish("the Raft core has ended");
-                    return;
+                if changed.is_err() {
+                    break;
                 }
-            }
-            reason = stopped => {
-                if !stopping.is_cancelled() {
-                    failure.publish(format!("the Raft core has ended: {reason}"));
-                }
-                let ended = Leadership { leader: None, role: crate::raft::Role::Stopped, ..now };
-                sender.send_replace(ended);
-                return;
             }
         }
     }
+    // The core has dropped its end. Without a storage error or a panic it was told to.
+    let reason = raft.metrics().borrow_watched().running_state.clone();
+    if let Err(fatal) = reason
+        && !stopping.is_cancelled()
+    {
+        failure.publish(format!("Raft has ended: {fatal}"));
+    }
+    let term = sender.borrow().term;
+    publish(&sender, Leadership { leader: None, term, role: Role::Stopped });
+}
+
+fn publish(sender: &watch::Sender<Leadership>, now: Leadership) {
+    sender.send_if_modified(|current| {
+        if *current == now {
+            return false;
+        }
+        let leader = now.leader.map(|id| id.to_string());
+        tracing::info!(leader, term = now.term, role = ?now.role, "leadership changed");
+        *current = now;
+        true
+    });
 }

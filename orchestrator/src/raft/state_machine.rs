@@ -147,7 +147,7 @@ impl StateMachine {
                         env!("CARGO_PKG_VERSION"),
                     )));
                 }
-                Ok(command) => Action::Command(command),
+                Ok(command) => Action::Command(Box::new(command)),
                 Err(error) => {
                     return Err(self.stop(format!("log entry {index} holds no command: {error}")));
                 }
@@ -166,11 +166,12 @@ impl StateMachine {
         let mut replies = Vec::with_capacity(steps.len());
         let mut changes: Vec<Change> = Vec::new();
         let (mut applied, mut membership) = (None, None);
+        let _guard = PanicGuard(&self.failure);
         let mut state = self.tables.state.write();
         for Step { log_id, action } in steps {
             applied = Some(log_id);
             let outcome = match action {
-                Action::Command(command) => state.apply(log_id.index, command),
+                Action::Command(command) => state.apply(log_id.index, *command),
                 Action::Nothing | Action::Membership => {
                     if matches!(action, Action::Membership) {
                         membership = Some(self.membership.clone());
@@ -203,6 +204,17 @@ impl StateMachine {
     }
 }
 
+/// openraft would go on without its state machine, and the tables may be half changed.
+struct PanicGuard<'a>(&'a Failure);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.publish("applying a log entry panicked; please report this, with the log of this member");
+        }
+    }
+}
+
 struct Step {
     log_id: LogId,
     action: Action,
@@ -211,7 +223,7 @@ struct Step {
 enum Action {
     Nothing,
     Membership,
-    Command(pb::Command),
+    Command(Box<pb::Command>),
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {

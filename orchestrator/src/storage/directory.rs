@@ -69,6 +69,9 @@ impl DataDirectory {
             fs::create_dir_all(path.join(name)).map_err(io)?;
         }
         sync_directory(path).map_err(io)?;
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync_directory(parent).map_err(io)?;
+        }
         Ok(Self { path: path.to_owned(), _locked: file })
     }
 

@@ -59,7 +59,7 @@ mod tests {
     #[tokio::test]
     async fn the_first_failure_wins() {
         let failure = Failure::new();
-        assert!(failure.check().is_ok());
+        failure.check().unwrap();
         failure.publish("first");
         failure.publish("second");
         assert_eq!(failure.wait().await, "first");

@@ -31,20 +31,18 @@ fn common() -> Options {
     options
 }
 
-/// The log database. Synced by its writer, so nothing else may slow a write down: stalls by pending compaction are off.
+/// The log database.
 ///
-/// Recovery is `PointInTime`: RocksDB 11.8 turns WAL recycling off for `TolerateCorruptedTailRecords`
-/// (`db_impl_open.cc`, `SanitizeOptions`), and both keep every record that was synced before a crash.
+/// Recovery is `PointInTime`, because RocksDB 11.8 turns WAL recycling off for `TolerateCorruptedTailRecords`
+/// (`db_impl_open.cc`, `SanitizeOptions`). Both keep every record that was synced before a crash. They differ when the
+/// disk itself damages a record: this one ends the log there, and Raft fetches the rest from the others; the other
+/// refuses to open. Measured on a busy machine, a synced write of 300 bytes took 90 to 230 us with recycling and 230 to
+/// 390 us without (10th percentile).
 pub(crate) fn log_options() -> Options {
     let mut options = common();
     options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
     options.set_recycle_log_file_num(RECYCLED_WALS);
     options.set_atomic_flush(true);
-    options.set_max_write_buffer_number(4);
-    options.set_level_zero_slowdown_writes_trigger(1 << 30);
-    options.set_level_zero_stop_writes_trigger(1 << 30);
-    options.set_soft_pending_compaction_bytes_limit(512 << 30);
-    options.set_hard_pending_compaction_bytes_limit(2 << 40);
     options
 }
 
@@ -66,6 +64,7 @@ fn column_family(name: &str, cache: &Cache) -> ColumnFamilyDescriptor {
     options.set_max_write_buffer_number(4);
     options.set_compression_type(DBCompressionType::Lz4);
     options.set_level_zero_file_num_compaction_trigger(8);
+    // Never slow a write down for a compaction that lags: the log's writer must not wait, and the state's rows are few.
     options.set_level_zero_slowdown_writes_trigger(1 << 30);
     options.set_level_zero_stop_writes_trigger(1 << 30);
     options.set_soft_pending_compaction_bytes_limit(512 << 30);

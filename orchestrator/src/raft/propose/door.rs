@@ -305,3 +305,34 @@ impl Stamps {
         self.newest
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nave_orchestrator_core::ClusterState;
+    use nave_proto::pb;
+    use parking_lot::RwLock;
+
+    use super::*;
+
+    #[test]
+    fn a_stamp_is_never_below_what_the_log_has_seen() {
+        let mut state = ClusterState::new();
+        let ahead = clock::unix_now_ns() + 3_600_000_000_000;
+        state.apply(0, pb::Command { time_unix_ns: ahead, ..Default::default() });
+        let tables = Tables { state: RwLock::new(state), applied: watch::Sender::new(0) };
+        let mut stamps = Stamps::default();
+        assert_eq!(
+            (stamps.next(&tables), stamps.next(&tables)),
+            (ahead, ahead),
+            "the clock of another leader"
+        );
+        stamps.newest = ahead + 5;
+        assert_eq!(stamps.next(&tables), ahead + 5, "not yet applied, but in the log");
+    }
+
+    #[test]
+    fn retries_begin_soon_and_stay_bounded() {
+        assert!(retry_delay(0) < Duration::from_millis(8));
+        assert!((1..100).all(|attempts| retry_delay(attempts) <= RETRY_DELAY_MAX.mul_f64(1.5)));
+    }
+}

@@ -235,6 +235,19 @@ async fn a_snapshot_moves_the_state_to_another_member() {
 }
 
 #[tokio::test]
+async fn a_snapshot_holds_all_that_was_applied_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stores = stores(dir.path());
+    for (index, entry) in (0..).zip(entries(60)) {
+        stores.apply(vec![entry]).await.unwrap();
+        let mut builder = stores.machine.try_create_snapshot_builder(true).await.unwrap();
+        let snapshot = builder.build_snapshot().await.unwrap();
+        assert_eq!(snapshot.meta.last_log_id, Some(id(index)));
+        assert_eq!(snapshot.meta.last_membership.log_id(), &Some(id(0)));
+    }
+}
+
+#[tokio::test]
 async fn an_install_cut_short_is_done_again_at_start() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
@@ -247,7 +260,7 @@ async fn an_install_cut_short_is_done_again_at_start() {
     // As after the first step of an install: rows, but no mark of what they stand for.
     crate::storage::state::tests::forget_mark(&path.join("state"));
     let mut again = stores(&path);
-    assert_eq!(again.rows().len(), 0, "rows of unknown age are not used");
+    assert_eq!(again.rows().len() + again.rows_on_disk().await.len(), 0, "rows of unknown age are not kept");
     assert_eq!(again.recover().await, Some(id(19)));
     assert_eq!(sorted(again.rows()), rows);
 }

@@ -223,7 +223,7 @@ mod tests {
     fn a_hole_is_refused() {
         let mut tail = Tail::default();
         tail.append(&entries(3..5, 1)).unwrap();
-        assert!(tail.append(&entries(6..7, 1)).is_err());
+        tail.append(&entries(6..7, 1)).unwrap_err();
         assert_eq!(tail.last(), Some(id(4)));
     }
 
@@ -272,7 +272,7 @@ mod tests {
         assert_eq!(tail.purge(id(20)), Some(4));
         assert_eq!((tail.purged(), tail.last()), (Some(id(20)), Some(id(20))));
         assert_eq!(tail.purge(id(19)), None);
-        assert!(tail.append(&entries(22..23, 1)).is_err());
+        tail.append(&entries(22..23, 1)).unwrap_err();
         tail.append(&entries(21..22, 1)).unwrap();
         assert_eq!(indexes(&tail.find(0..99, usize::MAX)), [21]);
     }

@@ -89,7 +89,7 @@ impl Queue {
     }
 
     /// What is to be written next; `None`: closed and empty.
-    fn take(&self) -> Option<(Vec<Queued>, BTreeMap<u32, Arc<Group>>)> {
+    fn take(&self) -> Option<Taken> {
         let mut state = self.state.lock();
         loop {
             let due = state.closed && !state.committed.is_empty();
@@ -108,6 +108,9 @@ impl Queue {
         }
     }
 }
+
+/// What to write as one, and the groups whose commit mark has changed.
+type Taken = (Vec<Queued>, BTreeMap<u32, Arc<Group>>);
 
 pub(super) struct Writer {
     shared: Arc<Shared>,
