@@ -116,7 +116,8 @@ impl EnrollService for Enroll {
     }
 }
 
-fn check_facts(facts: &pb::HostFacts) -> Result<(), Status> {
+/// Whether an agent's facts may enter the log.
+pub(crate) fn check_facts(facts: &pb::HostFacts) -> Result<(), Status> {
     use prost::Message as _;
     if facts.encoded_len() > FACTS_BYTES_MAX {
         return Err(errors::invalid_field("facts", "are larger than 16 KiB; use fewer or shorter labels"));

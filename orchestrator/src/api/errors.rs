@@ -16,7 +16,7 @@ use crate::raft::{ProposeError, ReadError};
 const DOMAIN: &str = "nave.v1";
 
 /// How many members answer this one, for the sentence about an absent quorum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Reach {
     pub(crate) members: usize,
     pub(crate) unreachable: usize,

@@ -4,7 +4,7 @@
 
 mod merge;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,16 +16,22 @@ use nave_proto::pb;
 use nave_tls::{ChannelOptions, Expect};
 use pb::agent_service_client::AgentServiceClient;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tonic::Status;
 
 use crate::api::{Hub, convert, errors};
-use merge::Merge;
+use merge::{Joining, Merge};
 
 /// An agent that does not begin to answer in this time is left out.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 /// Answers of one host that wait to be merged. Agents send at most some 64 KiB at once: 256 KiB a host.
 const WAITING_PER_HOST: usize = 4;
+/// Hosts that were found and not joined yet; finding waits.
+const HOSTS_WAITING: usize = 4;
+/// How often a follower's hosts are looked for, when anything changed.
+const LOOK_FOR_HOSTS: Duration = Duration::from_millis(500);
+/// A follower asks a host again after this.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// All the events that are kept for one service name the hosts it was on.
 const EVENTS_ASKED: usize = 1000;
 
@@ -37,8 +43,6 @@ pub(crate) type LogStream = Pin<Box<dyn Stream<Item = Result<pb::ReadLogsRespons
 struct Source {
     host: HostId,
     name: String,
-    /// Empty: the host is no longer known.
-    address: String,
 }
 
 /// Begins to ask all hosts; their lines follow as they come.
@@ -55,27 +59,15 @@ pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogSt
         }
         sources
     };
-    let mut merge = Merge::new(request.follow);
-    for source in sources {
-        let (lines, waiting) = mpsc::channel(WAITING_PER_HOST);
-        merge.add(source.name.clone(), waiting);
-        let ask = pb::ReadHostLogsRequest {
-            service: request.service.clone(),
-            instance_id: request.instance_id.clone(),
-            follow: request.follow,
-            tail_lines: request.tail_lines,
-            since: request.since,
-        };
-        let hub = hub.clone();
-        hub.tasks.clone().spawn(async move {
-            tokio::select! {
-                () = hub.stop.cancelled() => {}
-                // The reader has gone.
-                () = lines.closed() => {}
-                () = relay(&hub, source, ask, &lines) => {}
-            }
-        });
-    }
+    let reading = Reading { hub: hub.clone(), request, instance };
+    let merge = if reading.request.follow {
+        // A host that gets an instance later joins in, so the hosts are looked for as long as somebody reads.
+        let (joining, joined) = mpsc::channel(HOSTS_WAITING);
+        hub.tasks.spawn(reading.find(sources, joining));
+        Merge::following(joined)
+    } else {
+        Merge::of(sources.into_iter().map(|source| reading.begin(source)).collect())
+    };
     let stop = hub.stop.clone();
     Ok(Box::pin(stream::unfold((merge, stop), |(mut merge, stop)| async move {
         tokio::select! {
@@ -87,74 +79,149 @@ pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogSt
 
 /// The hosts that have instances of the service, or had them as far as the history goes back.
 fn sources(state: &ClusterState, service: &str, instance: Option<InstanceId>) -> Vec<Source> {
-    let mut hosts = BTreeMap::new();
+    let mut hosts = BTreeSet::new();
     if let Some(record) = instance.and_then(|id| state.instance(id)) {
-        hosts.insert(record.host_id, ());
+        hosts.insert(record.host_id);
     }
     for record in state.instances_of(service) {
         if instance.is_none_or(|id| id.0 == record.id) {
-            hosts.insert(record.host_id, ());
+            hosts.insert(record.host_id);
         }
     }
     let filter = EventFilter { service: Some(service.to_owned()), host: None };
     for event in state.events(&filter, EVENTS_ASKED) {
         if event.instance_id != 0 && instance.is_none_or(|id| id.0 == event.instance_id) {
-            hosts.insert(event.host_id, ());
+            hosts.insert(event.host_id);
         }
     }
     hosts.remove(&0);
-    let source = |id: u64| Source {
-        host: HostId(id),
-        name: convert::host_name(state, id),
-        address: state
-            .host(HostId(id))
-            .and_then(|host| host.facts.as_ref())
-            .map_or_else(String::new, |facts| facts.address.clone()),
-    };
-    hosts.into_keys().map(source).collect()
+    let source = |id: u64| Source { host: HostId(id), name: convert::host_name(state, id) };
+    hosts.into_iter().map(source).collect()
 }
 
-/// Hands on one host's lines; ends with a warning when the host cannot be asked or breaks off.
-async fn relay(
-    hub: &Hub,
-    source: Source,
-    ask: pb::ReadHostLogsRequest,
-    lines: &mpsc::Sender<pb::ReadLogsResponse>,
-) {
-    let warn = async |what: String| {
-        let warning = format!("no output from host {} ({}): {what}", source.name, source.host);
-        // The reader may have gone meanwhile, which needs no warning.
-        lines.send(pb::ReadLogsResponse { lines: Vec::new(), warning }).await.ok();
-    };
-    if source.address.is_empty() {
-        return warn("the hub no longer knows it".to_owned()).await;
-    }
-    let channel = nave_tls::channel(
-        &source.address,
-        &hub.credentials,
-        Expect::Agent(source.host),
-        ChannelOptions::default(),
-    );
-    let mut agent = AgentServiceClient::new(channel);
-    let mut answer = match timeout(ANSWER_TIMEOUT, agent.read_host_logs(ask)).await {
-        Ok(Ok(answer)) => answer.into_inner(),
-        Ok(Err(status)) => return warn(format!("{} at {}", status.message(), source.address)).await,
-        Err(_) => return warn(format!("no answer from {} within 4 s", source.address)).await,
-    };
-    loop {
-        match answer.message().await {
-            Ok(Some(mut response)) => {
-                for line in response.lines.iter_mut().filter(|line| line.host.is_empty()) {
-                    line.host.clone_from(&source.name);
-                }
-                if lines.send(response).await.is_err() {
+/// One call of `ReadLogs`.
+#[derive(Debug, Clone)]
+struct Reading {
+    hub: Arc<Hub>,
+    request: pb::ReadLogsRequest,
+    instance: Option<InstanceId>,
+}
+
+impl Reading {
+    /// Looks for hosts until nobody reads any more.
+    async fn find(self, mut found: Vec<Source>, joining: mpsc::Sender<Joining>) {
+        let mut known = BTreeSet::new();
+        let mut changed = self.hub.changes.subscribe();
+        loop {
+            for source in found {
+                if known.insert(source.host) && joining.send(self.begin(source)).await.is_err() {
                     return;
                 }
             }
-            Ok(None) => return,
-            Err(status) => return warn(format!("broken off: {}", status.message())).await,
+            tokio::select! {
+                () = self.hub.stop.cancelled() => return,
+                () = joining.closed() => return,
+                () = sleep(LOOK_FOR_HOSTS) => {}
+            }
+            if changed.changed().await.is_err() {
+                return;
+            }
+            found = sources(&self.hub.raft.state(), &self.request.service, self.instance);
         }
     }
+
+    /// Begins to read one host, in a task that ends with its reader.
+    fn begin(&self, source: Source) -> Joining {
+        let (lines, waiting) = mpsc::channel(WAITING_PER_HOST);
+        let name = source.name.clone();
+        let reading = self.clone();
+        self.hub.tasks.spawn(async move {
+            tokio::select! {
+                () = reading.hub.stop.cancelled() => {}
+                // The reader has gone.
+                () = lines.closed() => {}
+                () = reading.relay(source, &lines) => {}
+            }
+        });
+        Joining { name, waiting }
+    }
+
+    /// Hands on one host's lines. A host that cannot be asked or breaks off is a warning; a follower asks it again,
+    /// for what it has written since.
+    async fn relay(&self, source: Source, lines: &mpsc::Sender<pb::ReadLogsResponse>) {
+        let mut ask = pb::ReadHostLogsRequest {
+            service: self.request.service.clone(),
+            instance_id: self.request.instance_id.clone(),
+            follow: self.request.follow,
+            tail_lines: self.request.tail_lines,
+            since: self.request.since,
+        };
+        let mut warned = false;
+        loop {
+            let mut newest = 0;
+            if let Err(what) = self.attempt(&source, &ask, lines, &mut newest).await
+                && !std::mem::replace(&mut warned, true)
+            {
+                let warning = format!("no output from host {} ({}): {what}", source.name, source.host);
+                // The reader may have gone meanwhile, which needs no warning.
+                lines.send(pb::ReadLogsResponse { lines: Vec::new(), warning }).await.ok();
+            }
+            if !self.request.follow {
+                return;
+            }
+            if newest != 0 {
+                warned = false;
+                ask.since = convert::timestamp(newest + 1);
+                ask.tail_lines = 0;
+            }
+            sleep(ASK_AGAIN).await;
+        }
+    }
+
+    /// One stream of a host, to its end. `newest` becomes the time of the last line handed on.
+    async fn attempt(
+        &self,
+        source: &Source,
+        ask: &pb::ReadHostLogsRequest,
+        lines: &mpsc::Sender<pb::ReadLogsResponse>,
+        newest: &mut i64,
+    ) -> Result<(), String> {
+        let address = address(&self.hub.raft.state(), source.host);
+        if address.is_empty() {
+            return Err("the hub no longer knows it".to_owned());
+        }
+        let (credentials, expect) = (&self.hub.credentials, Expect::Agent(source.host));
+        let mut agent =
+            AgentServiceClient::new(nave_tls::channel(&address, credentials, expect, ChannelOptions::default()));
+        let mut answer = match timeout(ANSWER_TIMEOUT, agent.read_host_logs(ask.clone())).await {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) => return Err(format!("{} at {address}", status.message())),
+            Err(_) => return Err(format!("no answer from {address} within {} s", ANSWER_TIMEOUT.as_secs())),
+        };
+        loop {
+            match answer.message().await {
+                Ok(Some(mut response)) => {
+                    for line in &mut response.lines {
+                        *newest = line.unix_ns.max(*newest);
+                        if line.host.is_empty() {
+                            line.host.clone_from(&source.name);
+                        }
+                    }
+                    if lines.send(response).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                Ok(None) => return Ok(()),
+                Err(status) => return Err(format!("broken off: {}", status.message())),
+            }
+        }
+    }
+}
+
+/// Where a host's agent answers; empty when the host is not known.
+fn address(state: &ClusterState, host: HostId) -> String {
+    let facts = state.host(host).and_then(|host| host.facts.as_ref());
+    facts.map_or_else(String::new, |facts| facts.address.clone())
 }
 
 #[cfg(test)]

@@ -188,10 +188,11 @@ impl ServiceService for Services {
     ) -> Result<Response<pb::ListServicesResponse>, Status> {
         let linearizable = request.get_ref().linearizable;
         self.hub.read(&request, linearizable).await?;
-        let state = self.hub.raft.state();
-        let services = state.services().map(|record| convert::service(&state, record)).collect();
-        let freshness = self.hub.freshness(&state, linearizable);
-        drop(state);
+        let (records, freshness) = {
+            let state = self.hub.raft.state();
+            (state.services().cloned().collect(), self.hub.freshness(&state, linearizable))
+        };
+        let services = self.hub.in_slices(records, convert::service).await;
         Ok(Response::new(pb::ListServicesResponse { services, freshness }))
     }
 
@@ -218,23 +219,24 @@ impl ServiceService for Services {
     ) -> Result<Response<pb::ListInstancesResponse>, Status> {
         let pb::ListInstancesRequest { service, linearizable, host } = request.get_ref().clone();
         self.hub.read(&request, linearizable).await?;
-        let state = self.hub.raft.state();
-        if !service.is_empty() && state.service(&service).is_none() {
-            return Err(errors::no_service(&service));
-        }
-        let host = match host.as_str() {
-            "" => None,
-            name => Some(convert::find_host(&state, name).ok_or_else(|| errors::no_host(name))?),
+        let (records, freshness) = {
+            let state = self.hub.raft.state();
+            if !service.is_empty() && state.service(&service).is_none() {
+                return Err(errors::no_service(&service));
+            }
+            let host = match host.as_str() {
+                "" => None,
+                name => Some(convert::find_host(&state, name).ok_or_else(|| errors::no_host(name))?),
+            };
+            let on_host = |record: &&Arc<pb::InstanceRecord>| host.is_none_or(|host| host == HostId(record.host_id));
+            let records: Vec<_> = if service.is_empty() {
+                state.instances().filter(on_host).cloned().collect()
+            } else {
+                state.instances_of(&service).filter(on_host).cloned().collect()
+            };
+            (records, self.hub.freshness(&state, linearizable))
         };
-        let on_host = |record: &pb::InstanceRecord| host.is_none_or(|host| host == HostId(record.host_id));
-        let shown = |record: &Arc<pb::InstanceRecord>| convert::instance(&state, record);
-        let instances = if service.is_empty() {
-            state.instances().filter(|record| on_host(record)).map(shown).collect()
-        } else {
-            state.instances_of(&service).filter(|record| on_host(record)).map(shown).collect()
-        };
-        let freshness = self.hub.freshness(&state, linearizable);
-        drop(state);
+        let instances = self.hub.in_slices(records, convert::instance).await;
         Ok(Response::new(pb::ListInstancesResponse { instances, freshness }))
     }
 
@@ -244,17 +246,19 @@ impl ServiceService for Services {
     ) -> Result<Response<pb::ListEndpointsResponse>, Status> {
         let pb::ListEndpointsRequest { service, linearizable } = request.get_ref().clone();
         self.hub.read(&request, linearizable).await?;
-        let state = self.hub.raft.state();
-        if !service.is_empty() && state.service(&service).is_none() {
-            return Err(errors::no_service(&service));
-        }
-        let endpoints = if service.is_empty() {
-            state.instances().flat_map(|record| convert::endpoints(&state, record)).collect()
-        } else {
-            state.instances_of(&service).flat_map(|record| convert::endpoints(&state, record)).collect()
+        let (records, freshness) = {
+            let state = self.hub.raft.state();
+            if !service.is_empty() && state.service(&service).is_none() {
+                return Err(errors::no_service(&service));
+            }
+            let records: Vec<_> = if service.is_empty() {
+                state.instances().cloned().collect()
+            } else {
+                state.instances_of(&service).cloned().collect()
+            };
+            (records, self.hub.freshness(&state, linearizable))
         };
-        let freshness = self.hub.freshness(&state, linearizable);
-        drop(state);
+        let endpoints = self.hub.in_slices(records, convert::endpoints).await.into_iter().flatten().collect();
         Ok(Response::new(pb::ListEndpointsResponse { endpoints, freshness }))
     }
 

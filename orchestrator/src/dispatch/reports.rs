@@ -11,8 +11,10 @@ use nave_proto::ids::HostId;
 use nave_proto::pb;
 use pb::command::Body;
 use tokio::time::{Instant, sleep_until};
+use tonic::Status;
 use tracing::{info, warn};
 
+use crate::api::errors::{self, Reach};
 use crate::api::{self, Hub};
 use crate::raft::ProposeError;
 
@@ -91,21 +93,21 @@ impl Merged {
 }
 
 /// What became of the reports that were under way.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Progress {
     /// Committed up to this sequence, which may be told to the agent.
     Committed(u64),
     /// Not yet; it is tried again by itself.
     Later,
     /// Never: the session has to end, for this reason.
-    Hopeless(String),
+    Hopeless(Status),
 }
 
 type Attempt = BoxFuture<'static, (Merged, Result<(), Failure>)>;
 
 enum Failure {
     Again,
-    Never(String),
+    Never(Box<Status>),
 }
 
 /// The reports of one session.
@@ -154,7 +156,7 @@ impl Reports {
                 self.delay = (self.delay * 2).min(RETRY_MAX);
                 Progress::Later
             }
-            Err(Failure::Never(reason)) => Progress::Hopeless(reason),
+            Err(Failure::Never(status)) => Progress::Hopeless(*status),
         }
     }
 }
@@ -177,7 +179,9 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
     let command = api::command(format!("agent/{host}"), None, body);
     let reply = match hub.raft.propose(command, Instant::now() + DEADLINE).await {
         Ok(reply) => reply,
-        Err(ProposeError::TooLarge) => return Err(Failure::Never("its report is too large".to_owned())),
+        Err(error @ ProposeError::TooLarge) => {
+            return Err(Failure::Never(Box::new(errors::propose(&error, Reach::default()))));
+        }
         Err(error) => {
             info!(%host, %error, "report not committed, trying again");
             return Err(Failure::Again);
@@ -189,8 +193,16 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
             warn!(%host, reason = rejected.message, "the host's facts were refused");
             Ok(())
         }
-        Some(pb::reply::Result::Rejected(rejected)) => Err(Failure::Never(rejected.message)),
+        Some(pb::reply::Result::Rejected(rejected)) => Err(Failure::Never(Box::new(refused(host, &rejected)))),
         Some(pb::reply::Result::Accepted(_)) | None => Ok(()),
+    }
+}
+
+/// A host that was forgotten has to join again; anything else is told as it is.
+fn refused(host: HostId, rejected: &pb::Rejected) -> Status {
+    match rejected.code() {
+        pb::RejectedCode::NotFound => errors::not_registered(&format!("the hub no longer knows {host}")),
+        _ => errors::rejected(rejected),
     }
 }
 

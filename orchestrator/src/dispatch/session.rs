@@ -19,6 +19,7 @@ use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use super::reports::{Progress, Reports};
 use super::wanted::Told;
+use crate::api::enroll::check_facts;
 use crate::api::{Hub, errors};
 use crate::clock;
 use crate::watch::Read;
@@ -72,6 +73,9 @@ pub(super) async fn greet(
         if !is_registered(&hub.raft.state(), claimed, identity) {
             return Err(errors::not_registered(&format!("{claimed} is not registered with this key")));
         }
+    }
+    if let Some(facts) = &hello.facts {
+        check_facts(facts)?;
     }
     Ok(Greeted { host: claimed, run_id: hello.agent_run_id, facts: hello.facts })
 }
@@ -179,7 +183,7 @@ impl Session {
                 progress = self.reports.progress() => match progress {
                     Progress::Committed(0) | Progress::Later => {}
                     Progress::Committed(sequence) => self.acknowledge = Some(sequence),
-                    Progress::Hopeless(reason) => return End::Refused(errors::not_registered(&reason)),
+                    Progress::Hopeless(status) => return End::Refused(status),
                 },
                 changed = self.changed.changed(), if look_at.is_none() => {
                     if changed.is_err() {
@@ -205,6 +209,11 @@ impl Session {
         match heard.message {
             Some(FromAgent::Beat(_) | FromAgent::Acknowledge(_)) => None,
             Some(FromAgent::Report(report)) => {
+                if let Some(facts) = &report.facts
+                    && let Err(status) = check_facts(facts)
+                {
+                    return Some(End::Refused(status));
+                }
                 self.reports.add(report);
                 None
             }

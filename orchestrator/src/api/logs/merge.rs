@@ -22,6 +22,13 @@ const LINES_PER_ANSWER: usize = 256;
 /// Bytes in one answer, as lines may be long.
 const BYTES_PER_ANSWER: usize = 256 * 1024;
 
+/// A host whose lines are to be merged.
+#[derive(Debug)]
+pub(super) struct Joining {
+    pub(super) name: String,
+    pub(super) waiting: mpsc::Receiver<pb::ReadLogsResponse>,
+}
+
 #[derive(Debug)]
 struct Host {
     name: String,
@@ -36,7 +43,8 @@ struct Host {
 #[derive(Debug)]
 pub(super) struct Merge {
     hosts: Vec<Host>,
-    follow: bool,
+    /// When following: the hosts that join in.
+    joining: Option<mpsc::Receiver<Joining>>,
     warnings: VecDeque<String>,
 }
 
@@ -48,11 +56,21 @@ enum Next {
 }
 
 impl Merge {
-    pub(super) fn new(follow: bool) -> Self {
-        Self { hosts: Vec::new(), follow, warnings: VecDeque::new() }
+    /// These hosts, to the end of what they have.
+    pub(super) fn of(hosts: Vec<Joining>) -> Self {
+        let mut merge = Self { hosts: Vec::new(), joining: None, warnings: VecDeque::new() };
+        for host in hosts {
+            merge.add(host);
+        }
+        merge
     }
 
-    pub(super) fn add(&mut self, name: String, waiting: mpsc::Receiver<pb::ReadLogsResponse>) {
+    /// All hosts that join in, until no more can and all have ended.
+    pub(super) fn following(joining: mpsc::Receiver<Joining>) -> Self {
+        Self { hosts: Vec::new(), joining: Some(joining), warnings: VecDeque::new() }
+    }
+
+    fn add(&mut self, Joining { name, waiting }: Joining) {
         let heard = Instant::now();
         self.hosts.push(Host { name, waiting, lines: VecDeque::new(), ended: false, heard });
     }
@@ -103,14 +121,18 @@ impl Merge {
         let silent = self.hosts.iter().filter(|host| !host.ended && host.lines.is_empty());
         let Some(stalled_at) = silent.map(|host| host.heard + STALLED).min() else {
             // Every host shows its head, or all have ended.
-            return earliest.map_or(Next::End, |(_, index, _)| Next::Line(index));
+            return match earliest {
+                Some((_, index, _)) => Next::Line(index),
+                None if self.joining.is_some() => Next::WaitUntil(now + STALLED),
+                None => Next::End,
+            };
         };
         match earliest {
-            Some((_, index, came)) if self.follow => {
+            Some((_, index, came)) if self.joining.is_some() => {
                 if now >= came + REORDER { Next::Line(index) } else { Next::WaitUntil(came + REORDER) }
             }
             // A follower waits as long as it takes.
-            None if self.follow => Next::WaitUntil(now + STALLED),
+            None if self.joining.is_some() => Next::WaitUntil(now + STALLED),
             _ => Next::WaitUntil(stalled_at),
         }
     }
@@ -132,6 +154,14 @@ impl Merge {
     async fn receive(&mut self) {
         poll_fn(|context| {
             let mut progress = Poll::Pending;
+            while let Some(joined) = self.joining.as_mut().map(|joining| joining.poll_recv(context)) {
+                match joined {
+                    Poll::Ready(Some(host)) => self.add(host),
+                    Poll::Ready(None) => self.joining = None,
+                    Poll::Pending => break,
+                }
+                progress = Poll::Ready(());
+            }
             for index in 0..self.hosts.len() {
                 if !self.hosts[index].is_wanted() {
                     continue;
@@ -159,7 +189,7 @@ impl Merge {
     }
 
     fn leave_stalled_behind(&mut self) {
-        if self.follow {
+        if self.joining.is_some() {
             return;
         }
         for host in self.hosts.iter_mut().filter(|host| !host.ended && host.lines.is_empty()) {
@@ -195,29 +225,29 @@ mod tests {
         (times, warnings)
     }
 
+    async fn host(name: &str, parts: &[&[i64]]) -> (mpsc::Sender<pb::ReadLogsResponse>, Joining) {
+        let (sender, waiting) = mpsc::channel(8);
+        for part in parts {
+            sender.send(lines(name, part)).await.unwrap();
+        }
+        (sender, Joining { name: name.to_owned(), waiting })
+    }
+
     #[tokio::test(start_paused = true)]
     async fn lines_of_all_hosts_come_in_the_order_of_their_times() {
-        let mut merge = Merge::new(false);
-        for (name, parts) in [("a", [vec![1, 4], vec![9]]), ("b", [vec![2, 3], vec![5, 8]]), ("c", [vec![], vec![7]])] {
-            let (sender, waiting) = mpsc::channel(4);
-            for part in parts {
-                sender.send(lines(name, &part)).await.unwrap();
-            }
-            merge.add(name.to_owned(), waiting);
+        let mut hosts = Vec::new();
+        for (name, parts) in [("a", [&[1, 4][..], &[9]]), ("b", [&[2, 3], &[5, 8]]), ("c", [&[], &[7]])] {
+            hosts.push(host(name, &parts).await.1);
         }
-        assert_eq!(all(&mut merge).await, (vec![1, 2, 3, 4, 5, 7, 8, 9], Vec::<String>::new()));
+        assert_eq!(all(&mut Merge::of(hosts)).await, (vec![1, 2, 3, 4, 5, 7, 8, 9], Vec::<String>::new()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_host_that_stalls_is_left_behind_with_a_warning() {
-        let mut merge = Merge::new(false);
-        let (good, waiting) = mpsc::channel(4);
-        merge.add("a".to_owned(), waiting);
-        let (_stalled, waiting) = mpsc::channel(4);
-        merge.add("b".to_owned(), waiting);
-        good.send(lines("a", &[1, 2])).await.unwrap();
+        let (good, a) = host("a", &[&[1, 2]]).await;
+        let (_stalled, b) = host("b", &[]).await;
         drop(good);
-        let (times, warnings) = all(&mut merge).await;
+        let (times, warnings) = all(&mut Merge::of(vec![a, b])).await;
         assert_eq!(times, [1, 2]);
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("host b stopped answering"), "{warnings:?}");
@@ -225,18 +255,33 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_follower_is_not_held_up_by_a_quiet_host() {
-        let mut merge = Merge::new(true);
-        let (a, waiting) = mpsc::channel(4);
-        merge.add("a".to_owned(), waiting);
-        let (b, waiting) = mpsc::channel(4);
-        merge.add("b".to_owned(), waiting);
-        a.send(lines("a", &[5])).await.unwrap();
-        b.send(lines("b", &[4])).await.unwrap();
+        let (joining, joined) = mpsc::channel(4);
+        let mut merge = Merge::following(joined);
+        let (_a, a) = host("a", &[&[5]]).await;
+        let (_b, b) = host("b", &[&[4]]).await;
+        joining.send(a).await.unwrap();
+        joining.send(b).await.unwrap();
         let begun = Instant::now();
-        let first = merge.next().await.unwrap();
-        assert_eq!(first.lines[0].unix_ns, 4);
-        let second = merge.next().await.unwrap();
-        assert_eq!(second.lines[0].unix_ns, 5);
+        let mut times = Vec::new();
+        while times.len() < 2 {
+            times.extend(merge.next().await.unwrap().lines.iter().map(|line| line.unix_ns));
+        }
+        assert_eq!(times, [4, 5]);
         assert!(begun.elapsed() <= REORDER, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_joins_later_is_followed_too() {
+        let (joining, joined) = mpsc::channel(4);
+        let mut merge = Merge::following(joined);
+        let (first, a) = host("a", &[&[1]]).await;
+        joining.send(a).await.unwrap();
+        assert_eq!(merge.next().await.unwrap().lines[0].unix_ns, 1);
+        drop(first);
+        let (_second, b) = host("b", &[&[2]]).await;
+        joining.send(b).await.unwrap();
+        assert_eq!(merge.next().await.unwrap().lines[0].unix_ns, 2);
+        drop((joining, _second));
+        assert_eq!(all(&mut merge).await, (vec![], vec![]), "ends when nobody can join and all have ended");
     }
 }
