@@ -42,7 +42,7 @@ struct Status {
     leader: u64,
 }
 
-pub fn run() -> anyhow::Result<()> {
+pub(crate) fn run() -> anyhow::Result<()> {
     let Some(program) = find() else {
         println!("skipped: no etcd (set ETCD to its path, or install etcd-server)");
         return Ok(());

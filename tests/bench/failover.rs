@@ -11,7 +11,7 @@ use crate::load::runtime;
 
 const KILLS: usize = 20;
 
-pub fn run() -> anyhow::Result<()> {
+pub(crate) fn run() -> anyhow::Result<()> {
     let mut cluster = Cluster::start(&Setup { members: 3, agents: 1 });
     let runtime = runtime()?;
     let api = {

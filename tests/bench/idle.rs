@@ -9,7 +9,7 @@ use nave_tests::{Cluster, Setup};
 
 const QUIET: Duration = Duration::from_secs(30);
 
-pub fn run() -> anyhow::Result<()> {
+pub(crate) fn run() -> anyhow::Result<()> {
     let mut cluster = Cluster::start(&Setup { members: 3, agents: 1 });
     let manifest = "name = \"sleeper\"\ncommand = [\"sleep\", \"infinity\"]\ncount = 10\n";
     cluster.apply(manifest, &["--wait"]).expect(0);

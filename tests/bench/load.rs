@@ -9,24 +9,24 @@ use tokio::time::Instant;
 
 /// What one run measured.
 #[derive(Debug)]
-pub struct Load {
-    pub per_second: f64,
-    pub p50: Duration,
-    pub p99: Duration,
-    pub errors: usize,
-    pub done: usize,
+pub(crate) struct Load {
+    pub(crate) per_second: f64,
+    pub(crate) p50: Duration,
+    pub(crate) p99: Duration,
+    pub(crate) errors: usize,
+    pub(crate) done: usize,
 }
 
 const WARM_UP: Duration = Duration::from_secs(2);
 const MEASURED: Duration = Duration::from_secs(8);
 
 /// Connections that `clients` share: enough to use both cores, few enough that neither side spends itself on sockets.
-pub fn connections(clients: usize) -> usize {
+pub(crate) fn connections(clients: usize) -> usize {
     clients.clamp(1, 8)
 }
 
 /// Runs `request(client, n)` in a closed loop of `clients`.
-pub async fn closed_loop<F, R>(clients: usize, request: F) -> Load
+pub(crate) async fn closed_loop<F, R>(clients: usize, request: F) -> Load
 where
     F: Fn(usize, u64) -> R + Send + Sync + 'static,
     R: Future<Output = bool> + Send,
@@ -77,7 +77,7 @@ fn summary(mut times: Vec<Duration>, errors: usize, took: Duration) -> Load {
 }
 
 /// A row of the table.
-pub fn row(what: &str, clients: usize, load: &Load, more: &str) -> String {
+pub(crate) fn row(what: &str, clients: usize, load: &Load, more: &str) -> String {
     format!(
         "| {what} | {clients} | {:.0} | {:.2} | {:.2} | {} | {more} |",
         load.per_second,
@@ -87,9 +87,9 @@ pub fn row(what: &str, clients: usize, load: &Load, more: &str) -> String {
     )
 }
 
-pub const HEAD: &str = "| what | clients | per second | p50 ms | p99 ms | errors | |\n|---|---|---|---|---|---|---|";
+pub(crate) const HEAD: &str = "| what | clients | per second | p50 ms | p99 ms | errors | |\n|---|---|---|---|---|---|---|";
 
 /// The runtime of the load generator: one thread, since the members need the cores.
-pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?)
 }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 const ROUNDS: usize = 5;
 
-pub fn run_rounds() -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
+pub(crate) fn run_rounds() -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
     let (mut ready, mut applied) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let folder = tempfile::tempdir()?;
@@ -37,7 +37,7 @@ pub fn run_rounds() -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
     Ok((ready, applied))
 }
 
-pub fn run() -> anyhow::Result<()> {
+pub(crate) fn run() -> anyhow::Result<()> {
     let (ready, applied) = run_rounds()?;
     println!("| what | rounds | min ms | median ms | max ms |\n|---|---|---|---|---|");
     for (what, times) in [("`nave dev` to ready", ready), ("`nave apply --wait` of a process ready at once", applied)] {

@@ -10,9 +10,9 @@ use nave_tests::{Cluster, Setup};
 
 use crate::load::{HEAD, closed_loop, connections, row, runtime};
 
-pub fn run() -> anyhow::Result<()> {
+pub(crate) fn run() -> anyhow::Result<()> {
     println!("{HEAD}");
-    for clients in [1, 64, 512] {
+    for clients in client_counts() {
         let cluster = Cluster::start(&Setup { members: 3, agents: 0 });
         let leader = cluster.wait_for_leader();
         let runtime = runtime()?;
@@ -34,6 +34,11 @@ pub fn run() -> anyhow::Result<()> {
         println!("{}", row("linearizable read", clients, &reads, ""));
     }
     Ok(())
+}
+
+/// One number on the command line measures that many clients only.
+fn client_counts() -> Vec<usize> {
+    std::env::args().nth(2).and_then(|count| count.parse().ok()).map_or_else(|| vec![1, 64, 512], |count| vec![count])
 }
 
 async fn write(mut client: ServiceServiceClient<tonic::transport::Channel>, name: String) -> bool {
@@ -68,7 +73,7 @@ fn scrape(port: u16) -> (f64, f64) {
         let line = text.lines().find(|line| !line.starts_with('#') && line.contains(part));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
     };
-    (value("entries_appended_total"), value("fsyncs_total"))
+    (value("nave_log_entries_total"), value("nave_log_fsyncs_total"))
 }
 
 fn per_fsync(before: &[(f64, f64)], after: &[(f64, f64)]) -> String {

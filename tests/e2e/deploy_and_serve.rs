@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::manifests::{sleeper, web, web_with};
 
 /// GET over HTTP/1.1; the body, none when nothing answers.
-pub fn get(port: u64, path: &str) -> Option<String> {
+pub(crate) fn get(port: u64, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", u16::try_from(port).ok()?)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").ok()?;
@@ -22,7 +22,7 @@ pub fn get(port: u64, path: &str) -> Option<String> {
     answer.split_once("\r\n\r\n").map(|(_, body)| body.trim().to_owned())
 }
 
-pub fn pid(row: &Value) -> u32 {
+pub(crate) fn pid(row: &Value) -> u32 {
     row["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).expect("pid is a number")
 }
 

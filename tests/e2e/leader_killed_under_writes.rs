@@ -36,7 +36,7 @@ async fn write_until(api: Api, writer: usize, round: &'static str, stop: Arc<Ato
 }
 
 /// Runs `fault` while `WRITERS` writers write; returns every acknowledged name.
-pub fn under_writes(cluster: &mut Cluster, round: &'static str, fault: impl FnOnce(&mut Cluster)) -> Vec<String> {
+pub(crate) fn under_writes(cluster: &mut Cluster, round: &'static str, fault: impl FnOnce(&mut Cluster)) -> Vec<String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let stop = Arc::new(AtomicBool::new(false));
     let context = cluster.context();

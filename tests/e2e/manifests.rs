@@ -3,12 +3,12 @@
 use nave_tests::nave::hello;
 
 /// A web service of `count` copies, ready when it answers.
-pub fn web(name: &str, count: u32) -> String {
+pub(crate) fn web(name: &str, count: u32) -> String {
     web_with(name, count, "", "")
 }
 
 /// The same with more words on its command line and more tables at the end.
-pub fn web_with(name: &str, count: u32, args: &str, tables: &str) -> String {
+pub(crate) fn web_with(name: &str, count: u32, args: &str, tables: &str) -> String {
     let words: String = args.split_whitespace().map(|word| format!(", \"{word}\"")).collect();
     format!(
         "name = \"{name}\"\ncommand = [\"{}\"{words}]\ncount = {count}\n\n[ports.http]\nprotocol = \"http\"\n\n\
@@ -18,6 +18,6 @@ pub fn web_with(name: &str, count: u32, args: &str, tables: &str) -> String {
 }
 
 /// A process that is ready as soon as it runs.
-pub fn sleeper(name: &str, count: u32) -> String {
+pub(crate) fn sleeper(name: &str, count: u32) -> String {
     format!("name = \"{name}\"\ncommand = [\"sleep\", \"infinity\"]\ncount = {count}\n")
 }
