@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use nave_proto::ids::MemberId;
+use openraft::Instant as _;
 use openraft::async_runtime::WatchReceiver as _;
 use tokio::time::timeout;
 
@@ -13,6 +14,8 @@ use crate::raft::RaftHub;
 const TRANSFER_WITHIN: Duration = Duration::from_secs(2);
 /// Answers under way when a member stops.
 const DRAIN_WITHIN: Duration = Duration::from_secs(1);
+/// Who has not answered a heartbeat (each 100 ms) for so long is not handed the lead.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
 /// A target may lack this many entries; it is given them first, and writes wait meanwhile.
 const LAG_MAX: u64 = 1000;
 
@@ -60,13 +63,17 @@ impl RaftHub {
         let receiver = self.inner.raft.metrics();
         let metrics = receiver.borrow_watched();
         let replication = metrics.replication.clone().unwrap_or_default();
+        let heartbeat = metrics.heartbeat.clone().unwrap_or_default();
         let voters: Vec<u64> = metrics.membership_config.voter_ids().collect();
         let last = metrics.last_log_index.unwrap_or(0);
         drop(metrics);
         let matched = |id: u64| replication.get(&id).copied().flatten().map(|id| id.index);
         let Some(member) = to else {
-            let others = voters.iter().filter(|id| **id != own.0 && matched(**id).is_some());
-            return others
+            let heard =
+                |id: u64| heartbeat.get(&id).copied().flatten().is_some_and(|at| at.elapsed() < HEARD_WITHIN);
+            return voters
+                .iter()
+                .filter(|id| **id != own.0 && matched(**id).is_some() && heard(**id))
                 .max_by_key(|id| matched(**id))
                 .map(|id| MemberId(*id))
                 .ok_or(TransferError::NobodyElse);
@@ -113,7 +120,7 @@ impl RaftHub {
         if let Err(error) = inner.raft.shutdown().await {
             tracing::warn!(%error, "the Raft core ended badly");
         }
-        inner.tasks.wait().await;
+        let _ended = timeout(DRAIN_WITHIN, inner.tasks.wait()).await;
         let stores = inner.stores.lock().take();
         // Waits for the writer threads to write what is queued.
         if let Err(error) = tokio::task::spawn_blocking(move || drop(stores)).await {

@@ -166,7 +166,8 @@ impl StateMachine {
         let mut replies = Vec::with_capacity(steps.len());
         let mut changes: Vec<Change> = Vec::new();
         let (mut applied, mut membership) = (None, None);
-        let _guard = PanicGuard(&self.failure);
+        // openraft would go on without its state machine, and the tables may be half changed.
+        let _guard = self.failure.guard("applying a log entry");
         let mut state = self.tables.state.write();
         for Step { log_id, action } in steps {
             applied = Some(log_id);
@@ -201,17 +202,6 @@ impl StateMachine {
         !self.snapshot_wanted
             && index.saturating_sub(covered) < self.policy.entries_between.saturating_mul(10)
             && self.snapshot_started.is_some_and(|started| started.elapsed() < self.policy.interval_min)
-    }
-}
-
-/// openraft would go on without its state machine, and the tables may be half changed.
-struct PanicGuard<'a>(&'a Failure);
-
-impl Drop for PanicGuard<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.publish("applying a log entry panicked; please report this, with the log of this member");
-        }
     }
 }
 

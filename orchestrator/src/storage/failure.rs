@@ -39,6 +39,11 @@ impl Failure {
         self.get().map_or(Ok(()), |message| Err(io::Error::other(message.to_string())))
     }
 
+    /// Publishes a failure when the current scope is left by a panic.
+    pub(crate) fn guard<'a>(&'a self, what: &'a str) -> PanicGuard<'a> {
+        PanicGuard { failure: self, what }
+    }
+
     /// Resolves once a failure is published.
     pub(crate) async fn wait(&self) -> String {
         let mut receiver = self.message.subscribe();
@@ -52,9 +57,39 @@ impl Failure {
     }
 }
 
+/// Whoever waits for the one that panicked would wait for ever.
+pub(crate) struct PanicGuard<'a> {
+    failure: &'a Failure,
+    what: &'a str,
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failure
+                .publish(format!("{} panicked; please report this, with this member's output", self.what));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_a_failure() {
+        let failure = Failure::new();
+        drop(failure.guard("nobody"));
+        failure.check().unwrap();
+        let its = failure.clone();
+        std::thread::spawn(move || {
+            let _guard = its.guard("the writer");
+            panic!("on purpose");
+        })
+        .join()
+        .unwrap_err();
+        assert!(failure.get().unwrap().starts_with("the writer panicked"));
+    }
 
     #[tokio::test]
     async fn the_first_failure_wins() {

@@ -92,8 +92,12 @@ impl Cluster {
     }
 
     pub(super) fn credentials(&self, id: MemberId) -> Credentials {
+        self.credentials_of(nave_tls::Role::Member(id))
+    }
+
+    pub(super) fn credentials_of(&self, role: nave_tls::Role) -> Credentials {
         let now = clock::unix_now_ns() / 1_000_000_000;
-        self.authority.issue_new(nave_tls::Role::Member(id), MEMBER_VALIDITY, now).unwrap()
+        self.authority.issue_new(role, MEMBER_VALIDITY, now).unwrap()
     }
 
     pub(super) fn options(&self, id: MemberId) -> RaftOptions {

@@ -1,7 +1,7 @@
-//! Reads of one group's log: from the tail when it is there, else from RocksDB on a blocking thread. A range is found
-//! under the tail's lock; what lies on disk is then read without it, which is sound because entries leave the tail only
-//! once they are written, and are deleted only below the purge mark or above a truncation that openraft itself asked
-//! for. A hole in between is an error: openraft would skip the command silently.
+//! Reads of one group's log: from the tail when it is there, else from RocksDB on a blocking thread. A range is found,
+//! and a view of the database taken, under the tail's lock, so a purge or truncation that comes after it takes nothing
+//! away from this read; entries leave the tail only once they are written. A hole is an error: openraft would skip the
+//! command silently.
 
 use std::fmt::Debug;
 use std::io;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use futures::{Stream, TryStreamExt as _, stream};
 use nave_proto::pb;
 use openraft::storage::RaftLogReader;
-use rocksdb::{DB, Direction, IteratorMode, ReadOptions};
+use rocksdb::{ColumnFamily, DB, Direction, IteratorMode, ReadOptions, Snapshot};
 
 use super::tail::{Found, Tail};
 use super::{Group, Shared, entry_bytes, index_of, keys};
@@ -37,16 +37,24 @@ impl LogReader {
 
     /// The entries of `range` that the log has, in order and without a hole; stops early at `bytes_max`.
     async fn read(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
-        let Found { on_disk, cached } = self.group.tail.read().find(range, bytes_max);
+        let Found { on_disk, cached } = self.group.tail.read().find(range.clone(), bytes_max);
         if on_disk.is_empty() {
             return Ok(cached);
         }
-        let (shared, group) = (self.shared.clone(), self.group.id);
+        let reader = self.clone();
+        tokio::task::spawn_blocking(move || reader.read_below_tail(range, bytes_max))
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    fn read_below_tail(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        let tail = self.group.tail.read();
+        let Found { on_disk, cached } = tail.find(range, bytes_max);
+        let view = self.shared.db.snapshot();
+        drop(tail);
         let count = on_disk.end - on_disk.start;
-        let mut entries =
-            tokio::task::spawn_blocking(move || read_range(&shared.db, group, on_disk, bytes_max))
-                .await
-                .map_err(io::Error::other)??;
+        let log = self.shared.db.cf_handle(keys::LOG).expect("column families are created in open()");
+        let mut entries = read_range(&view, log, self.group.id, on_disk, bytes_max)?;
         if entries.len() as u64 == count {
             let mut bytes: usize = entries.iter().map(entry_bytes).sum();
             entries.extend(cached.into_iter().take_while(|entry| {
@@ -108,15 +116,20 @@ fn half_open(range: &impl RangeBounds<u64>) -> Range<u64> {
     start..end
 }
 
-fn read_range(db: &DB, group: u32, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
-    let log = db.cf_handle(keys::LOG).expect("column families are created in open()");
+fn read_range(
+    view: &Snapshot<'_>,
+    log: &ColumnFamily,
+    group: u32,
+    range: Range<u64>,
+    bytes_max: usize,
+) -> io::Result<Vec<Entry>> {
     let mut options = ReadOptions::default();
     options.set_iterate_upper_bound(keys::entry(group, range.end));
     let start = keys::entry(group, range.start);
     let mut entries = Vec::new();
     let mut bytes = 0;
     let mut expected = range.start;
-    for item in db.iterator_cf_opt(log, options, IteratorMode::From(&start, Direction::Forward)) {
+    for item in view.iterator_cf_opt(log, options, IteratorMode::From(&start, Direction::Forward)) {
         let (key, value) = item.map_err(rocks::io_error)?;
         let index = keys::index(group, &key).ok_or_else(|| hole(expected))?;
         if index != expected {

@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use openraft::storage::IOFlushed;
 use parking_lot::{Condvar, Mutex};
@@ -19,8 +18,6 @@ use crate::raft::convert::{entry_to_pb, log_id_to_pb, vote_to_pb};
 use crate::raft::types::{Entry, LogId, TypeConfig, Vote};
 use crate::storage::rocks;
 
-/// A commit mark waits this long for another write to ride with; it is only a hint for the next start.
-const COMMITTED_LINGER: Duration = Duration::from_millis(100);
 /// Truncations of more entries than this are one range deletion.
 const POINT_DELETES_MAX: u64 = 1024;
 
@@ -79,6 +76,7 @@ impl Queue {
         }
     }
 
+    /// A commit mark rides with the next write, or is written at the end: it is only a hint for the next start.
     pub(super) fn mark_committed(&self, group: Arc<Group>) {
         self.state.lock().committed.insert(group.id, group);
     }
@@ -100,11 +98,8 @@ impl Queue {
                 return None;
             }
             state.sleeping = true;
-            let timed_out = self.wake.wait_for(&mut state, COMMITTED_LINGER).timed_out();
+            self.wake.wait(&mut state);
             state.sleeping = false;
-            if timed_out && !state.committed.is_empty() {
-                return Some((Vec::new(), std::mem::take(&mut state.committed)));
-            }
         }
     }
 }
@@ -128,6 +123,7 @@ impl Writer {
 
     pub(super) fn run(mut self) {
         let shared = self.shared.clone();
+        let _guard = shared.failure.guard("the log's writer");
         while let Some((ios, committed)) = shared.queue.take() {
             let result = shared.failure.check().and_then(|()| self.write(&ios, committed));
             if let Err(error) = &result {

@@ -36,6 +36,8 @@ impl Writer {
     }
 
     pub(super) fn run(mut self) {
+        let failure = self.failure.clone();
+        let _guard = failure.guard("the state's writer");
         let mut next = self.queue.blocking_recv();
         while let Some(message) = next.take() {
             let result = match message {
