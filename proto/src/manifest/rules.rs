@@ -304,7 +304,7 @@ impl Rules {
             self.at(&["update", "progress_deadline"], why);
         }
         if !manifest.per_host && update.canary > manifest.count {
-            let why = format!("{} canaries of {} instances", update.canary, manifest.count);
+            let why = format!("must be at most count, {}, not {}", manifest.count, update.canary);
             self.at(&["update", "canary"], why);
         }
     }

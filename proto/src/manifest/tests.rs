@@ -128,6 +128,28 @@ fn defaults_are_those_of_the_design() {
 }
 
 #[test]
+fn every_example_in_the_tree_is_a_manifest() {
+    let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples")];
+    let mut read = 0;
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.ends_with("Cargo.toml") {
+                // A program that an example runs.
+            } else if let Some(format) = Format::of_path(&path) {
+                let text = std::fs::read_to_string(&path).unwrap();
+                parse_all(&text, format, &path.display().to_string())
+                    .unwrap_or_else(|error| panic!("{error}"));
+                read += 1;
+            }
+        }
+    }
+    assert!(read > 0, "no examples");
+}
+
+#[test]
 fn filling_in_defaults_twice_changes_nothing() {
     let mut manifest = toml(DESIGN);
     let once = manifest.clone();

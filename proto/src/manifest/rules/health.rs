@@ -76,7 +76,7 @@ impl Rules {
 
     fn probed_port(&mut self, table: &[&str], check: &str, probe: &pb::Probe, manifest: &pb::Manifest) {
         if manifest.ports.is_empty() {
-            let why = format!("a {check} check needs a port; add one, such as [ports.http]");
+            let why = format!("the {check} check needs a port; add one, such as [ports.http]");
             return self.at(&[table, &[check]].concat(), why);
         }
         let names = || manifest.ports.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
