@@ -151,7 +151,7 @@ impl fmt::Display for Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        Self::refused(format!("{error:#}"))
+        Self::refused(format!("{error:#}").trim_end())
     }
 }
 

@@ -119,10 +119,12 @@ fn read(path: &Path, format: Format) -> Result<Source, Failure> {
     Ok(Source { file, format, text })
 }
 
-/// No more than it takes for the parser to say that it is too much.
+/// Far more than a manifest may have, which the parser then says; but not a whole disk image.
+const READ_BYTES_MAX: u64 = 16 << 20;
+
 fn text_of(reader: impl io::Read) -> io::Result<String> {
     let mut bytes = Vec::new();
-    reader.take(2 * manifest::MANIFEST_BYTES_MAX as u64).read_to_end(&mut bytes)?;
+    reader.take(READ_BYTES_MAX).read_to_end(&mut bytes)?;
     match String::from_utf8(bytes) {
         Ok(text) => Ok(text),
         // Cut within a character, above.
