@@ -4,6 +4,7 @@
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_proto::pb::observed::State;
+use nave_proto::signals;
 
 use crate::wants::InstanceExt as _;
 
@@ -95,15 +96,31 @@ pub(crate) fn instance_event(
     Some((kind, format!("{who} {what}")))
 }
 
+/// The end of a process that `after` has and `before` had not, when its state does not tell it: a process that was
+/// started again at once, or while the hub was away, would else have ended unseen.
+pub(crate) fn untold_exit(
+    before: &pb::InstanceRecord,
+    after: &pb::InstanceRecord,
+    host: &str,
+) -> Option<(&'static str, String)> {
+    let told = matches!(after.state(), Some(State::BackingOff(_) | State::Exited(_) | State::Failed(_)));
+    let exit = after.last_exit.as_ref().filter(|_| !told)?;
+    let attempt_of = |exit: &pb::ExitRecord| (exit.epoch, exit.attempt);
+    if before.last_exit.as_ref().map(attempt_of) >= Some(attempt_of(exit)) {
+        return None;
+    }
+    Some(("instance_exited", format!("{} {} on {host}", called(after), ended(Some(exit)))))
+}
+
 /// How a process ended: `exited with code 3 after 1.2 s`.
-fn ended(exit: Option<&pb::ExitRecord>) -> String {
+pub(crate) fn ended(exit: Option<&pb::ExitRecord>) -> String {
     let Some(exit) = exit else { return "ended".to_owned() };
     let after = ran(exit.ran_ms);
     match exit.cause() {
         pb::ExitCause::ExecError if exit.message.is_empty() => "could not be started".to_owned(),
         pb::ExitCause::ExecError => format!("could not be started ({})", exit.message),
         pb::ExitCause::Exit => format!("exited with code {} after {after}", exit.code),
-        pb::ExitCause::Signal => format!("was killed by signal {} after {after}", exit.signal),
+        pb::ExitCause::Signal => format!("was killed by {} after {after}", signals::name(exit.signal)),
         pb::ExitCause::Oom => format!("ran out of memory after {after}"),
         pb::ExitCause::Watchdog => format!("missed its watchdog after {after}"),
         pb::ExitCause::Probe => format!("failed its liveness probe after {after}"),

@@ -10,7 +10,7 @@ use nave_proto::pb::observed::{Pending, State};
 use nave_proto::pb::{EndpointState, RejectedCode};
 
 use super::{Outcome, Tx, rejected};
-use crate::events::{Subject, called, instance_event};
+use crate::events::{Subject, called, instance_event, untold_exit};
 use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _, observed};
 
 impl Tx<'_> {
@@ -47,10 +47,15 @@ impl Tx<'_> {
         }
         let Some(after) = merged(&before, report, self.now) else { return };
         let progressed = after.ready() && !before.ready();
-        let event = instance_event(&before, &after, &self.host_name(host));
+        let host = self.host_name(host);
+        let exit = untold_exit(&before, &after, &host);
+        let event = instance_event(&before, &after, &host);
         let subject = Subject::instance(&after);
         let template = after.template_version;
         self.put_instance(after);
+        if let Some((kind, message)) = exit {
+            self.event(kind, subject.clone(), message);
+        }
         if let Some((kind, message)) = event {
             if progressed {
                 self.extend_deadline(&subject.service, template);
@@ -134,6 +139,7 @@ fn merged(before: &pb::InstanceRecord, report: pb::InstanceReport, now: i64) -> 
         ports: report.ports,
         reason: report.reason,
         endpoint: endpoint.into(),
+        last_exit: report.last_exit.or_else(|| before.last_exit.clone()),
         ..before.clone()
     };
     if after == *before {

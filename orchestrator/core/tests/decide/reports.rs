@@ -183,7 +183,7 @@ fn events_tell_an_instances_life() {
     world.say(1, State::BackingOff(observed::BackingOff { until_unix_ns: 1, last_exit: Some(exit) }));
     assert_eq!(
         world.last_event("instance_exited"),
-        "web.0 (i-1) was killed by signal 9 after 1 min 5 s on alpha, is started again"
+        "web.0 (i-1) was killed by SIGKILL after 1 min 5 s on alpha, is started again"
     );
     world.say(1, failed());
     assert!(world.last_event("instance_failed").contains("given up"));
