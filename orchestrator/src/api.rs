@@ -109,10 +109,7 @@ impl Hub {
     fn or_not_begun(&self, refusal: Status) -> Status {
         match self.raft.state().cluster() {
             Some(_) => refusal,
-            None => errors::unavailable(
-                "NOT_BEGUN",
-                "the cluster is only just beginning; nothing was changed; try again in a moment",
-            ),
+            None => errors::not_begun(),
         }
     }
 

@@ -156,7 +156,10 @@ impl MemberConfig {
             None => wrong.push(format!("id is {}, which members does not list", self.id)),
             Some(own) => {
                 if own.name != self.name {
-                    wrong.push(format!("name is {:?}, but members calls {} {:?}", self.name, self.id, own.name));
+                    wrong.push(format!(
+                        "name is {:?}, but members calls {} {:?}",
+                        self.name, self.id, own.name
+                    ));
                 }
                 if own.address != self.advertise {
                     wrong.push(format!(
@@ -214,9 +217,8 @@ impl Bootstrap {
 
 /// `host:port` with a port that can be dialled.
 fn is_host_port(text: &str) -> bool {
-    text.rsplit_once(':').is_some_and(|(host, port)| {
-        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
-    })
+    text.rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0))
 }
 
 /// Ids are written as people see them.

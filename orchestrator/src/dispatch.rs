@@ -62,7 +62,12 @@ impl Dispatch {
 
     /// Lets a session take the place of an older one of the same host, which ends. Two runs that take turns are
     /// two agents with one identity: a copied data directory.
-    fn replace(open: &Mutex<BTreeMap<HostId, OpenSession>>, host: HostId, number: u64, run_id: &str) -> CancellationToken {
+    fn replace(
+        open: &Mutex<BTreeMap<HostId, OpenSession>>,
+        host: HostId,
+        number: u64,
+        run_id: &str,
+    ) -> CancellationToken {
         let replaced = CancellationToken::new();
         let new = OpenSession { number, run_id: run_id.to_owned(), replaced: replaced.clone() };
         if let Some(old) = open.lock().insert(host, new) {
@@ -93,7 +98,8 @@ pub(crate) async fn watch_leader(hub: Arc<Hub>, leaderless: watch::Sender<bool>)
         }
         let status = hub.raft.status();
         let without = status.members.len() > 1 && status.last_quorum_contact > beats::TTL / 3;
-        let changed = leaderless.send_if_modified(|leaderless| std::mem::replace(leaderless, without) != without);
+        let changed =
+            leaderless.send_if_modified(|leaderless| std::mem::replace(leaderless, without) != without);
         if changed && without {
             warn!("this member knows no leader: its agents are sent to the others");
         }

@@ -87,13 +87,33 @@ fn readings(hub: &Hub) -> Vec<Read> {
         ("nave_raft_leads", "gauge", "1: this member leads", u64::from(status.leader == Some(hub.id))),
         ("nave_raft_applied_index", "gauge", "Newest log entry in the state", status.applied_index),
         ("nave_raft_last_log_index", "gauge", "Newest entry of the log", status.last_log_index),
-        ("nave_raft_quorum_contact_age_milliseconds", "gauge", "Since a leader with a quorum was heard", contact_ms),
+        (
+            "nave_raft_quorum_contact_age_milliseconds",
+            "gauge",
+            "Since a leader with a quorum was heard",
+            contact_ms,
+        ),
         ("nave_log_entries_total", "counter", "Entries written to the log", counters.entries_appended_total),
         ("nave_log_fsyncs_total", "counter", "Synced writes of the log", counters.fsyncs_total),
-        ("nave_log_fsync_nanoseconds_total", "counter", "Time spent in synced writes", counters.fsync_ns_total),
-        ("nave_data_disk_free_bytes", "gauge", "Room on the data directory's file system", counters.disk_free_bytes),
+        (
+            "nave_log_fsync_nanoseconds_total",
+            "counter",
+            "Time spent in synced writes",
+            counters.fsync_ns_total,
+        ),
+        (
+            "nave_data_disk_free_bytes",
+            "gauge",
+            "Room on the data directory's file system",
+            counters.disk_free_bytes,
+        ),
         ("nave_raft_snapshot_index", "gauge", "Newest entry of the newest snapshot", status.snapshot_index),
-        ("nave_watchers", "gauge", "Watches and agent sessions that wait for changes", size(hub.changes.watchers())),
+        (
+            "nave_watchers",
+            "gauge",
+            "Watches and agent sessions that wait for changes",
+            size(hub.changes.watchers()),
+        ),
         ("nave_ring_changes", "gauge", "Changes kept for watchers", size(ring.changes)),
         ("nave_ring_bytes", "gauge", "Memory of the changes kept for watchers", size(ring.bytes)),
         ("nave_resident_bytes", "gauge", "Resident memory of this process", resident_bytes()),
@@ -110,10 +130,8 @@ fn resident_bytes() -> u64 {
 /// Serves both paths until the member stops.
 pub(crate) async fn serve(hub: Arc<Hub>, listener: TcpListener) -> Result<(), String> {
     let stop = hub.stop.clone().cancelled_owned();
-    let router = Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(healthz))
-        .with_state(hub);
+    let router =
+        Router::new().route("/metrics", get(metrics)).route("/healthz", get(healthz)).with_state(hub);
     axum::serve(listener, router)
         .with_graceful_shutdown(stop)
         .await
@@ -165,7 +183,10 @@ mod tests {
         metrics.propose_failures.inc();
         let readings = [("nave_log_fsyncs_total", "counter", "Synced writes", 7)];
         let text = text(&metrics.registry.read(), &readings).unwrap();
-        assert!(text.starts_with("# HELP nave_log_fsyncs Synced writes.\n# TYPE nave_log_fsyncs counter\n"), "{text}");
+        assert!(
+            text.starts_with("# HELP nave_log_fsyncs Synced writes.\n# TYPE nave_log_fsyncs counter\n"),
+            "{text}"
+        );
         assert!(text.contains("nave_log_fsyncs_total 7\n"), "{text}");
         assert!(text.contains("nave_propose_failures_total 1\n"), "{text}");
         assert!(text.contains("nave_propose_seconds_count 1\n"), "{text}");

@@ -45,7 +45,9 @@ pub enum RunError {
     #[error("cannot use the cluster's CA")]
     Authority(#[source] FileError),
     /// Configuration and CA are of two clusters.
-    #[error("cluster_id is {configured}, but {ca_cert:?} is the CA of cluster {found}; use the files of one `nave init`")]
+    #[error(
+        "cluster_id is {configured}, but {ca_cert:?} is the CA of cluster {found}; use the files of one `nave init`"
+    )]
     OtherCluster {
         /// In the configuration.
         configured: ClusterId,
@@ -88,7 +90,8 @@ pub enum RunError {
 fn listen_advice(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            "another process uses the port; stop it, or choose another one (`ss -ltnp` shows who has it)".to_owned()
+            "another process uses the port; stop it, or choose another one (`ss -ltnp` shows who has it)"
+                .to_owned()
         }
         io::ErrorKind::AddrNotAvailable => "this machine does not have that address".to_owned(),
         io::ErrorKind::PermissionDenied => "not permitted; ports below 1024 need root".to_owned(),
@@ -107,7 +110,8 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
         None => None,
     };
     let changes = Arc::new(Changes::default());
-    let options = RaftOptions::new(config.cluster_id, config.id, config.data_dir.clone(), credentials.clone());
+    let options =
+        RaftOptions::new(config.cluster_id, config.id, config.data_dir.clone(), credentials.clone());
     let raft = RaftHub::start(options, changes.clone()).await?;
     // Raft holds the directory's lock by now.
     let pid_file = pid::write(&config.data_dir)?;

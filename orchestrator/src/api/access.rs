@@ -43,8 +43,17 @@ pub(crate) fn callers(path: &str) -> Option<Callers> {
     let (service, method) = path.strip_prefix('/')?.split_once('/')?;
     match service {
         "nave.v1.ServiceService" => match method {
-            "ApplyService" | "DeleteService" | "ScaleService" | "RestartService" | "RollbackService"
-            | "GetService" | "ListServices" | "ListServiceVersions" | "ListInstances" | "ListEndpoints" | "Watch"
+            "ApplyService"
+            | "DeleteService"
+            | "ScaleService"
+            | "RestartService"
+            | "RollbackService"
+            | "GetService"
+            | "ListServices"
+            | "ListServiceVersions"
+            | "ListInstances"
+            | "ListEndpoints"
+            | "Watch"
             | "ReadLogs" => Some(Callers::OPERATOR),
             _ => None,
         },
@@ -223,7 +232,10 @@ mod tests {
             for service in &file.service {
                 for method in &service.method {
                     let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
-                    assert!(table.contains_key(path.as_str()), "{path} is in the protocol but not in this table");
+                    assert!(
+                        table.contains_key(path.as_str()),
+                        "{path} is in the protocol but not in this table"
+                    );
                 }
             }
         }

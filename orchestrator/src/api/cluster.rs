@@ -116,7 +116,8 @@ impl ClusterService for Cluster {
             errors::failed_precondition("NOT_TRANSFERRED", format!("leadership stays where it is: {error}"))
         })?;
         let status = self.hub.raft.status();
-        let name = status.members.iter().find(|(id, _, _)| *id == leader).map(|(_, node, _)| node.name.clone());
+        let name =
+            status.members.iter().find(|(id, _, _)| *id == leader).map(|(_, node, _)| node.name.clone());
         Ok(Response::new(pb::TransferLeaderResponse { leader: name.unwrap_or_default(), term: status.term }))
     }
 

@@ -127,7 +127,11 @@ pub(crate) fn event(state: &ClusterState, record: &pb::EventRecord) -> pb::Event
         time: timestamp(record.time_unix_ns),
         kind: record.kind.clone(),
         service: record.service.clone(),
-        instance_id: if record.instance_id == 0 { String::new() } else { InstanceId(record.instance_id).to_string() },
+        instance_id: if record.instance_id == 0 {
+            String::new()
+        } else {
+            InstanceId(record.instance_id).to_string()
+        },
         host: host_name(state, record.host_id),
         actor: record.actor.clone(),
         message: record.message.clone(),

@@ -69,6 +69,9 @@ impl EnrollService for Enroll {
             if let Err(error) = fresh {
                 return Err(errors::read(&error, self.hub.reach().await));
             }
+            if self.hub.raft.state().cluster().is_none() {
+                return Err(errors::not_begun());
+            }
             if !self.is_good(&token) {
                 warn!(token = token.id, "enrolment refused");
                 return Err(errors::bad_token());
@@ -104,7 +107,10 @@ impl EnrollService for Enroll {
         let key = nave_tls::csr_public_key_sha256(&request.get_ref().csr_der)
             .map_err(|error| errors::invalid_field("csr_der", &error.to_string()))?;
         if !same(&key, &identity.public_key_sha256) {
-            return Err(errors::invalid_field("csr_der", "must be made with the key of the certificate shown"));
+            return Err(errors::invalid_field(
+                "csr_der",
+                "must be made with the key of the certificate shown",
+            ));
         }
         let registered = self.hub.raft.state().host(host).map(|record| record.public_key_sha256.clone());
         if !registered.is_some_and(|registered| same(&registered, &key)) {

@@ -82,7 +82,9 @@ pub(crate) fn read(error: &ReadError, reach: Reach) -> Status {
         ReadError::Unavailable { .. } | ReadError::Timeout => with_reason(
             Code::Unavailable,
             "NO_LEADER",
-            format!("{reach}, so this member cannot prove its answer to be the newest; ask without linearizable"),
+            format!(
+                "{reach}, so this member cannot prove its answer to be the newest; ask without linearizable"
+            ),
         ),
     }
 }
@@ -90,6 +92,15 @@ pub(crate) fn read(error: &ReadError, reach: Reach) -> Status {
 /// This member is on its way down.
 pub(crate) fn stopping() -> Status {
     with_reason(Code::Unavailable, "STOPPING", "this member is stopping; ask another one")
+}
+
+/// Nothing has been committed yet in this cluster, which passes by itself.
+pub(crate) fn not_begun() -> Status {
+    with_reason(
+        Code::Unavailable,
+        "NOT_BEGUN",
+        "the cluster is only just beginning; nothing was changed; try again in a moment",
+    )
 }
 
 /// A committed command that could not take effect.
@@ -148,7 +159,11 @@ pub(crate) fn no_service(name: &str) -> Status {
 
 /// No such host.
 pub(crate) fn no_host(name: &str) -> Status {
-    with_reason(Code::NotFound, "HOST_NOT_FOUND", format!("there is no host {name:?}; `nave hosts` lists them"))
+    with_reason(
+        Code::NotFound,
+        "HOST_NOT_FOUND",
+        format!("there is no host {name:?}; `nave hosts` lists them"),
+    )
 }
 
 /// A join token that opens nothing; which part is wrong is not told to a stranger.
@@ -198,7 +213,12 @@ mod tests {
     #[test]
     fn each_way_a_write_can_fail_has_its_code_and_reason() {
         let table = [
-            (ProposeError::Unavailable { leader: None }, Code::Unavailable, "NO_LEADER", "nothing was changed"),
+            (
+                ProposeError::Unavailable { leader: None },
+                Code::Unavailable,
+                "NO_LEADER",
+                "nothing was changed",
+            ),
             (ProposeError::Unknown, Code::DeadlineExceeded, "OUTCOME_UNKNOWN", "may or may not"),
             (ProposeError::Overloaded, Code::ResourceExhausted, "OVERLOADED", "nothing was changed"),
             (ProposeError::TooLarge, Code::InvalidArgument, "TOO_LARGE", "nothing was changed"),
@@ -238,12 +258,18 @@ mod tests {
 
     #[test]
     fn a_bad_manifest_names_its_fields() {
-        let violation = |path: &str, message: &str| Violation { path: path.to_owned(), message: message.to_owned() };
+        let violation =
+            |path: &str, message: &str| Violation { path: path.to_owned(), message: message.to_owned() };
         let status = invalid_manifest(&[violation("count", "is too large"), violation("name", "is empty")]);
         assert_eq!(status.message(), "the manifest is not valid: count: is too large; name: is empty");
         let details = status.get_error_details();
-        let fields: Vec<_> =
-            details.bad_request().unwrap().field_violations.iter().map(|field| field.field.as_str()).collect();
+        let fields: Vec<_> = details
+            .bad_request()
+            .unwrap()
+            .field_violations
+            .iter()
+            .map(|field| field.field.as_str())
+            .collect();
         assert_eq!(fields, ["count", "name"]);
     }
 }

@@ -41,7 +41,8 @@ impl EventService for Events {
         };
         let filter = EventFilter { service: (!service.is_empty()).then_some(service), host };
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let events = state.events(&filter, limit).iter().map(|record| convert::event(&state, record)).collect();
+        let events =
+            state.events(&filter, limit).iter().map(|record| convert::event(&state, record)).collect();
         let cursor = Some(self.hub.cursor(&state));
         let freshness = self.hub.freshness(&state, linearizable);
         drop(state);

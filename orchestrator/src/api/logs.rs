@@ -49,7 +49,9 @@ struct Source {
 pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogStream, Status> {
     let instance = match request.instance_id.as_str() {
         "" => None,
-        text => Some(text.parse::<InstanceId>().map_err(|e| errors::invalid_field("instance_id", &e.to_string()))?),
+        text => Some(
+            text.parse::<InstanceId>().map_err(|e| errors::invalid_field("instance_id", &e.to_string()))?,
+        ),
     };
     let sources = {
         let state = hub.raft.state();
@@ -191,8 +193,12 @@ impl Reading {
             return Err("the hub no longer knows it".to_owned());
         }
         let (credentials, expect) = (&self.hub.credentials, Expect::Agent(source.host));
-        let mut agent =
-            AgentServiceClient::new(nave_tls::channel(&address, credentials, expect, ChannelOptions::default()));
+        let mut agent = AgentServiceClient::new(nave_tls::channel(
+            &address,
+            credentials,
+            expect,
+            ChannelOptions::default(),
+        ));
         let mut answer = match timeout(ANSWER_TIMEOUT, agent.read_host_logs(ask.clone())).await {
             Ok(Ok(answer)) => answer.into_inner(),
             Ok(Err(status)) => return Err(format!("{} at {address}", status.message())),

@@ -72,7 +72,11 @@ impl Peers {
     }
 
     /// All other members at once.
-    pub(crate) async fn infos(&self, members: &[Listed], within: Duration) -> BTreeMap<MemberId, pb::MemberInfo> {
+    pub(crate) async fn infos(
+        &self,
+        members: &[Listed],
+        within: Duration,
+    ) -> BTreeMap<MemberId, pb::MemberInfo> {
         let others = members.iter().filter(|(id, _, _)| *id != self.own);
         let asked = others.map(|(id, node, _)| async move {
             self.info(*id, &node.address, within).await.map(|info| (*id, info))

@@ -41,10 +41,15 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(3);
 
 /// The services whose health is told one by one; the empty name stands for the member.
-const HEALTH_NAMES: [&str; 4] = ["", "nave.v1.ServiceService", "nave.v1.ClusterService", "nave.v1.AgentSession"];
+const HEALTH_NAMES: [&str; 4] =
+    ["", "nave.v1.ServiceService", "nave.v1.ClusterService", "nave.v1.AgentSession"];
 
 /// Serves the API until `hub.stop`, then lets the calls under way finish.
-pub(crate) async fn serve(hub: Arc<Hub>, listener: TcpListener, health: HealthReporter) -> Result<(), String> {
+pub(crate) async fn serve(
+    hub: Arc<Hub>,
+    listener: TcpListener,
+    health: HealthReporter,
+) -> Result<(), String> {
     let tls = nave_tls::server_config(&hub.credentials, ClientPolicy { anonymous: true, expired: true });
     let incoming = nave_tls::incoming(listener, tls, IncomingLimits::default(), hub.stop.child_token());
     let gate = gate(&hub, health)?;

@@ -42,7 +42,11 @@ impl Services {
     }
 
     /// What an apply would do, found without writing anything.
-    fn dry_run(&self, request: &pb::ApplyServiceRequest, after: &pb::Manifest) -> Result<pb::ApplyServiceResponse, Status> {
+    fn dry_run(
+        &self,
+        request: &pb::ApplyServiceRequest,
+        after: &pb::Manifest,
+    ) -> Result<pb::ApplyServiceResponse, Status> {
         let state = self.hub.raft.state();
         let before = state.service(&after.name).filter(|service| !service.deleting);
         let version = before.map_or(0, |service| service.version);
@@ -51,7 +55,10 @@ impl Services {
         {
             return Err(errors::failed_precondition(
                 "CONFLICT",
-                format!("{} is at version {version}, not {expected}; read it again before you change it", after.name),
+                format!(
+                    "{} is at version {version}, not {expected}; read it again before you change it",
+                    after.name
+                ),
             ));
         }
         let manifest = before.and_then(|service| service.manifest.as_ref());
@@ -70,7 +77,12 @@ impl Services {
     }
 
     /// The manifest that a committed apply replaced: the one seen before unless another apply came between.
-    fn replaced(&self, seen: Option<Arc<pb::ServiceRecord>>, name: &str, version: u64) -> Option<pb::Manifest> {
+    fn replaced(
+        &self,
+        seen: Option<Arc<pb::ServiceRecord>>,
+        name: &str,
+        version: u64,
+    ) -> Option<pb::Manifest> {
         let seen = seen?;
         if seen.version + 1 == version {
             return seen.manifest.clone();
@@ -89,7 +101,8 @@ impl ServiceService for Services {
         let actor = crate::api::access::actor(&request);
         let deadline = crate::api::deadline::of(request.metadata());
         let mut request = request.into_inner();
-        let mut manifest = request.manifest.take().ok_or_else(|| errors::invalid_field("manifest", "is missing"))?;
+        let mut manifest =
+            request.manifest.take().ok_or_else(|| errors::invalid_field("manifest", "is missing"))?;
         let bytes = manifest.encoded_len();
         if bytes > MANIFEST_BYTES_MAX {
             return Err(errors::manifest_too_large(bytes));
@@ -99,7 +112,8 @@ impl ServiceService for Services {
         if request.dry_run {
             return self.dry_run(&request, &manifest).map(Response::new);
         }
-        let before = self.hub.raft.state().service(&manifest.name).filter(|service| !service.deleting).cloned();
+        let before =
+            self.hub.raft.state().service(&manifest.name).filter(|service| !service.deleting).cloned();
         // Only a change of something has a difference to tell; a new service costs no second copy.
         let after = before.is_some().then(|| manifest.clone());
         let body = Body::ApplyService(pb::ApplyService {
@@ -154,7 +168,8 @@ impl ServiceService for Services {
         request: Request<pb::RollbackServiceRequest>,
     ) -> Result<Response<pb::ChangeResponse>, Status> {
         let pb::RollbackServiceRequest { name, to_version, request_id } = request.get_ref().clone();
-        self.change(&request, request_id, Body::RollbackService(pb::RollbackService { name, to_version })).await
+        self.change(&request, request_id, Body::RollbackService(pb::RollbackService { name, to_version }))
+            .await
     }
 
     async fn get_service(
@@ -228,7 +243,8 @@ impl ServiceService for Services {
                 "" => None,
                 name => Some(convert::find_host(&state, name).ok_or_else(|| errors::no_host(name))?),
             };
-            let on_host = |record: &&Arc<pb::InstanceRecord>| host.is_none_or(|host| host == HostId(record.host_id));
+            let on_host =
+                |record: &&Arc<pb::InstanceRecord>| host.is_none_or(|host| host == HostId(record.host_id));
             let records: Vec<_> = if service.is_empty() {
                 state.instances().filter(on_host).cloned().collect()
             } else {

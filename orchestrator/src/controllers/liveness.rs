@@ -131,7 +131,8 @@ impl Judge {
         let braking = known.len() > (hosts / 5).max(1);
         if braking && !self.braking {
             error!(
-                silent = silent.len(), hosts,
+                silent = silent.len(),
+                hosts,
                 "so many hosts fell silent at once that the fault is probably here: none is replaced until most \
                  of them return"
             );
@@ -253,6 +254,10 @@ mod tests {
         let after = state(&[HostStatus::Lost, HostStatus::Silent, UP]);
         let now = pass_time(60).await;
         beats.mark([HostId(3)]);
-        assert_eq!(said(&judge.look(&after, &beats, now)), [(2, HostStatus::Lost)], "a minute later it stands alone");
+        assert_eq!(
+            said(&judge.look(&after, &beats, now)),
+            [(2, HostStatus::Lost)],
+            "a minute later it stands alone"
+        );
     }
 }

@@ -193,7 +193,9 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
             warn!(%host, reason = rejected.message, "the host's facts were refused");
             Ok(())
         }
-        Some(pb::reply::Result::Rejected(rejected)) => Err(Failure::Never(Box::new(refused(host, &rejected)))),
+        Some(pb::reply::Result::Rejected(rejected)) => {
+            Err(Failure::Never(Box::new(refused(host, &rejected))))
+        }
         Some(pb::reply::Result::Accepted(_)) | None => Ok(()),
     }
 }

@@ -41,8 +41,7 @@ impl Told {
     /// Everything that is wanted on the host.
     pub(super) fn whole(&mut self, state: &ClusterState, incarnation: u64) -> pb::WantedSet {
         let records: Vec<_> = state.instances_on(self.host).collect();
-        self.instances =
-            records.iter().map(|record| (InstanceId(record.id), Wish::of(record))).collect();
+        self.instances = records.iter().map(|record| (InstanceId(record.id), Wish::of(record))).collect();
         pb::WantedSet {
             incarnation,
             generation: state.revision(),

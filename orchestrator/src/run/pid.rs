@@ -14,7 +14,9 @@ pub(super) fn write(data_dir: &Path) -> Result<PidFile, RunError> {
     let path = data_dir.join("nave.pid");
     let draft = data_dir.join("nave.pid.new");
     let write = std::fs::write(&draft, format!("{}\n", std::process::id()));
-    write.and_then(|()| std::fs::rename(&draft, &path)).map_err(|source| RunError::Write { path: path.clone(), source })?;
+    write
+        .and_then(|()| std::fs::rename(&draft, &path))
+        .map_err(|source| RunError::Write { path: path.clone(), source })?;
     Ok(PidFile(path))
 }
 

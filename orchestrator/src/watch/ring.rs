@@ -139,7 +139,11 @@ fn cost(change: &Change) -> usize {
         Change::Host(record) => record.encoded_len(),
         Change::Instance(record) => record.encoded_len(),
         Change::Event(record) => record.encoded_len(),
-        Change::Version(_) | Change::Token(_) | Change::Dedup(_) | Change::Cluster(_) | Change::Deleted(_) => 0,
+        Change::Version(_)
+        | Change::Token(_)
+        | Change::Dedup(_)
+        | Change::Cluster(_)
+        | Change::Deleted(_) => 0,
     };
     RECORD_OVERHEAD_BYTES + 2 * encoded
 }
@@ -155,7 +159,12 @@ mod tests {
     use super::*;
 
     fn service(name: &str, version: u64, revision: u64) -> Change {
-        Change::Service(Arc::new(pb::ServiceRecord { name: name.to_owned(), version, revision, ..Default::default() }))
+        Change::Service(Arc::new(pb::ServiceRecord {
+            name: name.to_owned(),
+            version,
+            revision,
+            ..Default::default()
+        }))
     }
 
     /// A model of the state: service name to version.
@@ -253,7 +262,11 @@ mod tests {
         for revision in 1..100 {
             ring.push(revision, &[service(&"x".repeat(50), revision, revision)]);
         }
-        assert!(ring.size().changes >= 3 && ring.size().bytes <= 4 * (RECORD_OVERHEAD_BYTES + 200), "{:?}", ring.size());
+        assert!(
+            ring.size().changes >= 3 && ring.size().bytes <= 4 * (RECORD_OVERHEAD_BYTES + 200),
+            "{:?}",
+            ring.size()
+        );
         assert!(matches!(ring.read(1, 10, |_| true), Read::FellOut));
         assert!(matches!(ring.read(98, 10, |_| true), Read::Changes { upto: 99, .. }));
     }

@@ -49,7 +49,9 @@ pub(crate) struct Member {
 
 /// A port that was free a moment ago.
 fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port")
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a free port")
 }
 
 impl Cluster {
@@ -199,7 +201,8 @@ pub(crate) fn facts(name: &str) -> pb::HostFacts {
 
 pub(crate) fn manifest(name: &str, count: u32) -> pb::Manifest {
     let text = format!("name = \"{name}\"\ncommand = [\"/bin/sleep\", \"1000\"]\ncount = {count}\n");
-    nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "test.toml").expect("a good manifest")
+    nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "test.toml")
+        .expect("a good manifest")
 }
 
 pub(crate) fn apply(manifest: pb::Manifest) -> pb::ApplyServiceRequest {
@@ -217,10 +220,16 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    pub(crate) async fn connect(cluster: &Cluster, member: usize, credentials: &Credentials, host: HostId) -> Self {
+    pub(crate) async fn connect(
+        cluster: &Cluster,
+        member: usize,
+        credentials: &Credentials,
+        host: HostId,
+    ) -> Self {
         let (send, outgoing) = mpsc::channel(16);
         let mut client = AgentSessionClient::new(cluster.channel(member, credentials));
-        let receive = client.open_session(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
+        let receive =
+            client.open_session(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
         let agent = Self { send, receive };
         let hello = pb::Hello {
             cluster_id: CLUSTER.to_string(),

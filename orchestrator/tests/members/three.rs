@@ -142,9 +142,13 @@ async fn without_a_quorum_it_is_said_so_and_nothing_is_changed() {
     let refused = services.apply_service(apply(manifest("during", 0))).await.unwrap_err();
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::Unavailable, "NO_LEADER"), "{refused}");
-    assert!(refused.message().starts_with("2 of 3 members cannot be reached; nothing was changed"), "{refused}");
+    assert!(
+        refused.message().starts_with("2 of 3 members cannot be reached; nothing was changed"),
+        "{refused}"
+    );
 
-    let stale = services.list_services(pb::ListServicesRequest { linearizable: false }).await.unwrap().into_inner();
+    let stale =
+        services.list_services(pb::ListServicesRequest { linearizable: false }).await.unwrap().into_inner();
     assert_eq!(stale.services.len(), 1);
     let freshness = stale.freshness.unwrap();
     assert!(!freshness.linearizable && freshness.age_ms > 1000, "{freshness:?}");
@@ -160,7 +164,8 @@ async fn without_a_quorum_it_is_said_so_and_nothing_is_changed() {
         }
     };
     timeout(PATIENCE, applied).await.unwrap();
-    let all = services.list_services(pb::ListServicesRequest { linearizable: true }).await.unwrap().into_inner();
+    let all =
+        services.list_services(pb::ListServicesRequest { linearizable: true }).await.unwrap().into_inner();
     let names: Vec<_> = all.services.iter().map(|service| service.name.as_str()).collect();
     assert_eq!(names, ["after", "before"]);
     cluster.end().await;

@@ -129,7 +129,11 @@ impl Merge {
         };
         match earliest {
             Some((_, index, came)) if self.joining.is_some() => {
-                if now >= came + REORDER { Next::Line(index) } else { Next::WaitUntil(came + REORDER) }
+                if now >= came + REORDER {
+                    Next::Line(index)
+                } else {
+                    Next::WaitUntil(came + REORDER)
+                }
             }
             // A follower waits as long as it takes.
             None if self.joining.is_some() => Next::WaitUntil(now + STALLED),
@@ -195,7 +199,8 @@ impl Merge {
         for host in self.hosts.iter_mut().filter(|host| !host.ended && host.lines.is_empty()) {
             if host.heard.elapsed() >= STALLED {
                 host.ended = true;
-                self.warnings.push_back(format!("host {} stopped answering; its output is not complete", host.name));
+                self.warnings
+                    .push_back(format!("host {} stopped answering; its output is not complete", host.name));
             }
         }
     }
@@ -212,7 +217,8 @@ mod tests {
     use super::*;
 
     fn lines(host: &str, times: &[i64]) -> pb::ReadLogsResponse {
-        let line = |unix_ns: &i64| pb::LogLine { host: host.to_owned(), unix_ns: *unix_ns, ..Default::default() };
+        let line =
+            |unix_ns: &i64| pb::LogLine { host: host.to_owned(), unix_ns: *unix_ns, ..Default::default() };
         pb::ReadLogsResponse { lines: times.iter().map(line).collect(), warning: String::new() }
     }
 
