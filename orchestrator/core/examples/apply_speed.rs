@@ -7,45 +7,45 @@
 use nave_orchestrator_core::{Change, ClusterState, PlanCursor, plan_dirty};
 use nave_proto::pb;
 
-const SERVICES: u64 = 200_000;
-
 fn main() {
+    let services =
+        std::env::args().nth(1).map_or(200_000, |given| given.parse().expect("a number of services"));
+    let per = |what: &str, ns: u64| {
+        println!("{what}: {}.{:02} us per service", ns / services / 1000, ns / services % 1000 / 10)
+    };
     let mut state = ClusterState::new();
     state.apply(1, command(0, pb::command::Body::InitCluster(pb::InitCluster::default())));
-    let commands: Vec<_> = (0..SERVICES).map(apply_service).collect();
-    let mut changes: Vec<Vec<Change>> = Vec::new();
-    let start = on_cpu_ns();
-    for (index, command) in (2..).zip(commands) {
-        changes.push(state.apply(index, command).changes);
+    let mut commands: Vec<_> = (2..).zip((0..services).map(apply_service)).collect();
+    let (mut apply_ns, mut encode_ns, mut bytes, mut rows) = (0, 0, 0_u64, 0);
+    while !commands.is_empty() {
+        // As much as the state writer is behind.
+        let batch: Vec<_> = commands.drain(..commands.len().min(256)).collect();
+        let start = on_cpu_ns();
+        let changes: Vec<Vec<Change>> =
+            batch.into_iter().map(|(index, command)| state.apply(index, command).changes).collect();
+        apply_ns += on_cpu_ns() - start;
+        let start = on_cpu_ns();
+        bytes +=
+            changes.iter().flatten().filter_map(Change::value).map(|value| value.len() as u64).sum::<u64>();
+        encode_ns += on_cpu_ns() - start;
+        rows += changes.iter().map(|changes| changes.len() as u64).sum::<u64>();
     }
-    per("apply", start);
+    per("apply", apply_ns);
+    per("encode", encode_ns);
+    println!("{} bytes and {} rows each", bytes / services, rows / services);
     let start = on_cpu_ns();
-    let bytes: usize = changes.iter().flatten().filter_map(Change::value).map(|value| value.len()).sum();
-    per("encode", start);
-    println!(
-        "{} bytes and {} rows each",
-        bytes / count(),
-        changes.iter().map(Vec::len).sum::<usize>() / count()
-    );
-    let mut cursor = PlanCursor::default();
-    let start = on_cpu_ns();
-    let plan = plan_dirty(&state, &mut cursor, 0, 1000);
-    per("plan", start);
+    let plan = plan_dirty(&state, &mut PlanCursor::default(), 0, 1000);
+    per("plan", on_cpu_ns() - start);
     println!("{} steps", plan.steps.len());
-}
-
-fn per(what: &str, start: u64) {
-    let ns = (on_cpu_ns() - start) / SERVICES;
-    println!("{what}: {}.{:02} us per service", ns / 1000, ns % 1000 / 10);
 }
 
 fn on_cpu_ns() -> u64 {
     let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").expect("Linux has it");
-    schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).expect("its first number is time on a processor")
-}
-
-fn count() -> usize {
-    usize::try_from(SERVICES).expect("a few hundred thousand fit")
+    schedstat
+        .split(' ')
+        .next()
+        .and_then(|ns| ns.parse().ok())
+        .expect("its first number is time on a processor")
 }
 
 fn command(number: u64, body: pb::command::Body) -> pb::Command {

@@ -144,12 +144,10 @@ impl Tx<'_> {
 
     /// The changes, at most one per row: a plan may touch a row several times, and a watcher sees one revision once.
     fn finish(self) -> Vec<Change> {
-        if self.changes.len() <= 4 {
-            // Commands of so few changes write each row once, except through the steps of a plan.
-            let ids = self.changes.iter().map(Change::id);
-            if ids.enumerate().all(|(at, id)| self.changes[..at].iter().all(|other| other.id() != id)) {
-                return self.changes;
-            }
+        let apart =
+            |(at, change): (usize, &Change)| self.changes[..at].iter().all(|other| !other.same_row(change));
+        if self.changes.len() <= 4 && self.changes.iter().enumerate().all(apart) {
+            return self.changes;
         }
         let mut last = BTreeMap::new();
         for (at, change) in self.changes.iter().enumerate() {
@@ -159,11 +157,14 @@ impl Tx<'_> {
         self.changes.into_iter().enumerate().filter_map(keep).collect()
     }
 
-    fn put_service(&mut self, mut record: pb::ServiceRecord) {
+    /// Puts a service and the row of its newest version.
+    fn put_service(&mut self, mut record: pb::ServiceRecord, mut version: pb::VersionRecord) {
         record.revision = self.revision;
-        let record = Arc::new(record);
-        self.state.services.put(Arc::clone(&record), self.revision);
-        self.changes.push(Change::Service(record));
+        version.revision = self.revision;
+        let (record, version) = (Arc::new(record), Arc::new(version));
+        let entry = self.state.services.put(Arc::clone(&record), self.revision);
+        entry.put_version(Arc::clone(&version));
+        self.changes.extend([Change::Service(record), Change::Version(version)]);
     }
 
     /// Changes what no index is derived from; the manifest stays, so it is not copied unless a reader holds the row.

@@ -45,6 +45,19 @@ const TOKEN: u8 = 7;
 const DEDUP: u8 = 8;
 
 impl RowId {
+    fn tag(&self) -> u8 {
+        match self {
+            RowId::Cluster => CLUSTER,
+            RowId::Service(_) => SERVICE,
+            RowId::Version(..) => VERSION,
+            RowId::Host(_) => HOST,
+            RowId::Instance(_) => INSTANCE,
+            RowId::Event(..) => EVENT,
+            RowId::Token(_) => TOKEN,
+            RowId::Dedup(_) => DEDUP,
+        }
+    }
+
     /// Bytes that order as the ids do: a table's tag, then the key, numbers big-endian.
     pub fn key(&self) -> Vec<u8> {
         match self {
@@ -74,6 +87,26 @@ impl Change {
             Change::Dedup(record) => RowId::Dedup(record.client_id.clone()),
             Change::Deleted(id) => id.clone(),
         }
+    }
+
+    /// The table that the row is in.
+    fn tag(&self) -> u8 {
+        match self {
+            Change::Cluster(_) => CLUSTER,
+            Change::Service(_) => SERVICE,
+            Change::Version(_) => VERSION,
+            Change::Host(_) => HOST,
+            Change::Instance(_) => INSTANCE,
+            Change::Event(_) => EVENT,
+            Change::Token(_) => TOKEN,
+            Change::Dedup(_) => DEDUP,
+            Change::Deleted(id) => id.tag(),
+        }
+    }
+
+    /// Whether two changes are of one row. Names are copied only when both are in one table.
+    pub(crate) fn same_row(&self, other: &Self) -> bool {
+        self.tag() == other.tag() && self.id() == other.id()
     }
 
     /// [`RowId::key`] of the row, made without copying its name first.

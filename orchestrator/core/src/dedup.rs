@@ -25,14 +25,14 @@ pub(crate) enum Recall {
 /// Clients and their newest replies.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct DedupTable {
-    clients: BTreeMap<String, Arc<pb::DedupRecord>>,
+    clients: BTreeMap<Arc<str>, Arc<pb::DedupRecord>>,
     /// The longest idle first.
-    by_use: BTreeSet<(i64, String)>,
+    by_use: BTreeSet<(i64, Arc<str>)>,
 }
 
 impl DedupTable {
     pub(crate) fn recall(&self, request: &pb::RequestId) -> Recall {
-        let Some(record) = self.clients.get(&request.client_id) else { return Recall::New };
+        let Some(record) = self.clients.get(request.client_id.as_str()) else { return Recall::New };
         if let Some(kept) = record.replies.iter().find(|kept| kept.serial == request.serial) {
             return kept.reply.clone().map_or(Recall::Forgotten, Recall::Done);
         }
@@ -45,19 +45,23 @@ impl DedupTable {
 
     /// Keeps the reply to a request that was new, and forgets clients that have been idle for long.
     pub(crate) fn remember(&mut self, request: pb::RequestId, reply: &pb::Reply, now: i64) -> Vec<Change> {
-        let client = request.client_id.clone();
-        let mut record = self.take(&client).unwrap_or_else(|| {
+        let entry = self.clients.entry(Arc::from(request.client_id.as_str()));
+        let client = Arc::clone(entry.key());
+        let record = entry.or_insert_with(|| {
             Arc::new(pb::DedupRecord { client_id: request.client_id, ..Default::default() })
         });
-        let fields = Arc::make_mut(&mut record);
+        self.by_use.remove(&(record.last_used_unix_ns, Arc::clone(&client)));
+        self.by_use.insert((now, client));
+        let fields = Arc::make_mut(record);
+        if fields.replies.len() >= DEDUP_REPLIES_MAX {
+            // What is new is newer than the oldest kept, else it would have been forgotten.
+            fields.replies.remove(0);
+        }
         let kept = pb::DedupReply { serial: request.serial, reply: Some(reply.clone()) };
         let at = fields.replies.partition_point(|other| other.serial < kept.serial);
         fields.replies.insert(at, kept);
-        if fields.replies.len() > DEDUP_REPLIES_MAX {
-            fields.replies.remove(0);
-        }
         fields.last_used_unix_ns = now;
-        self.insert(Arc::clone(&record));
+        let record = Arc::clone(record);
         let mut changes = vec![Change::Dedup(record)];
         changes.extend(self.expire(now));
         changes
@@ -71,22 +75,22 @@ impl DedupTable {
             if !crowded && (!idle || forgotten.len() >= DEDUP_EXPIRED_PER_COMMAND) {
                 break;
             }
-            self.take(&client);
-            forgotten.push(Change::Deleted(RowId::Dedup(client)));
+            self.forget(last_used, &client);
+            forgotten.push(Change::Deleted(RowId::Dedup(client.to_string())));
         }
         forgotten
     }
 
     /// Puts a row as it is, as when reading rows.
     pub(crate) fn insert(&mut self, record: Arc<pb::DedupRecord>) {
-        self.by_use.insert((record.last_used_unix_ns, record.client_id.clone()));
-        self.clients.insert(record.client_id.clone(), record);
+        let client = Arc::from(record.client_id.as_str());
+        self.by_use.insert((record.last_used_unix_ns, Arc::clone(&client)));
+        self.clients.insert(client, record);
     }
 
-    fn take(&mut self, client: &str) -> Option<Arc<pb::DedupRecord>> {
-        let record = self.clients.remove(client)?;
-        self.by_use.remove(&(record.last_used_unix_ns, record.client_id.clone()));
-        Some(record)
+    fn forget(&mut self, last_used: i64, client: &Arc<str>) {
+        self.clients.remove(client);
+        self.by_use.remove(&(last_used, Arc::clone(client)));
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<pb::DedupRecord>> + '_ {

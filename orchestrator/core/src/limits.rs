@@ -57,5 +57,8 @@ pub const RESCHEDULE_DELAY_NS: i64 = 30 * SECOND_NS;
 /// The longest wait before an instance that gave up is placed again.
 pub const RESCHEDULE_DELAY_MAX_NS: i64 = 600 * SECOND_NS;
 
+/// Services that one slice of a plan looks at: about a microsecond each under the state's read lock, so 5 ms.
+pub const LOOKS_PER_SLICE: usize = 5_000;
+
 /// One second in nanoseconds.
 pub const SECOND_NS: i64 = 1_000_000_000;

@@ -19,9 +19,11 @@ use std::sync::Arc;
 
 use nave_proto::pb;
 
+use crate::limits::LOOKS_PER_SLICE;
 use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::InstanceExt as _;
 
+pub(crate) use deployment::may_conclude;
 pub use explain::explain;
 pub(crate) use placement::Room;
 pub(crate) use rollout::{may_place, may_stop};
@@ -70,17 +72,29 @@ pub struct PlanCursor {
 
 /// The whole plan.
 pub fn plan(state: &ClusterState, now: i64) -> Plan {
-    plan_dirty(state, &mut PlanCursor::default(), now, usize::MAX)
+    look(state, &mut PlanCursor::default(), now, usize::MAX, usize::MAX)
 }
 
-/// The plan for what has changed since the cursor, what its own steps touched, and what is due by now. About
-/// `limit_steps` steps at most.
+/// The plan for what has changed since the cursor, what its own steps touched, and what is due by now. At most
+/// `limit_steps` steps, and at most [`LOOKS_PER_SLICE`] services looked at; `more` says that something is left.
 pub fn plan_dirty(state: &ClusterState, cursor: &mut PlanCursor, now: i64, limit_steps: usize) -> Plan {
+    look(state, cursor, now, limit_steps, LOOKS_PER_SLICE)
+}
+
+fn look(
+    state: &ClusterState,
+    cursor: &mut PlanCursor,
+    now: i64,
+    limit_steps: usize,
+    limit_looks: usize,
+) -> Plan {
     cursor.collect(state, now);
     let mut fleet = Fleet::new(state);
     let mut plan = Plan::default();
+    let mut looks = 0;
     while let Some(name) = cursor.queue.pop_first() {
-        if plan.steps.len() >= limit_steps {
+        looks += 1;
+        if plan.steps.len() >= limit_steps || looks > limit_looks {
             cursor.queue.insert(name);
             plan.more = true;
             break;

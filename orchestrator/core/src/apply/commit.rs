@@ -12,7 +12,7 @@ use super::versions::Cause;
 use super::{Outcome, Tx};
 use crate::events::{Subject, called};
 use crate::limits::INSTANCES_MAX;
-use crate::plan::{Room, may_place, may_stop};
+use crate::plan::{Room, may_conclude, may_place, may_stop};
 use crate::state::Reservation;
 use crate::wants::{HostExt as _, InstanceExt as _, observed};
 
@@ -130,7 +130,8 @@ impl Tx<'_> {
         let Some(deployment) = step.deployment else { return };
         let Some(entry) = self.state.services.get(&step.service) else { return };
         let Some(current) = &entry.record.deployment else { return };
-        if entry.record.deleting || current.version != deployment.version || *current == deployment {
+        let fits = current.version == deployment.version && *current != deployment;
+        if !fits || !may_conclude(self.state, &step.service, deployment.status(), self.now) {
             return;
         }
         let version = deployment.version;
@@ -158,7 +159,8 @@ impl Tx<'_> {
     /// Makes the next version from a stable one, unless somebody has made another version meanwhile.
     fn revert(&mut self, step: pb::Revert) {
         let Some(entry) = self.state.services.get(&step.service) else { return };
-        if entry.record.deleting || entry.record.version != step.failed_version {
+        let failed = || may_conclude(self.state, &step.service, DeploymentStatus::Failed, self.now);
+        if entry.record.version != step.failed_version || !failed() {
             return;
         }
         let Some(manifest) = entry.manifest(step.to_version).cloned() else { return };
@@ -167,7 +169,7 @@ impl Tx<'_> {
         self.event("deployment_failed", Subject::service(&step.service), message);
         let cause =
             Cause::Revert { to: step.to_version, failed: step.failed_version, reason: reason.clone() };
-        if let Err(refusal) = self.make_version(manifest, cause) {
+        if let Err(refusal) = self.make_next_version(manifest, &cause) {
             let reason =
                 format!("{reason}; version {} cannot be restored: {}", step.to_version, refusal.message);
             self.fail_deployment(&step.service, reason);

@@ -24,15 +24,15 @@ impl Tx<'_> {
         }
         match existing {
             Some(entry) if entry.current() == Some(&manifest) && !entry.record.deleting => {
-                return Ok(unchanged(entry.record.version));
+                Ok(unchanged(entry.record.version))
             }
-            None if self.state.services.len() >= SERVICES_MAX => {
+            Some(_) => self.make_next_version(manifest, &Cause::Apply),
+            None if self.state.services.len() < SERVICES_MAX => self.make_first_version(manifest),
+            None => {
                 let message = format!("there are {SERVICES_MAX} services, which is the most a hub holds");
-                return Err(rejected(RejectedCode::Exhausted, message));
+                Err(rejected(RejectedCode::Exhausted, message))
             }
-            Some(_) | None => {}
         }
-        self.make_version(manifest, Cause::Apply)
     }
 
     pub(super) fn delete_service(&mut self, name: &str) -> Outcome {
@@ -71,12 +71,12 @@ impl Tx<'_> {
             return Ok(unchanged(self.version_of(name)));
         }
         let manifest = pb::Manifest { count, ..manifest.clone() };
-        self.make_version(manifest, Cause::Scale { before })
+        self.make_next_version(manifest, &Cause::Scale { before })
     }
 
     pub(super) fn restart_service(&mut self, name: &str) -> Outcome {
         let manifest = self.changeable(name)?.clone();
-        self.make_version(manifest, Cause::Restart)
+        self.make_next_version(manifest, &Cause::Restart)
     }
 
     /// `to_version` 0: the last stable version before the current one that is not the same again.
@@ -93,7 +93,7 @@ impl Tx<'_> {
         let Some(target) = target else { return Err(no_version(entry, to_version)) };
         match target.manifest.clone() {
             Some(manifest) if Some(&manifest) != entry.current() => {
-                self.make_version(manifest, Cause::Rollback { to: target.version })
+                self.make_next_version(manifest, &Cause::Rollback { to: target.version })
             }
             Some(_) | None => Ok(unchanged(current)),
         }

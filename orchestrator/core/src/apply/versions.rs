@@ -77,44 +77,69 @@ impl Cause {
 }
 
 impl Tx<'_> {
-    /// Makes the next version of the manifest's service, or its first. The caller has checked everything but the
+    /// Makes the first version of a service that does not exist.
+    pub(super) fn make_first_version(&mut self, manifest: pb::Manifest) -> Outcome {
+        self.check_needs(&manifest)?;
+        let allotted = self.allot(None, &manifest)?;
+        self.write_version(None, manifest, 1, allotted, &Cause::Apply);
+        Ok(pb::Accepted { version: 1, outcome: ApplyOutcome::Created.into(), ..Default::default() })
+    }
+
+    /// Makes the next version of the manifest's service, which exists. The caller has checked everything but the
     /// cycle that its needs may close (going back can, too) and what has to be allotted.
-    pub(super) fn make_version(&mut self, manifest: pb::Manifest, cause: Cause) -> Outcome {
-        if let Some(path) = needs::cycle(self.state, &manifest.name, &manifest.needs) {
-            let path = path.join(" -> ");
-            let message = format!("needs form a cycle: {path}; none of these could ever start");
-            return Err(rejected(RejectedCode::Invalid, message));
-        }
-        let (before, template_version) = match self.state.services.get(&manifest.name) {
-            Some(entry) => {
-                let template = self.template_for(entry, &manifest, &cause);
-                (Some(Arc::clone(&entry.record)), template)
-            }
-            None => (None, 1),
+    pub(super) fn make_next_version(&mut self, manifest: pb::Manifest, cause: &Cause) -> Outcome {
+        self.check_needs(&manifest)?;
+        let Some(entry) = self.state.services.get(&manifest.name) else {
+            return self.make_first_version(manifest);
         };
-        let version = before.as_ref().map_or(1, |record| record.version + 1);
-        let replaces = before.as_ref().is_some_and(|record| record.template_version != template_version);
-        let (address_suffix, uid) = self.allot(before.as_deref(), &manifest)?;
-        self.archive(before.as_deref());
-        let mut record = pb::ServiceRecord {
+        let template_version = self.template_for(entry, &manifest, cause);
+        let before = Arc::clone(&entry.record);
+        let allotted = self.allot(Some(&before), &manifest)?;
+        self.archive(&before);
+        if before.deleting {
+            // It no longer holds back what it needs from stopping.
+            self.touch_needed_by(&before.name);
+        }
+        let version = before.version + 1;
+        self.write_version(Some(&before), manifest, template_version, allotted, cause);
+        self.relabel(&before.name, version, template_version);
+        self.drop_stale_versions(&before.name);
+        Ok(pb::Accepted { version, outcome: ApplyOutcome::Updated.into(), ..Default::default() })
+    }
+
+    fn check_needs(&self, manifest: &pb::Manifest) -> Result<(), pb::Rejected> {
+        let Some(path) = needs::cycle(self.state, &manifest.name, &manifest.needs) else { return Ok(()) };
+        let path = path.join(" -> ");
+        let message = format!("needs form a cycle: {path}; none of these could ever start");
+        Err(rejected(RejectedCode::Invalid, message))
+    }
+
+    /// The service's row, its version's row and the event.
+    fn write_version(
+        &mut self,
+        before: Option<&pb::ServiceRecord>,
+        manifest: pb::Manifest,
+        template_version: u64,
+        (address_suffix, uid): (u32, u32),
+        cause: &Cause,
+    ) {
+        let version = before.map_or(1, |record| record.version + 1);
+        let done = self.nothing_to_do(before, &manifest);
+        let deployment = self.deployment(version, &manifest, before, cause, done);
+        let record = pb::ServiceRecord {
             name: manifest.name.clone(),
             version,
             template_version,
-            deployment: None,
-            stable_version: before.as_ref().map_or(0, |record| record.stable_version),
+            deployment: Some(deployment),
+            stable_version: if done { version } else { before.map_or(0, |record| record.stable_version) },
             address_suffix,
             uid,
             deleting: false,
-            created_unix_ns: before.as_ref().map_or(self.now, |record| record.created_unix_ns),
+            created_unix_ns: before.map_or(self.now, |record| record.created_unix_ns),
             revision: self.revision,
-            oldest_version: before.as_ref().map_or(version, |record| record.oldest_version),
+            oldest_version: before.map_or(version, |record| record.oldest_version),
             manifest: Some(manifest),
         };
-        let done = self.nothing_to_do(&record);
-        if done {
-            record.stable_version = version;
-        }
-        record.deployment = Some(self.deployment(&record, before.as_deref(), &cause, done));
         let row = pb::VersionRecord {
             service: record.name.clone(),
             version,
@@ -126,23 +151,11 @@ impl Tx<'_> {
             template_version,
             revision: self.revision,
         };
+        let replaces = before.is_some_and(|record| record.template_version != template_version);
         let (kind, message) = cause.event(&record, replaces);
         let subject = Subject::service(&record.name);
-        let known = before.is_some();
-        if before.as_ref().is_some_and(|record| record.deleting) {
-            // It no longer holds back what it needs from stopping.
-            self.touch_needed_by(&record.name);
-        }
-        drop(before);
-        self.put_service(record);
-        self.put_version(row);
-        if known {
-            self.relabel(&subject.service, version, template_version);
-            self.drop_stale_versions(&subject.service);
-        }
+        self.put_service(record, row);
         self.event(kind, subject, message);
-        let outcome = if known { ApplyOutcome::Updated } else { ApplyOutcome::Created };
-        Ok(pb::Accepted { version, outcome: outcome.into(), ..Default::default() })
     }
 
     /// The template of the next version: that of the current one, or of other running instances, when a process
@@ -204,8 +217,7 @@ impl Tx<'_> {
     }
 
     /// The version that is current no longer gets its manifest into its own row.
-    fn archive(&mut self, before: Option<&pb::ServiceRecord>) {
-        let Some(before) = before else { return };
+    fn archive(&mut self, before: &pb::ServiceRecord) {
         let stored = self.state.services.get(&before.name).and_then(|entry| entry.version(before.version));
         let Some(stored) = stored.cloned() else { return };
         let manifest = before.manifest.clone();
@@ -213,29 +225,29 @@ impl Tx<'_> {
     }
 
     /// Nothing wanted and nothing there: the deployment is over as it begins.
-    fn nothing_to_do(&self, record: &pb::ServiceRecord) -> bool {
-        record.manifest.as_ref().is_some_and(|manifest| manifest.wants_none())
-            && self.state.services.get(&record.name).is_none_or(|entry| entry.instances.is_empty())
+    fn nothing_to_do(&self, before: Option<&pb::ServiceRecord>, manifest: &pb::Manifest) -> bool {
+        let empty = |before: &pb::ServiceRecord| self.state.instances_of(&before.name).next().is_none();
+        manifest.wants_none() && before.is_none_or(empty)
     }
 
     fn deployment(
         &self,
-        record: &pb::ServiceRecord,
+        version: u64,
+        manifest: &pb::Manifest,
         before: Option<&pb::ServiceRecord>,
         cause: &Cause,
         done: bool,
     ) -> pb::Deployment {
-        let patience = record.manifest.as_ref().map_or(0, |manifest| manifest.progress_deadline_ns());
         let status = if done { pb::DeploymentStatus::Successful } else { pb::DeploymentStatus::Running };
         pb::Deployment {
-            version: record.version,
+            version,
             status: status.into(),
             reason: cause.note(),
             started_unix_ns: self.now,
-            progress_deadline_unix_ns: self.now.saturating_add(patience),
+            progress_deadline_unix_ns: self.now.saturating_add(manifest.progress_deadline_ns()),
             ended_unix_ns: if done { self.now } else { 0 },
             from_version: before.map_or(0, |before| before.version),
-            reverted_to: if matches!(cause, Cause::Revert { .. }) { record.version } else { 0 },
+            reverted_to: if matches!(cause, Cause::Revert { .. }) { version } else { 0 },
         }
     }
 

@@ -9,6 +9,7 @@ use super::explain;
 use super::rollout::Rollout;
 use crate::events::called;
 use crate::limits::SECOND_NS;
+use crate::state::ClusterState;
 use crate::wants::{InstanceExt as _, ManifestExt as _};
 
 /// What a deployment has come to.
@@ -20,6 +21,13 @@ pub(crate) enum Verdict {
     Failed(String),
     /// Under way, or over.
     Open,
+}
+
+/// Whether a deployment may still be said to have ended so: between plan and commit the last instance may have
+/// become ready, or the first unready.
+pub(crate) fn may_conclude(state: &ClusterState, service: &str, status: DeploymentStatus, now: i64) -> bool {
+    let entry = state.services.get(service).filter(|entry| !entry.record.deleting);
+    entry.and_then(|entry| Rollout::of(state, entry, now)).is_some_and(|rollout| rollout.still(status, now))
 }
 
 impl Rollout<'_> {
@@ -38,6 +46,22 @@ impl Rollout<'_> {
             | DeploymentStatus::Successful
             | DeploymentStatus::Cancelled
             | DeploymentStatus::Unspecified => Verdict::Open,
+        }
+    }
+
+    /// Whether a verdict that was proposed is still true. Failing is judged without the list of what is unplaced,
+    /// which only fills its sentence.
+    fn still(&self, status: DeploymentStatus, now: i64) -> bool {
+        match (status, self.verdict(&[], now)) {
+            (DeploymentStatus::Successful, verdict) => verdict == Verdict::Complete,
+            (DeploymentStatus::Failed, verdict) => matches!(verdict, Verdict::Failed(_)),
+            (
+                DeploymentStatus::Running
+                | DeploymentStatus::Paused
+                | DeploymentStatus::Cancelled
+                | DeploymentStatus::Unspecified,
+                _,
+            ) => true,
         }
     }
 

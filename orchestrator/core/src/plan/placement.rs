@@ -104,7 +104,7 @@ impl<'a> Room<'a> {
 
     /// Percent of the scarcer of cpu and memory in use once `wanted` is there.
     pub(crate) fn load_percent_with(&self, wanted: &Reservation) -> u64 {
-        let percent = |used: u64, all: u64| if all == 0 { 0 } else { used.saturating_mul(100) / all };
+        let percent = |used: u64, all: u64| used.saturating_mul(100).checked_div(all).unwrap_or_default();
         percent(self.cpu_millicores + wanted.cpu_millicores, self.facts.cpu_millicores)
             .max(percent(self.memory_bytes + wanted.memory_bytes, self.facts.memory_bytes))
     }

@@ -33,6 +33,9 @@ pub(crate) fn plan_service<'a>(
     now: i64,
     budget: usize,
 ) -> ServicePlan {
+    if at_rest(entry) {
+        return ServicePlan::default();
+    }
     let Some(rollout) = Rollout::of(state, entry, now) else { return ServicePlan::default() };
     let mut planner = Planner { rollout: &rollout, fleet, now, budget, plan: ServicePlan::default() };
     planner.forget_lost();
@@ -41,6 +44,14 @@ pub(crate) fn plan_service<'a>(
         false => planner.converge(),
     }
     planner.plan
+}
+
+/// Nothing wanted, nothing there, and said so: most of what a look finds when services are many.
+fn at_rest(entry: &ServiceEntry) -> bool {
+    let deployment = entry.record.deployment.as_ref();
+    entry.instances.is_empty()
+        && entry.current().is_some_and(|manifest| manifest.wants_none())
+        && deployment.is_some_and(|deployment| deployment.status() == pb::DeploymentStatus::Successful)
 }
 
 struct Planner<'r, 'a> {
@@ -122,7 +133,7 @@ impl<'a> Planner<'_, 'a> {
     /// Places what is missing; true: there was no room, and stopping an old instance could make some.
     fn place_all(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> bool {
         let rollout = self.rollout;
-        let again = self.to_place_again(excess);
+        let again = self.due_again(excess);
         let new = rollout.may_add();
         if again.is_empty() && new == 0 {
             return false;
@@ -161,7 +172,7 @@ impl<'a> Planner<'_, 'a> {
     }
 
     /// Instances to place under their next epoch: lost with their host, or given up and due for another try.
-    fn to_place_again(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
+    fn due_again(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
         let rollout = self.rollout;
         let leaving = rollout.replaceable(false);
         let mut due = Vec::new();

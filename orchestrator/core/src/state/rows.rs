@@ -58,6 +58,7 @@ impl ClusterState {
         let mut state = Self { applied_index, ..Self::default() };
         let mut versions = Vec::new();
         let mut instances = BTreeMap::new();
+        let mut events = BTreeMap::new();
         for row in rows {
             match row.row.ok_or(RowError::UnknownTable)? {
                 Row::Cluster(record) => state.cluster = Some(Arc::new(record)),
@@ -69,7 +70,9 @@ impl ClusterState {
                 Row::Instance(record) => {
                     instances.insert(record.id, record);
                 }
-                Row::Event(record) => state.events.insert(Arc::new(record)),
+                Row::Event(record) => {
+                    events.insert((record.revision, record.index), record);
+                }
                 Row::Token(record) => {
                     state.tokens.insert(record.id.clone(), Arc::new(record));
                 }
@@ -78,6 +81,9 @@ impl ClusterState {
         }
         versions.into_iter().try_for_each(|record| state.adopt_version(record))?;
         instances.into_values().try_for_each(|record| state.adopt_instance(record))?;
+        for record in events.into_values() {
+            state.events.insert(Arc::new(record));
+        }
         state.forget_history();
         Ok(state)
     }

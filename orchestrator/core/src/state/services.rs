@@ -1,6 +1,7 @@
 //! The table of services with their kept versions, and what is looked up by service: its instances, how many of
 //! them are ready, who needs it, when anything about it last changed.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -77,6 +78,12 @@ impl ServiceEntry {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Services {
     entries: BTreeMap<Arc<str>, ServiceEntry>,
+    index: Index,
+}
+
+/// What is derived from service rows, and the order of touches.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Index {
     /// Every service by the revision that last touched it: the newest changes are the end of the set.
     touched: BTreeSet<(u64, Arc<str>)>,
     /// For each name in somebody's `needs`: who says so.
@@ -105,50 +112,95 @@ impl Services {
     }
 
     pub(crate) fn needing(&self, name: &str) -> impl Iterator<Item = &Arc<str>> + '_ {
-        self.needed_by.get(name).into_iter().flatten()
+        self.index.needed_by.get(name).into_iter().flatten()
     }
 
     pub(crate) fn per_host(&self) -> impl Iterator<Item = &Arc<str>> + '_ {
-        self.per_host.iter()
+        self.index.per_host.iter()
     }
 
     /// Services that anything has touched after `revision`.
     pub(crate) fn touched_after(&self, revision: u64) -> impl Iterator<Item = &Arc<str>> + '_ {
-        self.touched.range((revision + 1, Arc::from(""))..).map(|(_, name)| name)
+        self.index.touched.range((revision + 1, Arc::from(""))..).map(|(_, name)| name)
     }
 
-    /// Puts the row of a new or changed service and brings every index that its manifest feeds up to date.
+    /// Puts the row of a new or changed service and brings every index that it feeds up to date. One search of the
+    /// table: a million names make each search a good part of an apply.
     pub(crate) fn put(&mut self, record: Arc<pb::ServiceRecord>, revision: u64) -> &mut ServiceEntry {
-        let name = match self.entries.get(record.name.as_str()) {
-            Some(entry) => {
-                let (name, before) = (Arc::clone(&entry.name), Arc::clone(&entry.record));
-                self.unindex(&name, &before);
-                name
+        match self.entries.entry(Arc::from(record.name.as_str())) {
+            Entry::Vacant(vacant) => {
+                let name = Arc::clone(vacant.key());
+                self.index.add(&name, &record);
+                self.index.touched.insert((revision, Arc::clone(&name)));
+                let (versions, instances) = (Vec::with_capacity(1), BTreeSet::new());
+                vacant.insert(ServiceEntry { name, record, versions, instances, ready: 0, touched: revision })
             }
-            None => Arc::from(record.name.as_str()),
-        };
-        self.index(&name, &record);
-        self.touch_as(&name, revision);
-        let entry = self.entries.entry(Arc::clone(&name)).or_insert_with(|| ServiceEntry {
-            name,
-            record: Arc::clone(&record),
-            versions: Vec::new(),
-            instances: BTreeSet::new(),
-            ready: 0,
-            touched: revision,
-        });
-        entry.record = record;
-        entry
+            Entry::Occupied(occupied) => {
+                let entry = occupied.into_mut();
+                self.index.remove(&entry.name, &entry.record);
+                self.index.add(&entry.name, &record);
+                self.index.touch(entry, revision);
+                entry.record = record;
+                entry
+            }
+        }
     }
 
     pub(crate) fn remove(&mut self, name: &str) -> Option<ServiceEntry> {
         let entry = self.entries.remove(name)?;
-        self.unindex(&entry.name, &entry.record);
-        self.touched.remove(&(entry.touched, Arc::clone(&entry.name)));
+        self.index.remove(&entry.name, &entry.record);
+        self.index.touched.remove(&(entry.touched, Arc::clone(&entry.name)));
         Some(entry)
     }
 
-    fn index(&mut self, name: &Arc<str>, record: &pb::ServiceRecord) {
+    /// Marks a service for the planner. One that does not exist needs no plan.
+    pub(crate) fn touch(&mut self, name: &str, revision: u64) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            self.index.touch(entry, revision);
+        }
+    }
+
+    /// Marks every service that needs this one: its readiness has come or gone.
+    pub(crate) fn touch_needing(&mut self, name: &str, revision: u64) {
+        let needing: Vec<Arc<str>> = self.needing(name).cloned().collect();
+        for name in needing {
+            self.touch(&name, revision);
+        }
+    }
+
+    /// Forgets what touched what: a state read from rows has no history, so all of it counts as new.
+    pub(crate) fn touch_all(&mut self, revision: u64) {
+        self.index.touched = self.entries.keys().map(|name| (revision, Arc::clone(name))).collect();
+        for entry in self.entries.values_mut() {
+            entry.touched = revision;
+        }
+    }
+
+    /// A free address suffix, looking from `next` upwards and round, so that a freed one rests longest.
+    pub(crate) fn free_suffix(&self, next: u32) -> Option<u32> {
+        free_from(&self.index.suffixes, ADDRESS_SUFFIXES, next)
+    }
+
+    /// A free uid, likewise: files of a deleted service should not soon belong to another.
+    pub(crate) fn free_uid(&self, next: u32) -> Option<u32> {
+        free_from(&self.index.uids, UIDS, next)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for (name, entry) in &self.entries {
+            if !self.index.touched.contains(&(entry.touched, Arc::clone(name))) {
+                return Err(format!("service {name}: not in the order of touches"));
+            }
+        }
+        if self.index.touched.len() != self.entries.len() {
+            return Err(format!("{} touches for {} services", self.index.touched.len(), self.entries.len()));
+        }
+        Ok(())
+    }
+}
+
+impl Index {
+    fn add(&mut self, name: &Arc<str>, record: &pb::ServiceRecord) {
         if let Some(manifest) = &record.manifest {
             for needed in &manifest.needs {
                 self.needed_by.entry(needed.clone()).or_default().insert(Arc::clone(name));
@@ -165,7 +217,7 @@ impl Services {
         }
     }
 
-    fn unindex(&mut self, name: &Arc<str>, record: &pb::ServiceRecord) {
+    fn remove(&mut self, name: &Arc<str>, record: &pb::ServiceRecord) {
         if let Some(manifest) = &record.manifest {
             for needed in &manifest.needs {
                 if let Some(needing) = self.needed_by.get_mut(needed) {
@@ -183,61 +235,13 @@ impl Services {
         self.uids.remove(&record.uid);
     }
 
-    /// Marks a service for the planner. One that does not exist needs no plan.
-    pub(crate) fn touch(&mut self, name: &str, revision: u64) {
-        let Some(entry) = self.entries.get(name) else { return };
-        let name = Arc::clone(&entry.name);
-        self.touch_as(&name, revision);
-    }
-
-    fn touch_as(&mut self, name: &Arc<str>, revision: u64) {
-        if let Some(entry) = self.entries.get_mut(name) {
-            if entry.touched == revision {
-                self.touched.insert((revision, Arc::clone(name)));
-                return;
-            }
-            self.touched.remove(&(entry.touched, Arc::clone(name)));
-            entry.touched = revision;
+    fn touch(&mut self, entry: &mut ServiceEntry, revision: u64) {
+        if entry.touched == revision {
+            return;
         }
-        self.touched.insert((revision, Arc::clone(name)));
-    }
-
-    /// Marks every service that needs this one: its readiness has come or gone.
-    pub(crate) fn touch_needing(&mut self, name: &str, revision: u64) {
-        let needing: Vec<Arc<str>> = self.needing(name).cloned().collect();
-        for name in needing {
-            self.touch_as(&name, revision);
-        }
-    }
-
-    /// Forgets what touched what: a state read from rows has no history, so all of it counts as new.
-    pub(crate) fn touch_all(&mut self, revision: u64) {
-        self.touched = self.entries.keys().map(|name| (revision, Arc::clone(name))).collect();
-        for entry in self.entries.values_mut() {
-            entry.touched = revision;
-        }
-    }
-
-    /// A free address suffix, looking from `next` upwards and round, so that a freed one rests longest.
-    pub(crate) fn free_suffix(&self, next: u32) -> Option<u32> {
-        free_from(&self.suffixes, ADDRESS_SUFFIXES, next)
-    }
-
-    /// A free uid, likewise: files of a deleted service should not soon belong to another.
-    pub(crate) fn free_uid(&self, next: u32) -> Option<u32> {
-        free_from(&self.uids, UIDS, next)
-    }
-
-    pub(crate) fn check(&self) -> Result<(), String> {
-        for (name, entry) in &self.entries {
-            if !self.touched.contains(&(entry.touched, Arc::clone(name))) {
-                return Err(format!("service {name}: not in the order of touches"));
-            }
-        }
-        if self.touched.len() != self.entries.len() {
-            return Err(format!("{} touches for {} services", self.touched.len(), self.entries.len()));
-        }
-        Ok(())
+        self.touched.remove(&(entry.touched, Arc::clone(&entry.name)));
+        entry.touched = revision;
+        self.touched.insert((revision, Arc::clone(&entry.name)));
     }
 }
 

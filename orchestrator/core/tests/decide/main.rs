@@ -1,6 +1,8 @@
 //! Claims about the hub's decisions, tried on a whole registry with pretend agents (`world`). One binary, so that
 //! it links once; a file per kind of claim.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests: what is missing fails the test")]
+
 mod cluster;
 mod hosts;
 mod placement;

@@ -1,12 +1,13 @@
 //! Where instances go, where they may not, and what is said when there is no place.
 
-use nave_orchestrator_core::{PlanCursor, explain, plan, plan_dirty};
+use nave_orchestrator_core::{ClusterState, PlanCursor, explain, limits, plan, plan_dirty};
 use nave_proto::pb;
 use nave_proto::pb::HostStatus;
+use nave_proto::pb::command::Body;
 use nave_proto::pb::plan_step::Step;
 
 use crate::world::{
-    MIB, SECOND, World, changed, delete, failed, manifest, running, scale, seconds, with_constraint,
+    MIB, SECOND, World, apply, changed, delete, failed, manifest, running, scale, seconds, with_constraint,
     with_cpu, with_port, with_update,
 };
 
@@ -407,4 +408,21 @@ fn explain_tells_of_each_instance_that_is_not_ready() {
         ]
     );
     assert!(explain(&world.state, "nope").is_empty());
+}
+
+#[test]
+fn a_slice_looks_at_so_many_services_and_the_next_goes_on() {
+    let mut state = ClusterState::new();
+    let command = |body| pb::Command { time_unix_ns: 1, body: Some(body), ..Default::default() };
+    state.apply(1, command(Body::InitCluster(pb::InitCluster::default())));
+    let count = u64::try_from(limits::LOOKS_PER_SLICE).unwrap() + 10;
+    for index in 0..count {
+        state.apply(index + 2, command(apply(manifest(&format!("s{index:05}"), 1))));
+    }
+    let mut cursor = PlanCursor::default();
+    let first = plan_dirty(&state, &mut cursor, 1, usize::MAX);
+    assert_eq!((first.unplaced.len(), first.more), (limits::LOOKS_PER_SLICE, true));
+    let second = plan_dirty(&state, &mut cursor, 1, usize::MAX);
+    assert_eq!((second.unplaced.len(), second.more), (10, false));
+    assert_eq!(plan_dirty(&state, &mut cursor, 1, usize::MAX).unplaced, []);
 }

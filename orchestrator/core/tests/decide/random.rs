@@ -23,7 +23,7 @@ const HOSTS: [&str; 3] = ["alpha", "beta", "gamma"];
 
 #[derive(Debug, Clone)]
 enum Op {
-    Apply(pb::Manifest),
+    Apply(Box<pb::Manifest>),
     Scale(usize, u32),
     Restart(usize),
     Rollback(usize, u64),
@@ -108,7 +108,7 @@ fn ops() -> impl Strategy<Value = Op> {
     let host = 0..HOSTS.len();
     let status = prop_oneof![Just(HostStatus::Lost), Just(HostStatus::Connected), Just(HostStatus::Silent)];
     prop_oneof![
-        4 => manifests().prop_map(Op::Apply),
+        4 => manifests().prop_map(|manifest| Op::Apply(Box::new(manifest))),
         2 => (service.clone(), 0u32..5).prop_map(|(s, count)| Op::Scale(s, count)),
         1 => service.clone().prop_map(Op::Restart),
         1 => (service.clone(), 0u64..4).prop_map(|(s, to)| Op::Rollback(s, to)),
@@ -156,7 +156,7 @@ impl History {
 
     fn step(&mut self, op: Op) {
         match op {
-            Op::Apply(manifest) => self.send(apply(manifest)),
+            Op::Apply(manifest) => self.send(apply(*manifest)),
             Op::Scale(service, count) => self.send(scale(SERVICES[service], count)),
             Op::Restart(service) => self.send(restart(SERVICES[service])),
             Op::Rollback(service, to) => self.send(rollback(SERVICES[service], to)),
@@ -258,6 +258,7 @@ impl History {
         self.send(Body::CommitPlan(pb::CommitPlan { steps }));
         within_capacity(&before, &self.world.state);
         within_update_rules(&before, &self.world.state);
+        successful_means_ready(&before, &self.world.state);
     }
 }
 
@@ -307,6 +308,22 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
         let count = if manifest.per_host { wanted_here } else { wanted };
         let (had, has) = (count(before, name), count(after, name));
         assert!(has <= ceiling.max(had), "{name}: {has} wanted, {ceiling} is the most");
+    }
+}
+
+/// A plan, however old, says that a version is fully ready only when it is.
+fn successful_means_ready(before: &ClusterState, after: &ClusterState) {
+    let status = |state: &ClusterState, name: &str| {
+        state.service(name).and_then(|service| service.deployment.as_ref()).map(|d| (d.version, d.status()))
+    };
+    for service in after.services().filter(|service| service.version > 0) {
+        let name = service.name.as_str();
+        let (was, is) = (status(before, name), status(after, name));
+        if was != is && is.is_some_and(|(_, status)| status == DeploymentStatus::Successful) {
+            let (ready, wanted) =
+                (ready_count(after, name) + done(after, service), desired_count(after, name));
+            assert!(ready >= wanted, "{name} is said to be successful with {ready} of {wanted} ready");
+        }
     }
 }
 

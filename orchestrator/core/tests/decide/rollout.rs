@@ -6,8 +6,8 @@ use nave_proto::pb::DeploymentStatus;
 use nave_proto::pb::plan_step::Step;
 
 use crate::world::{
-    SECOND, World, changed, delete, exited, failed, manifest, restart, rollback, running, scale, seconds, with_cpu,
-    with_port, with_update,
+    SECOND, World, changed, delete, exited, failed, manifest, restart, rollback, running, scale, seconds,
+    with_cpu, with_port, with_update,
 };
 
 fn by_version(world: &World, name: &str) -> Vec<(u64, usize)> {
@@ -411,4 +411,39 @@ fn a_restart_that_fails_leaves_what_ran_before_alone() {
     world.settle_for(3600);
     assert_eq!((world.service("web").version, world.status("web")), (2, DeploymentStatus::Failed));
     assert_eq!((by_version(&world, "web"), world.ready("web")), (vec![(1, 2), (2, 1)], 2));
+}
+
+#[test]
+fn an_end_that_is_no_longer_true_is_not_said() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("web", 1));
+    world.plan_all();
+    world.say(1, running(true));
+    let success = world.steps();
+    assert!(matches!(success[..], [Step::SetDeployment(_)]));
+    world.say(1, running(false));
+    world.commit(success);
+    assert_eq!((world.status("web"), world.service("web").stable_version), (DeploymentStatus::Running, 0));
+}
+
+#[test]
+fn a_failure_that_was_overtaken_by_success_reverts_nothing() {
+    let first = manifest("web", 1);
+    let mut world = deployed(&first);
+    world.sick.push(("web".into(), 2));
+    world.deploy(changed(&first, "slow"));
+    world.settle();
+    world.now += 120 * SECOND;
+    let failure = world.steps();
+    assert!(matches!(failure[..], [Step::Revert(_)]));
+    let new = world.wanted("web").into_iter().find(|instance| instance.template_version == 2).unwrap();
+    world.say(new.id, running(true));
+    world.commit(failure);
+    assert_eq!(world.service("web").version, 2);
+    world.sick.clear();
+    world.settle();
+    assert_eq!(
+        (world.status("web"), by_version(&world, "web")),
+        (DeploymentStatus::Successful, vec![(2, 1)])
+    );
 }
