@@ -17,5 +17,5 @@ mod storage;
 mod watch;
 
 pub use config::{Bootstrap, ConfigError, MemberConfig, MemberEntry};
-pub use storage::log::{LoggedEntry, dump_log};
 pub use run::{RunError, run};
+pub use storage::log::{LoggedEntry, dump_log};

@@ -126,7 +126,8 @@ fn start(program: &Path, dir: &Path, ports: u16) -> anyhow::Result<Vec<Process>>
 async fn leader(ports: u16) -> anyhow::Result<u16> {
     for _ in 0..200 {
         for k in 0..3 {
-            let status = ask::<Empty, Status>(channel(ports + k)?, "/etcdserverpb.Maintenance/Status", Empty {}).await;
+            let status =
+                ask::<Empty, Status>(channel(ports + k)?, "/etcdserverpb.Maintenance/Status", Empty {}).await;
             if status.is_ok_and(|s| s.leader != 0 && s.header.is_some_and(|h| h.member_id == s.leader)) {
                 return Ok(k);
             }

@@ -29,7 +29,9 @@ pub(crate) fn run() -> anyhow::Result<()> {
         cluster.members[leader].start();
         eventually("all members are back", Duration::from_secs(30), || {
             let status = cluster.try_json(&["cluster", "status"]);
-            status.is_some_and(|s| s["members"].as_array().is_some_and(|all| all.iter().all(|m| m["reachable"] == true)))
+            status.is_some_and(|s| {
+                s["members"].as_array().is_some_and(|all| all.iter().all(|m| m["reachable"] == true))
+            })
         });
     }
     times.sort_unstable();

@@ -72,8 +72,15 @@ where
 #[expect(clippy::cast_precision_loss, reason = "counts of requests stay far below 2^52")]
 fn summary(mut times: Vec<Duration>, errors: usize, took: Duration) -> Load {
     times.sort_unstable();
-    let at = |share: usize| times.get(times.len().saturating_sub(1) * share / 100).copied().unwrap_or_default();
-    Load { per_second: times.len() as f64 / took.as_secs_f64(), p50: at(50), p99: at(99), errors, done: times.len() }
+    let at =
+        |share: usize| times.get(times.len().saturating_sub(1) * share / 100).copied().unwrap_or_default();
+    Load {
+        per_second: times.len() as f64 / took.as_secs_f64(),
+        p50: at(50),
+        p99: at(99),
+        errors,
+        done: times.len(),
+    }
 }
 
 /// A row of the table.
@@ -87,7 +94,8 @@ pub(crate) fn row(what: &str, clients: usize, load: &Load, more: &str) -> String
     )
 }
 
-pub(crate) const HEAD: &str = "| what | clients | per second | p50 ms | p99 ms | errors | |\n|---|---|---|---|---|---|---|";
+pub(crate) const HEAD: &str =
+    "| what | clients | per second | p50 ms | p99 ms | errors | |\n|---|---|---|---|---|---|---|";
 
 /// The runtime of the load generator: one thread, since the members need the cores.
 pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

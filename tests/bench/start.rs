@@ -27,7 +27,8 @@ pub(crate) fn run_rounds() -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
         }
         ready.push(began.elapsed());
         let manifest = "name = \"sleeper\"\ncommand = [\"sleep\", \"infinity\"]\n";
-        let output = nave::run(Some(&data.join("client.toml")), &["apply", "-f", "-", "--wait"], Some(manifest));
+        let output =
+            nave::run(Some(&data.join("client.toml")), &["apply", "-f", "-", "--wait"], Some(manifest));
         anyhow::ensure!(output.code == 0, "apply failed: {}", output.text());
         applied.push(output.took);
         dev.terminate();
@@ -40,7 +41,9 @@ pub(crate) fn run_rounds() -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
 pub(crate) fn run() -> anyhow::Result<()> {
     let (ready, applied) = run_rounds()?;
     println!("| what | rounds | min ms | median ms | max ms |\n|---|---|---|---|---|");
-    for (what, times) in [("`nave dev` to ready", ready), ("`nave apply --wait` of a process ready at once", applied)] {
+    for (what, times) in
+        [("`nave dev` to ready", ready), ("`nave apply --wait` of a process ready at once", applied)]
+    {
         let ms = |n: usize| times[n].as_millis();
         println!("| {what} | {ROUNDS} | {} | {} | {} |", ms(0), ms(ROUNDS / 2), ms(ROUNDS - 1));
     }

@@ -18,7 +18,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let runtime = runtime()?;
         let apis = {
             let _inside = runtime.enter();
-            let all: anyhow::Result<Vec<Api>> = (0..connections(clients)).map(|_| Api::open(&cluster.context())).collect();
+            let all: anyhow::Result<Vec<Api>> =
+                (0..connections(clients)).map(|_| Api::open(&cluster.context())).collect();
             Arc::new(all?)
         };
         let before = counters(&cluster);
@@ -38,7 +39,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
 
 /// One number on the command line measures that many clients only.
 fn client_counts() -> Vec<usize> {
-    std::env::args().nth(2).and_then(|count| count.parse().ok()).map_or_else(|| vec![1, 64, 512], |count| vec![count])
+    std::env::args()
+        .nth(2)
+        .and_then(|count| count.parse().ok())
+        .map_or_else(|| vec![1, 64, 512], |count| vec![count])
 }
 
 async fn write(mut client: ServiceServiceClient<tonic::transport::Channel>, name: String) -> bool {

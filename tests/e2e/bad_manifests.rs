@@ -30,7 +30,8 @@ fn each_is_refused_with_its_place_and_a_hint() {
 fn cycles_duplicates_and_giants_are_refused() {
     let cluster = Cluster::start(&Setup { members: 1, agents: 0 });
     cluster.apply("name = \"a\"\ncommand = [\"true\"]\ncount = 0\nneeds = [\"b\"]\n", &[]).expect(0);
-    let cycle = cluster.apply("name = \"b\"\ncommand = [\"true\"]\ncount = 0\nneeds = [\"a\"]\n", &[]).expect(1);
+    let cycle =
+        cluster.apply("name = \"b\"\ncommand = [\"true\"]\ncount = 0\nneeds = [\"a\"]\n", &[]).expect(1);
     assert!(cycle.stderr.contains('a') && cycle.stderr.contains("cycle"), "{}", cycle.stderr);
 
     let dir = tempfile::tempdir().expect("a folder");
@@ -38,7 +39,11 @@ fn cycles_duplicates_and_giants_are_refused() {
         std::fs::write(dir.path().join(file), "name = \"same\"\ncommand = [\"true\"]\n").expect("written");
     }
     let duplicate = cluster.nave(&["apply", "-f", dir.path().to_str().expect("plain")]).expect(2);
-    assert!(duplicate.stderr.contains("one.toml") && duplicate.stderr.contains("two.toml"), "{}", duplicate.stderr);
+    assert!(
+        duplicate.stderr.contains("one.toml") && duplicate.stderr.contains("two.toml"),
+        "{}",
+        duplicate.stderr
+    );
 
     let giant = format!("name = \"big\"\ncommand = [\"true\", \"{}\"]\n", "x".repeat(2_000_000));
     let output = cluster.apply(&giant, &[]).expect(2);

@@ -45,10 +45,14 @@ fn a_manifest_becomes_processes_that_answer() {
     assert_eq!((on("agent-1"), on("agent-2")), (2, 2), "spread over the hosts");
 
     let endpoints = cluster.json(&["endpoints", "web"]);
-    let found: Vec<_> = endpoints.as_array().expect("an array").iter().filter(|e| e["state"] == "ready").collect();
+    let found: Vec<_> =
+        endpoints.as_array().expect("an array").iter().filter(|e| e["state"] == "ready").collect();
     assert_eq!(found.len(), 4);
     let services = cluster.json(&["services"]);
-    assert_eq!((services[0]["name"].as_str(), services[0]["desired"].as_u64(), services[0]["ready"].as_u64()), (Some("web"), Some(4), Some(4)));
+    assert_eq!(
+        (services[0]["name"].as_str(), services[0]["desired"].as_u64(), services[0]["ready"].as_u64()),
+        (Some("web"), Some(4), Some(4))
+    );
 }
 
 #[test]

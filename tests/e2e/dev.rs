@@ -44,11 +44,11 @@ fn ready_used_killed_adopted_and_gone() {
     let (dir, port) = (folder.path(), free_ports());
     let mut first = dev(dir, port);
     wait_ready(dir, 1);
-    run(Some(&dir.join("data/client.toml")), &["apply", "-f", "-", "--wait"], Some(&sleeper("sleeper", 2))).expect(0);
+    run(Some(&dir.join("data/client.toml")), &["apply", "-f", "-", "--wait"], Some(&sleeper("sleeper", 2)))
+        .expect(0);
     let data = dir.join("data/agent-1");
-    let before = eventually_some("two processes", SOON, || {
-        Some(processes_of(&data)).filter(|pids| pids.len() == 2)
-    });
+    let before =
+        eventually_some("two processes", SOON, || Some(processes_of(&data)).filter(|pids| pids.len() == 2));
 
     // A member that dies is started again.
     let member = pid(&dir.join("data/member-1/nave.pid")).expect("member-1 has a pid file");
@@ -58,7 +58,8 @@ fn ready_used_killed_adopted_and_gone() {
     });
 
     // A second one on the same folder is told who is there.
-    let refused = Command::new(binary()).args(["dev", "--data-dir"]).arg(dir.join("data")).output().expect("it runs");
+    let refused =
+        Command::new(binary()).args(["dev", "--data-dir"]).arg(dir.join("data")).output().expect("it runs");
     assert_eq!(refused.status.code(), Some(1));
 
     first.kill();
@@ -68,10 +69,16 @@ fn ready_used_killed_adopted_and_gone() {
     assert_eq!(processes_of(&data), before, "and are adopted");
     assert_eq!(nave(dir, &["ps", "sleeper"]).expect(0).stdout.matches("running").count(), 2);
 
-    let roles: Vec<u32> = ["member-1/nave.pid", "member-2/nave.pid", "member-3/nave.pid", "agent-1/nave.pid", "agent-1/keeper.pid"]
-        .iter()
-        .map(|name| pid(&dir.join("data").join(name)).expect("every role has a pid file"))
-        .collect();
+    let roles: Vec<u32> = [
+        "member-1/nave.pid",
+        "member-2/nave.pid",
+        "member-3/nave.pid",
+        "agent-1/nave.pid",
+        "agent-1/keeper.pid",
+    ]
+    .iter()
+    .map(|name| pid(&dir.join("data").join(name)).expect("every role has a pid file"))
+    .collect();
     second.terminate();
     eventually("nothing is left", SOON, || {
         processes_of(&data).is_empty() && roles.iter().chain(&before).all(|pid| !alive(*pid))

@@ -55,7 +55,8 @@ fn writes_are_refused_and_nothing_is_lost() {
     cluster.members[0].start();
     cluster.wait_for_leader();
     let services = cluster.json(&["services"]);
-    let names: Vec<&str> = services.as_array().expect("rows").iter().filter_map(|s| s["name"].as_str()).collect();
+    let names: Vec<&str> =
+        services.as_array().expect("rows").iter().filter_map(|s| s["name"].as_str()).collect();
     assert!(names.contains(&"kept") && names.contains(&"later"), "{names:?}");
     cluster.members[0].kill();
     drop(small);

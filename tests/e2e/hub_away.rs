@@ -38,7 +38,8 @@ fn processes_that_die_are_restarted_without_a_hub() {
     cluster.wait_for_leader();
     cluster.wait_for_agents(1);
     eventually("the hub knows the new pids", SOON, || {
-        let mut pids: Vec<u32> = cluster.ps("web").iter().filter(|row| row["ready"] == true).map(pid).collect();
+        let mut pids: Vec<u32> =
+            cluster.ps("web").iter().filter(|row| row["ready"] == true).map(pid).collect();
         let mut now = processes_of(&data);
         pids.sort_unstable();
         now.sort_unstable();

@@ -36,8 +36,16 @@ async fn write_until(api: Api, writer: usize, round: &'static str, stop: Arc<Ato
 }
 
 /// Runs `fault` while `WRITERS` writers write; returns every acknowledged name.
-pub(crate) fn under_writes(cluster: &mut Cluster, round: &'static str, fault: impl FnOnce(&mut Cluster)) -> Vec<String> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+pub(crate) fn under_writes(
+    cluster: &mut Cluster,
+    round: &'static str,
+    fault: impl FnOnce(&mut Cluster),
+) -> Vec<String> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime");
     let stop = Arc::new(AtomicBool::new(false));
     let context = cluster.context();
     let writers: Vec<_> = {
@@ -74,7 +82,9 @@ fn nothing_acknowledged_is_missing_and_nothing_is_done_twice() {
             eventually("the killed member is back", Duration::from_secs(30), || {
                 let status = cluster.try_json(&["cluster", "status"]);
                 status.is_some_and(|s| {
-                    s["members"].as_array().is_some_and(|all| all.iter().all(|member| member["reachable"] == true))
+                    s["members"]
+                        .as_array()
+                        .is_some_and(|all| all.iter().all(|member| member["reachable"] == true))
                 })
             });
         }

@@ -41,14 +41,20 @@ fn logs_are_equal_entry_by_entry_and_hold_every_acknowledged_write() {
         log.iter().filter(|entry| (first..=last).contains(&entry.index)).cloned().collect()
     };
     let reference = common(&logs[0]);
-    assert!(reference.len() >= acknowledged.len(), "{} entries for {} writes", reference.len(), acknowledged.len());
+    assert!(
+        reference.len() >= acknowledged.len(),
+        "{} entries for {} writes",
+        reference.len(),
+        acknowledged.len()
+    );
     for (k, log) in logs.iter().enumerate().skip(1) {
         for (ours, theirs) in reference.iter().zip(common(log)) {
             assert_eq!(*ours, theirs, "entry {} of member-1 and member-{}", ours.index, k + 1);
         }
         assert_eq!(common(log).len(), reference.len());
     }
-    let text: BTreeSet<String> = reference.iter().filter_map(|entry| service_applied(&entry.command)).collect();
+    let text: BTreeSet<String> =
+        reference.iter().filter_map(|entry| service_applied(&entry.command)).collect();
     for name in &acknowledged {
         assert!(text.contains(name), "{name} was acknowledged and is in no log");
     }

@@ -9,11 +9,16 @@ use crate::manifests::{web, web_with};
 fn output_of_all_hosts_is_merged() {
     let cluster = Cluster::start(&Setup { members: 3, agents: 2 });
     cluster.apply(&web("web", 2), &["--wait"]).expect(0);
-    let ids: Vec<String> =
-        cluster.wait_ready("web", 2).iter().map(|row| row["id"].as_str().expect("an id").to_owned()).collect();
+    let ids: Vec<String> = cluster
+        .wait_ready("web", 2)
+        .iter()
+        .map(|row| row["id"].as_str().expect("an id").to_owned())
+        .collect();
     eventually("both instances have spoken", SOON, || {
         let output = cluster.nave(&["logs", "web"]);
-        ids.iter().all(|id| output.stdout.lines().any(|line| line.contains(id.as_str()) && line.contains("listening on")))
+        ids.iter().all(|id| {
+            output.stdout.lines().any(|line| line.contains(id.as_str()) && line.contains("listening on"))
+        })
     });
 }
 
@@ -25,7 +30,8 @@ fn no_line_is_missing_and_the_tail_is_the_end() {
     let wanted: Vec<String> = (1..=20_000).map(|n| format!("line {n}")).collect();
     eventually("all lines, in order", SOON, || {
         let output = cluster.nave(&["logs", "web"]);
-        let lines = output.stdout.lines().filter_map(|line| line.find("line ").map(|at| line[at..].to_owned()));
+        let lines =
+            output.stdout.lines().filter_map(|line| line.find("line ").map(|at| line[at..].to_owned()));
         lines.eq(wanted.iter().cloned())
     });
     let tail = cluster.nave(&["logs", "web", "--tail", "2"]).expect(0);

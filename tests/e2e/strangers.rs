@@ -28,14 +28,20 @@ fn an_operator_of_another_cluster_is_refused() {
     let output = run(Some(&out.join("client.toml")), &["services"], None);
 
     assert_eq!(output.code, 3, "{}", output.text());
-    assert!(output.stderr.contains("another cluster") || output.stderr.contains("certificate"), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("another cluster") || output.stderr.contains("certificate"),
+        "{}",
+        output.stderr
+    );
 }
 
 #[test]
 fn plain_text_and_garbage_get_no_answer_and_disturb_nobody() {
     let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
     for port in [cluster.members[0].port, cluster.agents[0].port] {
-        for garbage in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0u8; 4096], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+        for garbage in
+            [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0u8; 4096], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+        {
             let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("the port is open");
             stream.set_read_timeout(Some(Duration::from_secs(10))).expect("set");
             let _ = stream.write_all(garbage);
@@ -124,7 +130,11 @@ fn refused_agent(cluster: &Cluster, name: &str, token: &str) -> String {
     let _process = Process::start(name, &mut command, &log).expect("it starts");
     eventually_some("the refusal is said", SOON, || {
         let text = std::fs::read_to_string(&log).ok()?;
-        (text.contains("token") && (text.contains("refused") || text.contains("expired") || text.contains("revoked") || text.contains("not valid")))
-            .then_some(text)
+        (text.contains("token")
+            && (text.contains("refused")
+                || text.contains("expired")
+                || text.contains("revoked")
+                || text.contains("not valid")))
+        .then_some(text)
     })
 }

@@ -28,14 +28,20 @@ pub struct Api {
 impl Api {
     /// Reads `client.toml`. Must be called inside a tokio runtime; nothing is dialled yet.
     pub fn open(context: &Path) -> anyhow::Result<Self> {
-        let file: ClientFile = toml::from_str(&std::fs::read_to_string(context)?).context("parse the client file")?;
+        let file: ClientFile =
+            toml::from_str(&std::fs::read_to_string(context)?).context("parse the client file")?;
         let folder = context.parent().unwrap_or(Path::new("."));
-        let credentials =
-            Credentials::load(&folder.join(&file.certificate), &folder.join(&file.key), &folder.join(&file.ca))?;
+        let credentials = Credentials::load(
+            &folder.join(&file.certificate),
+            &folder.join(&file.key),
+            &folder.join(&file.ca),
+        )?;
         let channels = file
             .addresses
             .iter()
-            .map(|address| nave_tls::channel(address, &credentials, Expect::Member, ChannelOptions::default()))
+            .map(|address| {
+                nave_tls::channel(address, &credentials, Expect::Member, ChannelOptions::default())
+            })
             .collect();
         Ok(Self { channels })
     }
@@ -53,7 +59,12 @@ impl Api {
     }
 
     /// Applies a service without instances: a write and nothing else.
-    pub async fn write(&self, member: usize, name: &str, id: Option<pb::RequestId>) -> Result<u64, tonic::Status> {
+    pub async fn write(
+        &self,
+        member: usize,
+        name: &str,
+        id: Option<pb::RequestId>,
+    ) -> Result<u64, tonic::Status> {
         let mut request = tonic::Request::new(pb::ApplyServiceRequest {
             manifest: Some(idle_manifest(name)),
             request_id: id,
@@ -74,5 +85,6 @@ impl Api {
 /// A manifest as the parser would make it from the shortest text, with count 0.
 pub fn idle_manifest(name: &str) -> pb::Manifest {
     let text = format!("name = \"{name}\"\ncommand = [\"true\"]\ncount = 0\n");
-    nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "idle.toml").expect("a valid manifest")
+    nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "idle.toml")
+        .expect("a valid manifest")
 }

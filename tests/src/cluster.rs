@@ -11,10 +11,10 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::machine;
 use crate::nave::{self, Output};
 use crate::process::{self, Process};
 use crate::wait::{eventually, eventually_some, pause};
-use crate::machine;
 
 /// Generous: a slow, noisy machine with two cores and two clusters at once.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -91,7 +91,9 @@ impl Role {
 
     /// The agent's own process, once it runs.
     pub fn agent_pid(&self) -> u32 {
-        eventually_some("the agent writes its pid", SOON, || self.pid_file("nave.pid").filter(|pid| process::alive(*pid)))
+        eventually_some("the agent writes its pid", SOON, || {
+            self.pid_file("nave.pid").filter(|pid| process::alive(*pid))
+        })
     }
 
     /// All it has logged.
@@ -275,7 +277,14 @@ fn member(init: &Path, k: usize, port: u16, metrics: u16) -> anyhow::Result<Role
     Ok(Role { name, dir, port, verb: "orchestrator", config, process: None })
 }
 
-fn agent(root: &Path, init: &Path, members: &[String], k: usize, port: u16, metrics: u16) -> anyhow::Result<Role> {
+fn agent(
+    root: &Path,
+    init: &Path,
+    members: &[String],
+    k: usize,
+    port: u16,
+    metrics: u16,
+) -> anyhow::Result<Role> {
     let name = format!("agent-{}", k + 1);
     let dir = root.join(&name);
     std::fs::create_dir_all(&dir)?;
@@ -305,7 +314,10 @@ const AT_ONCE: usize = 2;
 
 impl Turn {
     fn take() -> Self {
-        while RUNNING.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < AT_ONCE).then_some(n + 1)).is_err() {
+        while RUNNING
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < AT_ONCE).then_some(n + 1))
+            .is_err()
+        {
             pause(Duration::from_millis(50));
         }
         Self

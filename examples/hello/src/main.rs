@@ -13,7 +13,11 @@
 //! hello --lines N            write N numbered lines to stdout before serving
 //! ```
 //! `GET /exit/CODE` ends it, `GET /env/NAME` answers with a variable.
-#![expect(clippy::print_stdout, clippy::exit, reason = "a small program whose product is its output and its exit code")]
+#![expect(
+    clippy::print_stdout,
+    clippy::exit,
+    reason = "a small program whose product is its output and its exit code"
+)]
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -60,7 +64,9 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));
         match word.as_str() {
             "--greeting" => options.greeting = Some(value()?),
-            "--exit" => options.exit = Some(value()?.parse().map_err(|_| "--exit takes a number".to_owned())?),
+            "--exit" => {
+                options.exit = Some(value()?.parse().map_err(|_| "--exit takes a number".to_owned())?)
+            }
             "--lines" => options.lines = value()?.parse().map_err(|_| "--lines takes a number".to_owned())?,
             "--ignore-term" => options.ignore_term = true,
             "--unready" => options.unready = true,
