@@ -14,7 +14,6 @@ pub(crate) struct Load {
     pub(crate) p50: Duration,
     pub(crate) p99: Duration,
     pub(crate) errors: usize,
-    pub(crate) done: usize,
 }
 
 const WARM_UP: Duration = Duration::from_secs(2);
@@ -74,13 +73,7 @@ fn summary(mut times: Vec<Duration>, errors: usize, took: Duration) -> Load {
     times.sort_unstable();
     let at =
         |share: usize| times.get(times.len().saturating_sub(1) * share / 100).copied().unwrap_or_default();
-    Load {
-        per_second: times.len() as f64 / took.as_secs_f64(),
-        p50: at(50),
-        p99: at(99),
-        errors,
-        done: times.len(),
-    }
+    Load { per_second: times.len() as f64 / took.as_secs_f64(), p50: at(50), p99: at(99), errors }
 }
 
 /// A row of the table.

@@ -11,12 +11,14 @@ mod throughput;
 
 use anyhow::bail;
 
+type Measurement = fn() -> anyhow::Result<()>;
+
 fn main() -> anyhow::Result<()> {
     let what = std::env::args().nth(1).unwrap_or_else(|| "all".to_owned());
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, fn() -> anyhow::Result<()>); 5] = [
+    let rooms: [(&str, Measurement); 5] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),

@@ -24,7 +24,12 @@ fn followers(leader: usize) -> [usize; 2] {
 
 async fn hosts(cluster: &Cluster, member: usize) -> Vec<pb::Host> {
     let mut client = HostServiceClient::new(cluster.operator(member));
-    client.list_hosts(pb::ListHostsRequest { linearizable: false }).await.unwrap().into_inner().hosts
+    client
+        .list_hosts(pb::ListHostsRequest { linearizable: false })
+        .await
+        .expect("the member answers")
+        .into_inner()
+        .hosts
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -147,8 +152,11 @@ async fn without_a_quorum_it_is_said_so_and_nothing_is_changed() {
         "{refused}"
     );
 
-    let stale =
-        services.list_services(pb::ListServicesRequest { linearizable: false }).await.unwrap().into_inner();
+    let stale = services
+        .list_services(pb::ListServicesRequest { linearizable: false })
+        .await
+        .expect("the member answers")
+        .into_inner();
     assert_eq!(stale.services.len(), 1);
     let freshness = stale.freshness.unwrap();
     assert!(!freshness.linearizable && freshness.age_ms > 1000, "{freshness:?}");
