@@ -6,6 +6,7 @@ set -euo pipefail
 nave=$(realpath "$1")
 hello=$(realpath "$2")
 dir=$(mktemp -d /tmp/nave-demo.XXXXXX)
+chmod 755 "$dir" # services run as users of their own and must reach their directories
 export NAVE_CONTEXT="$dir/data/client.toml"
 dev=
 
