@@ -426,3 +426,35 @@ fn a_slice_looks_at_so_many_services_and_the_next_goes_on() {
     assert_eq!((second.unplaced.len(), second.more), (10, false));
     assert_eq!(plan_dirty(&state, &mut cursor, 1, usize::MAX).unplaced, []);
 }
+
+#[test]
+fn a_placement_of_an_older_epoch_is_skipped() {
+    let mut world = World::with_hosts(3);
+    world.deploy(manifest("db", 1));
+    world.settle();
+    let place_on = |name: &str, world: &World| pb::Place {
+        service: "db".into(),
+        version: 1,
+        host_id: world.host_id(name).0,
+        instance_id: 1,
+        expected_epoch: 1,
+        ordinal: 0,
+    };
+    world.lose("alpha");
+    world.commit(vec![Step::Place(place_on("beta", &world))]);
+    assert_eq!((world.hosts_of("db"), world.wanted("db")[0].epoch), (vec!["beta".to_owned()], 2));
+    world.lose("beta");
+    world.commit(vec![Step::Place(place_on("gamma", &world))]);
+    assert_eq!(world.wanted("db")[0].epoch, 2);
+}
+
+#[test]
+fn room_that_a_plan_gave_away_in_vain_is_given_anew() {
+    let mut world = World::with_hosts(1);
+    for name in ["a", "b"] {
+        world.deploy(with_cpu(manifest(name, 1), 3000));
+    }
+    assert_eq!(world.steps().len(), 1, "for a; b finds no room");
+    world.accept(delete("a"));
+    assert_eq!(world.steps().len(), 1, "for b, though no room has come free");
+}

@@ -447,3 +447,42 @@ fn a_failure_that_was_overtaken_by_success_reverts_nothing() {
         (DeploymentStatus::Successful, vec![(2, 1)])
     );
 }
+
+/// A plan stops one ready old instance; then another old one turns unready before it is committed.
+fn stop_after_another_turned_unready(first: &pb::Manifest) -> World {
+    let mut world = deployed(first);
+    world.deploy(changed(first, "two"));
+    let steps = loop {
+        let steps = world.steps();
+        if steps.iter().any(|step| matches!(step, Step::Stop(_))) {
+            break steps;
+        }
+        world.commit(steps);
+        world.agents();
+    };
+    let stopped_by = |step: &Step| match step {
+        Step::Stop(stop) => Some(stop.instance_id),
+        Step::Place(_) | Step::SetDeployment(_) | Step::Revert(_) | Step::Forget(_) => None,
+    };
+    let stopped: Vec<_> = steps.iter().filter_map(stopped_by).collect();
+    let other = world
+        .wanted("web")
+        .into_iter()
+        .find(|i| i.template_version == 1 && !stopped.contains(&i.id))
+        .unwrap();
+    world.say(other.id, running(false));
+    let before = world.ready("web");
+    world.commit(steps);
+    assert_eq!(world.ready("web"), before, "nothing that is ready was stopped");
+    world
+}
+
+#[test]
+fn a_stale_stop_never_takes_a_ready_one_in_place_of_an_unready_one() {
+    let mut world = stop_after_another_turned_unready(&manifest("web", 3));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 3)]);
+    let mut world = stop_after_another_turned_unready(&with_port(manifest("web", 3), 8080));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 3)]);
+}
