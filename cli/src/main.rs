@@ -28,10 +28,8 @@ use crate::args::{Cli, Verb};
 use crate::context::Context;
 use crate::failure::Failure;
 
-// The allocator is the system's: jemalloc would add its own arenas to a keeper that shall fit in 3 MiB, and one
-// binary has one allocator. Members keep their memory in RocksDB, which allocates on its own. To try the other:
-// #[global_allocator]
-// static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+// The allocator is the system's: jemalloc adds its own arenas to a keeper that shall fit in 3 MiB, and measured no
+// faster for members (docs/performance.md).
 
 fn main() -> ExitCode {
     if let Some(code) = roles::before_everything() {

@@ -92,7 +92,7 @@ impl Hub {
         let outcome = self.raft.propose(command, deadline).await;
         self.metrics.propose_seconds.observe(begun.elapsed().as_secs_f64());
         match outcome {
-            Ok(reply) => Committed::from_reply(reply).map_err(|refusal| self.or_not_begun(refusal)),
+            Ok(reply) => Committed::from_reply(reply),
             Err(error) => {
                 self.metrics.propose_failures.inc();
                 // Only these two speak of the members, and asking them takes time.
@@ -102,14 +102,6 @@ impl Hub {
                 };
                 Err(errors::propose(&error, reach))
             }
-        }
-    }
-
-    /// Before the cluster has begun every command is refused, which is nobody's fault and passes.
-    fn or_not_begun(&self, refusal: Status) -> Status {
-        match self.raft.state().cluster() {
-            Some(_) => refusal,
-            None => errors::not_begun(),
         }
     }
 

@@ -35,6 +35,9 @@ pub struct Applied {
 /// Either answer of a command.
 type Outcome = Result<pb::Accepted, pb::Rejected>;
 
+/// The refusal of every command before `InitCluster`. It passes by itself, so the API tells it from other conflicts.
+pub const NOT_BEGUN: &str = "the cluster has not begun yet";
+
 /// Whether a newer build wrote this command: it, or a step in it, has no body that this build knows. A member that
 /// meets one must stop before it applies anything.
 pub fn unknown_command(command: &pb::Command) -> bool {
@@ -65,6 +68,11 @@ impl ClusterState {
         self.time_unix_ns = self.time_unix_ns.max(command.time_unix_ns);
         let revision = self.revision();
         let pb::Command { time_unix_ns: now, actor, request_id, body, written_by: _ } = command;
+        if self.cluster.is_none() && !matches!(body, Some(Body::InitCluster(_))) {
+            // Not remembered: the same request is welcome a moment later.
+            let refusal = rejected(pb::RejectedCode::Conflict, NOT_BEGUN);
+            return Applied { reply: reply(revision, Err(refusal)), changes: Vec::new() };
+        }
         match request_id.as_ref().map_or(Recall::New, |request| self.dedup.recall(request)) {
             Recall::New => {}
             Recall::Done(reply) => return Applied { reply: marked_duplicate(reply), changes: Vec::new() },
@@ -122,9 +130,6 @@ struct Tx<'a> {
 
 impl Tx<'_> {
     fn run(&mut self, body: Body) -> Outcome {
-        if self.state.cluster.is_none() && !matches!(body, Body::InitCluster(_)) {
-            return Err(rejected(pb::RejectedCode::Invalid, "the cluster is not initialised yet"));
-        }
         match body {
             Body::InitCluster(command) => self.init_cluster(command),
             Body::ApplyService(command) => self.apply_service(command),

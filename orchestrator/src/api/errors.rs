@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use nave_orchestrator_core::NOT_BEGUN;
 use nave_proto::manifest::{MANIFEST_BYTES_MAX, Violation};
 use nave_proto::pb;
 use tonic::{Code, Status};
@@ -108,6 +109,7 @@ pub(crate) fn rejected(rejected: &pb::Rejected) -> Status {
     let message = rejected.message.clone();
     match rejected.code() {
         pb::RejectedCode::NotFound => with_reason(Code::NotFound, "NOT_FOUND", message),
+        pb::RejectedCode::Conflict if message == NOT_BEGUN => not_begun(),
         pb::RejectedCode::Conflict => with_reason(Code::FailedPrecondition, "CONFLICT", message),
         pb::RejectedCode::Invalid => with_reason(Code::InvalidArgument, "INVALID", message),
         pb::RejectedCode::Expired => with_reason(Code::PermissionDenied, "TOKEN_EXPIRED", message),
