@@ -25,9 +25,24 @@ fn accepted(reply: &pb::Reply) -> bool {
     matches!(reply.result, Some(pb::reply::Result::Accepted(_)))
 }
 
+/// Writes one token. After a fault an outcome may be unknown: then the state says whether to write it again.
 async fn put(hub: &RaftHub, id: &str) {
-    let reply = hub.propose(token(id), soon()).await.unwrap();
-    assert!(accepted(&reply), "{reply:?}");
+    let mut unknown = false;
+    loop {
+        match hub.propose(token(id), soon()).await {
+            Ok(reply) => {
+                let took_effect_before = unknown && hub.state().token(id).is_some();
+                assert!(accepted(&reply) || took_effect_before, "{reply:?}");
+                return;
+            }
+            Err(ProposeError::Unknown) => unknown = true,
+            Err(error) => panic!("{id}: {error}"),
+        }
+        hub.linearize(soon()).await.unwrap();
+        if hub.state().token(id).is_some() {
+            return;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
