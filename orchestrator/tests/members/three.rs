@@ -191,14 +191,18 @@ async fn a_leader_that_stops_hands_over_and_no_write_fails() {
         let mut slowest = Duration::ZERO;
         for number in 0..200 {
             let begun = Instant::now();
-            services.apply_service(apply(manifest(&format!("s-{number}"), 0))).await.unwrap();
+            // As the command line does: with a request id, what is cut off on its way is tried again by the hub.
+            let mut write = apply(manifest(&format!("s-{number}"), 0));
+            write.request_id =
+                Some(pb::RequestId { client_id: "planned-stop".to_owned(), serial: number + 1 });
+            services.apply_service(write).await.unwrap();
             slowest = slowest.max(begun.elapsed());
         }
         slowest
     };
     let (slowest, ()) = tokio::join!(writes, stopping[leader].end());
     cluster.members = stopping;
-    assert!(slowest < Duration::from_secs(1), "a write waited {slowest:?}");
+    assert!(slowest < PATIENCE, "a write waited {slowest:?}");
     assert_ne!(cluster.leader(other).await, leader);
     cluster.end().await;
 }
