@@ -35,9 +35,6 @@ pub struct Applied {
 /// Either answer of a command.
 type Outcome = Result<pb::Accepted, pb::Rejected>;
 
-/// The refusal of every command before `InitCluster`. It passes by itself, so the API tells it from other conflicts.
-pub const NOT_BEGUN: &str = "the cluster has not begun yet";
-
 /// Whether a newer build wrote this command: it, or a step in it, has no body that this build knows. A member that
 /// meets one must stop before it applies anything.
 pub fn unknown_command(command: &pb::Command) -> bool {
@@ -56,7 +53,9 @@ pub fn unknown_command(command: &pb::Command) -> bool {
             | Body::ReportInstances(_)
             | Body::CreateToken(_)
             | Body::RevokeToken(_)
-            | Body::SetHostStatus(_),
+            | Body::SetHostStatus(_)
+            | Body::SetHostDraining(_)
+            | Body::ForgetHost(_),
         ) => false,
     }
 }
@@ -70,7 +69,7 @@ impl ClusterState {
         let pb::Command { time_unix_ns: now, actor, request_id, body, written_by: _ } = command;
         if self.cluster.is_none() && !matches!(body, Some(Body::InitCluster(_))) {
             // Not remembered: the same request is welcome a moment later.
-            let refusal = rejected(pb::RejectedCode::Conflict, NOT_BEGUN);
+            let refusal = rejected(pb::RejectedCode::NotBegun, "the cluster has not begun yet");
             return Applied { reply: reply(revision, Err(refusal)), changes: Vec::new() };
         }
         match request_id.as_ref().map_or(Recall::New, |request| self.dedup.recall(request)) {
@@ -144,6 +143,8 @@ impl Tx<'_> {
             Body::CreateToken(command) => self.create_token(command),
             Body::RevokeToken(command) => self.revoke_token(&command.id),
             Body::SetHostStatus(command) => self.set_host_status(&command),
+            Body::SetHostDraining(command) => self.set_host_draining(command),
+            Body::ForgetHost(command) => self.forget_host(&command),
         }
     }
 
@@ -210,7 +211,7 @@ impl Tx<'_> {
         self.changes.push(Change::Deleted(RowId::Instance(id)));
         self.drop_stale_versions(&record.service);
         self.remove_service_if_done(&record.service);
-        self.remove_host_if_succeeded(HostId(record.host_id));
+        self.host_left(HostId(record.host_id));
     }
 
     fn put_token(&mut self, mut record: pb::TokenRecord) {

@@ -16,7 +16,7 @@ mod plan;
 mod state;
 mod wants;
 
-pub use apply::{Applied, NOT_BEGUN, unknown_command};
+pub use apply::{Applied, unknown_command};
 pub use change::{Change, RowId};
 pub use events::EventFilter;
 pub use plan::{

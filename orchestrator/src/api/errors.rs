@@ -5,7 +5,6 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use nave_orchestrator_core::NOT_BEGUN;
 use nave_proto::manifest::{MANIFEST_BYTES_MAX, Violation};
 use nave_proto::pb;
 use tonic::{Code, Status};
@@ -109,7 +108,7 @@ pub(crate) fn rejected(rejected: &pb::Rejected) -> Status {
     let message = rejected.message.clone();
     match rejected.code() {
         pb::RejectedCode::NotFound => with_reason(Code::NotFound, "NOT_FOUND", message),
-        pb::RejectedCode::Conflict if message == NOT_BEGUN => not_begun(),
+        pb::RejectedCode::NotBegun => not_begun(),
         pb::RejectedCode::Conflict => with_reason(Code::FailedPrecondition, "CONFLICT", message),
         pb::RejectedCode::Invalid => with_reason(Code::InvalidArgument, "INVALID", message),
         pb::RejectedCode::Expired => with_reason(Code::PermissionDenied, "TOKEN_EXPIRED", message),
@@ -256,6 +255,9 @@ mod tests {
             let status = rejected(&pb::Rejected { code: given.into(), message: "why".to_owned() });
             assert_eq!((status.code(), reason(&status).as_str(), status.message()), (code, expected, "why"));
         }
+        let early =
+            rejected(&pb::Rejected { code: pb::RejectedCode::NotBegun.into(), message: String::new() });
+        assert_eq!((early.code(), reason(&early).as_str()), (Code::Unavailable, "NOT_BEGUN"));
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl Tx<'_> {
         self.event("instance_placed", Subject::instance(&record), message);
         self.put_instance(record);
         self.drop_stale_versions(&step.service);
-        self.remove_host_if_succeeded(left);
+        self.host_left(left);
     }
 
     fn stop(&mut self, step: pb::StopInstance) {

@@ -60,6 +60,8 @@ impl Tx<'_> {
             joined_unix_ns: self.now,
             revision: self.revision,
             status_reason: String::new(),
+            forgotten: false,
+            drain_reason: String::new(),
         });
         self.event("host_joined", Subject::host(HostId(id)), message);
         if let Some(lost) = superseded {
@@ -110,7 +112,7 @@ impl Tx<'_> {
 
     pub(super) fn update_host(&mut self, command: pb::UpdateHost) -> Outcome {
         let id = HostId(command.host_id);
-        let record = self.state.host(id).cloned().ok_or_else(|| no_host(id))?;
+        let record = self.known_host(id)?;
         let Some(facts) = command.facts.filter(|facts| !facts.name.is_empty()) else {
             return Err(rejected(RejectedCode::Invalid, "a host needs a name"));
         };
@@ -136,7 +138,7 @@ impl Tx<'_> {
     /// The verdict of the leader: lost, or back. What runs on a lost host is lost with it, until it reports again.
     pub(super) fn set_host_status(&mut self, command: &pb::SetHostStatus) -> Outcome {
         let id = HostId(command.host_id);
-        let record = self.state.host(id).cloned().ok_or_else(|| no_host(id))?;
+        let record = self.known_host(id)?;
         let status = command.status();
         if status == HostStatus::Unspecified {
             return Err(rejected(RejectedCode::Invalid, "a host's status is connected, silent or lost"));
@@ -166,7 +168,7 @@ impl Tx<'_> {
         };
         self.touch_services_on(id);
         if let Some((kind, what)) = verdict(status, was_lost, affected) {
-            let why = if command.reason.is_empty() { String::new() } else { format!(": {}", command.reason) };
+            let why = because(&command.reason);
             self.event(kind, Subject::host(id), format!("{} ({id}) {what}{why}", record.shown()));
         }
         Ok(accepted)
@@ -195,20 +197,132 @@ impl Tx<'_> {
         }
     }
 
+    /// A draining host takes nothing new, and the scheduler empties it under the update rules.
+    pub(super) fn set_host_draining(&mut self, command: pb::SetHostDraining) -> Outcome {
+        let record = self.known_host(HostId(command.host_id))?;
+        let (id, draining) = (HostId(record.id), command.draining);
+        let accepted = pb::Accepted { host_id: id.0, ..Default::default() };
+        if record.draining == draining {
+            return Ok(accepted);
+        }
+        let why = because(&command.reason);
+        let drain_reason = if draining { command.reason } else { String::new() };
+        self.put_host(pb::HostRecord { draining, drain_reason, ..record.as_ref().clone() });
+        self.touch_services_on(id);
+        let (name, left) = (record.shown(), self.state.instances_on(id).count());
+        let (kind, what) = match draining {
+            true => ("host_draining", format!("is being drained, {} to leave it", instances(left))),
+            false => ("host_undrained", "is open again".to_owned()),
+        };
+        self.event(kind, Subject::host(id), format!("{name} ({id}) {what}{why}"));
+        self.say_if_drained(id);
+        Ok(accepted)
+    }
+
+    /// Gives a host up for good. Its key opens nothing from now on; while instances have yet to leave it (those with
+    /// `on_disconnect = "stop"` wait until they must have ended there), the row stays as a lost host's.
+    pub(super) fn forget_host(&mut self, command: &pb::ForgetHost) -> Outcome {
+        let record = self.known_host(HostId(command.host_id))?;
+        let id = HostId(record.id);
+        self.may_forget(&record)?;
+        if !record.is_lost() {
+            self.observe_all(id, |_| State::Lost(Lost {}));
+        }
+        self.touch_services_on(id);
+        let (name, left) = (record.shown(), self.state.instances_on(id).count());
+        let why = because(&command.reason);
+        self.event("host_forgotten", Subject::host(id), format!("{name} ({id}) is given up for good{why}"));
+        if left == 0 {
+            self.remove_host(id);
+        } else {
+            self.put_host(pb::HostRecord {
+                public_key_sha256: Vec::new(),
+                status: HostStatus::Lost.into(),
+                status_reason: format!("given up for good{why}"),
+                draining: false,
+                drain_reason: String::new(),
+                forgotten: true,
+                ..record.as_ref().clone()
+            });
+        }
+        Ok(pb::Accepted { host_id: id.0, ..Default::default() })
+    }
+
+    fn may_forget(&self, record: &pb::HostRecord) -> Result<(), pb::Rejected> {
+        let (id, name) = (HostId(record.id), record.shown());
+        if record.status() != HostStatus::Connected {
+            return Ok(());
+        }
+        let message = match (record.draining, self.state.instances_on(id).count()) {
+            (true, 0) => return Ok(()),
+            (true, left) => {
+                format!(
+                    "{name} ({id}) is connected and {} still to leave; wait until it is empty",
+                    instances(left)
+                )
+            }
+            (false, _) => format!(
+                "{name} ({id}) is connected; empty it with `nave drain {name}` first, or stop its agent and wait until \
+                 `nave hosts` shows it as lost"
+            ),
+        };
+        Err(rejected(RejectedCode::Conflict, message))
+    }
+
+    /// A host that has been forgotten is nobody's to command.
+    fn known_host(&self, id: HostId) -> Result<Arc<pb::HostRecord>, pb::Rejected> {
+        self.state.host(id).filter(|record| !record.forgotten).cloned().ok_or_else(|| no_host(id))
+    }
+
+    /// An instance has left a host. The last one ends a drain, and takes with it the row of a host that can only come
+    /// back as a new one: given up, or lost and its name another's.
+    pub(super) fn host_left(&mut self, id: HostId) {
+        self.remove_host_if_succeeded(id);
+        let Some(entry) = self.state.hosts.get(id).filter(|entry| entry.instances.is_empty()) else { return };
+        match entry.record.forgotten {
+            true => self.remove_host(id),
+            false => self.say_if_drained(id),
+        }
+    }
+
+    fn say_if_drained(&mut self, id: HostId) {
+        let Some(entry) = self.state.hosts.get(id) else { return };
+        if entry.record.draining && !entry.record.is_lost() && entry.instances.is_empty() {
+            let message = format!("{} ({id}) is drained, nothing runs there any more", entry.record.shown());
+            self.event("host_drained", Subject::host(id), message);
+        }
+    }
+
     /// A lost host whose name has gone to another is forgotten once it is empty: it can only come back as a new one.
-    pub(super) fn remove_host_if_succeeded(&mut self, id: HostId) {
+    fn remove_host_if_succeeded(&mut self, id: HostId) {
         let Some(entry) = self.state.hosts.get(id) else { return };
         let name = entry.record.shown();
         if !self.state.hosts.is_succeeded(id) || !entry.record.is_lost() || !entry.instances.is_empty() {
             return;
         }
-        self.state.hosts.remove(id, self.revision);
-        self.changes.push(Change::Deleted(RowId::Host(id)));
+        self.remove_host(id);
         self.event(
             "host_forgotten",
             Subject::host(id),
             format!("{name} ({id}) is forgotten, its name is another's"),
         );
+    }
+
+    fn remove_host(&mut self, id: HostId) {
+        if self.state.hosts.remove(id, self.revision).is_some() {
+            self.changes.push(Change::Deleted(RowId::Host(id)));
+        }
+    }
+}
+
+fn because(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
+}
+
+fn instances(count: usize) -> String {
+    match count {
+        1 => "1 instance has".to_owned(),
+        _ => format!("{count} instances have"),
     }
 }
 

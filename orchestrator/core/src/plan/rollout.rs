@@ -86,7 +86,7 @@ impl<'a> Rollout<'a> {
         if !instance.wanted() {
             self.stopping.push(instance);
         } else if self.manifest.per_host && self.is_adrift(instance) {
-            let returns = !self.state.hosts.is_succeeded(instance.host());
+            let returns = !self.state.hosts.is_gone(instance.host());
             if returns { &mut self.away } else { &mut self.surplus }.push(instance);
         } else if self.manifest.per_host && !self.slot_hosts.contains(&instance.host()) {
             self.surplus.push(instance);

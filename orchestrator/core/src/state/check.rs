@@ -106,6 +106,10 @@ impl ClusterState {
     fn check_hosts(&self) -> Result<(), String> {
         for (id, host) in self.hosts.iter() {
             let lost = host.record.status() == pb::HostStatus::Lost;
+            let keyless = host.record.public_key_sha256.is_empty();
+            if host.record.forgotten && !(lost && keyless && !host.instances.is_empty()) {
+                return Err(format!("{id} is forgotten, yet it is empty, has a key or is not lost"));
+            }
             for instance in self.instances_on(id) {
                 if lost != instance.lost() && (lost || instance.lost()) {
                     return Err(format!("{} on {id}: lost is {lost}, observed otherwise", instance.id()));

@@ -40,7 +40,8 @@ impl HostEntry {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Hosts {
     entries: BTreeMap<HostId, HostEntry>,
-    names: BTreeMap<String, HostId>,
+    /// A lost host may share its name with a successor: the youngest has it. A forgotten one has none.
+    names: BTreeMap<String, BTreeSet<HostId>>,
     keys: BTreeMap<Vec<u8>, HostId>,
     /// Revision at which a host row last changed.
     pub(crate) fleet_touched: u64,
@@ -62,11 +63,16 @@ impl Hosts {
     }
 
     pub(crate) fn by_name(&self, name: &str) -> Option<HostId> {
-        self.names.get(name).copied()
+        self.names.get(name)?.last().copied()
     }
 
     pub(crate) fn by_key(&self, public_key_sha256: &[u8]) -> Option<HostId> {
         self.keys.get(public_key_sha256).copied()
+    }
+
+    /// It can only come back as a new host: it was given up, or it was lost and its name is another's now.
+    pub(crate) fn is_gone(&self, id: HostId) -> bool {
+        self.get(id).is_none_or(|entry| entry.record.forgotten) || self.is_succeeded(id)
     }
 
     /// Its name is another's now: it was lost, and can only come back as a new host.
@@ -80,12 +86,7 @@ impl Hosts {
         if let Some(before) = self.entries.get(&id).map(|entry| Arc::clone(&entry.record)) {
             self.unindex(id, &before);
         }
-        self.keys.insert(record.public_key_sha256.clone(), id);
-        if let Some(facts) = &record.facts {
-            // Two rows share a name only when a lost host gave it up: the younger one has it.
-            let holder = self.names.entry(facts.name.clone()).or_insert(id);
-            *holder = id.max(*holder);
-        }
+        self.index(id, &record);
         match self.entries.get_mut(&id) {
             Some(entry) => entry.record = record,
             None => {
@@ -103,12 +104,27 @@ impl Hosts {
         Some(entry)
     }
 
+    fn index(&mut self, id: HostId, record: &pb::HostRecord) {
+        if record.forgotten {
+            return;
+        }
+        self.keys.insert(record.public_key_sha256.clone(), id);
+        if let Some(facts) = &record.facts {
+            self.names.entry(facts.name.clone()).or_default().insert(id);
+        }
+    }
+
     fn unindex(&mut self, id: HostId, record: &pb::HostRecord) {
+        if record.forgotten {
+            return;
+        }
         self.keys.remove(&record.public_key_sha256);
-        if let Some(facts) = &record.facts
-            && self.names.get(&facts.name) == Some(&id)
-        {
-            self.names.remove(&facts.name);
+        let name = record.facts.as_ref().map_or("", |facts| facts.name.as_str());
+        if let Some(holders) = self.names.get_mut(name) {
+            holders.remove(&id);
+            if holders.is_empty() {
+                self.names.remove(name);
+            }
         }
     }
 

@@ -17,7 +17,7 @@ fn numbered(world: &World, body: Body, client: &str, serial: u64) -> pb::Command
 fn nothing_is_accepted_before_the_cluster_begins_and_it_begins_once() {
     let mut world = World::blank();
     let (code, message) = world.refuse(apply(manifest("web", 1)));
-    assert_eq!((code, message.as_str()), (RejectedCode::Conflict, "the cluster has not begun yet"));
+    assert_eq!((code, message.as_str()), (RejectedCode::NotBegun, "the cluster has not begun yet"));
     let init = |id: &str| Body::InitCluster(pb::InitCluster { cluster_id: id.into(), ..Default::default() });
     world.accept(init("a"));
     assert_eq!(world.refuse(init("b")).0, RejectedCode::Conflict);

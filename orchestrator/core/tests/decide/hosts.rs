@@ -6,7 +6,7 @@ use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::State;
 use nave_proto::pb::{HostStatus, RejectedCode};
 
-use crate::world::{SECOND, World, facts, manifest, running};
+use crate::world::{SECOND, World, facts, forget, manifest, running};
 
 fn register(token: &str, key: u8, name: &str) -> Body {
     Body::RegisterHost(pb::RegisterHost {
@@ -126,4 +126,130 @@ fn a_lost_host_takes_its_instances_with_it_until_it_reports_again() {
     world.say(1, running(true));
     assert_eq!(world.ready("web"), 1);
     assert_eq!(world.wanted("web")[0].epoch, 1, "nothing was placed again, the host was back in time");
+}
+
+#[test]
+fn a_drained_host_is_emptied_and_told_so_and_an_undrained_one_is_open_again() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 3));
+    world.settle();
+    world.set_draining("alpha", true);
+    assert_eq!(
+        world.last_event("host_draining"),
+        "alpha (h-1) is being drained, 2 instances have to leave it: in a test"
+    );
+    assert_eq!(world.state.host(HostId(1)).unwrap().drain_reason, "in a test");
+    world.plan_all();
+    assert_eq!(world.last_event("host_drained"), "", "only the agent's word ends it");
+    world.settle();
+    assert_eq!((world.hosts_of("web"), world.ready("web")), (vec!["beta".to_owned(); 3], 3));
+    assert_eq!(world.last_event("host_drained"), "alpha (h-1) is drained, nothing runs there any more");
+    world.set_draining("alpha", false);
+    assert_eq!(world.last_event("host_undrained"), "alpha (h-1) is open again: in a test");
+    assert_eq!(world.steps(), [], "nothing moves back by itself");
+    world.deploy(manifest("api", 1));
+    world.settle();
+    assert_eq!(world.hosts_of("api"), ["alpha"]);
+    let again =
+        world.command(Body::SetHostDraining(pb::SetHostDraining { host_id: 1, ..Default::default() }));
+    assert!(world.apply(again).changes.is_empty(), "undrained already");
+}
+
+#[test]
+fn a_host_that_is_given_up_is_replaced_and_its_key_opens_nothing() {
+    for status in [HostStatus::Silent, HostStatus::Lost] {
+        let mut world = World::with_hosts(2);
+        world.deploy(manifest("web", 2));
+        world.deploy(pb::Manifest { per_host: true, ..manifest("agentd", 0) });
+        world.settle();
+        world.set_status("alpha", status);
+        let key = world.state.host(HostId(1)).unwrap().public_key_sha256.clone();
+        world.forget("alpha");
+        assert_eq!(
+            world.last_event("host_forgotten"),
+            "alpha (h-1) is given up for good: the machine burnt",
+            "{status:?}"
+        );
+        assert!(world.state.host_by_key(&key).is_none());
+        assert!(world.state.host_by_name("alpha").is_none());
+        assert!(world.state.host(HostId(1)).is_some(), "its instances have yet to leave it");
+        for body in [
+            forget(1),
+            Body::SetHostDraining(pb::SetHostDraining { host_id: 1, draining: true, ..Default::default() }),
+            Body::UpdateHost(pb::UpdateHost { host_id: 1, facts: Some(facts("alpha")) }),
+            Body::SetHostStatus(pb::SetHostStatus {
+                host_id: 1,
+                status: HostStatus::Connected.into(),
+                reason: String::new(),
+            }),
+        ] {
+            assert_eq!(world.refuse(body).0, RejectedCode::NotFound);
+        }
+        world.settle();
+        assert!(world.state.host(HostId(1)).is_none());
+        assert_eq!(world.hosts_of("web"), ["beta", "beta"]);
+        assert_eq!(world.hosts_of("agentd"), ["beta"], "it does not wait for a host that never returns");
+        assert_eq!(world.join("alpha"), HostId(3), "the same key joins as a new host");
+    }
+}
+
+#[test]
+fn what_must_never_run_twice_outlives_its_host_until_it_must_have_ended() {
+    let mut world = World::with_hosts(2);
+    let placement = pb::Placement { on_disconnect: pb::OnDisconnect::Stop.into(), ..Default::default() };
+    world.deploy(pb::Manifest { placement: Some(placement), ..manifest("db", 1) });
+    world.settle();
+    let host = world.hosts_of("db").remove(0);
+    world.set_status(&host, HostStatus::Silent);
+    world.now += 100 * SECOND;
+    let given_up = world.now;
+    let id = world.host_id(&host);
+    world.forget(&host);
+    world.settle();
+    assert_eq!(world.wanted("db")[0].epoch, 1);
+    assert!(world.state.host(id).unwrap().forgotten);
+    // Grace and fence, counted from the moment at which the hub gave the host up.
+    world.now = given_up + 20 * SECOND - 1;
+    world.settle();
+    assert_eq!(world.wanted("db")[0].epoch, 1);
+    world.now += 1;
+    world.settle();
+    assert_eq!((world.wanted("db")[0].epoch, world.ready("db")), (2, 1));
+    assert!(world.state.host(id).is_none());
+}
+
+#[test]
+fn a_connected_host_is_given_up_only_when_drained_and_empty() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 2));
+    world.settle();
+    let (code, message) = world.refuse(forget(1));
+    assert_eq!(code, RejectedCode::Conflict);
+    assert!(
+        message.starts_with("alpha (h-1) is connected; empty it with `nave drain alpha` first"),
+        "{message}"
+    );
+    world.set_draining("alpha", true);
+    assert!(world.refuse(forget(1)).1.contains("1 instance has still to leave; wait"), "not yet");
+    world.settle();
+    world.forget("alpha");
+    assert!(world.state.host(HostId(1)).is_none(), "at once, for nothing is left on it");
+    assert_eq!(world.refuse(forget(1)).0, RejectedCode::NotFound);
+}
+
+#[test]
+fn names_pass_between_lost_hosts_and_their_successors() {
+    let mut world = World::with_hosts(2);
+    let placement = pb::Placement { on_disconnect: pb::OnDisconnect::Stop.into(), ..Default::default() };
+    world.deploy(pb::Manifest { placement: Some(placement), ..manifest("db", 2) });
+    world.settle();
+    world.lose("alpha");
+    world.accept(register("t", 9, "alpha"));
+    assert_eq!(world.host_id("alpha"), HostId(3));
+    world.lose("alpha");
+    world.forget("alpha");
+    assert_eq!(world.host_id("alpha"), HostId(1), "with its successor gone the lost host has its name again");
+    world.set_status("alpha", HostStatus::Connected);
+    world.settle();
+    assert_eq!(world.ready("db"), 2);
 }

@@ -155,7 +155,7 @@ fn per_host_follows_the_hosts() {
     world.settle();
     assert_eq!(world.ready("agentd"), 3);
     assert!(world.wanted("agentd").iter().all(|instance| instance.epoch == 1));
-    world.set_draining("beta");
+    world.set_draining("beta", true);
     world.settle();
     assert_eq!(world.hosts_of("agentd"), ["alpha", "delta"]);
 }

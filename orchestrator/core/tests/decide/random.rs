@@ -14,8 +14,8 @@ use nave_proto::pb::{DeploymentStatus, HostStatus};
 use proptest::prelude::*;
 
 use crate::world::{
-    MIB, SECOND, World, apply, delete, exited, facts, failed, report, restart, rollback, running, scale,
-    seconds,
+    MIB, SECOND, World, apply, delete, exited, facts, failed, forget, report, restart, rollback, running,
+    scale, seconds,
 };
 
 const SERVICES: [&str; 4] = ["api", "db", "web", "zoo"];
@@ -30,6 +30,8 @@ enum Op {
     Delete(usize),
     Join(usize),
     Status(usize, HostStatus),
+    Drain(usize, bool),
+    Forget(usize),
     Facts(usize, u64, bool),
     /// Any instance, any state, epoch and attempt perhaps wrong, from any host.
     Report {
@@ -115,6 +117,8 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => service.prop_map(Op::Delete),
         2 => host.clone().prop_map(Op::Join),
         2 => (host.clone(), status).prop_map(|(h, status)| Op::Status(h, status)),
+        2 => (host.clone(), prop::bool::weighted(0.6)).prop_map(|(h, draining)| Op::Drain(h, draining)),
+        1 => host.clone().prop_map(Op::Forget),
         1 => (host.clone(), 1u64..5, any::<bool>()).prop_map(|(h, cores, b)| Op::Facts(h, cores, b)),
         6 => (any::<usize>(), 0u8..8, prop::bool::weighted(0.1), 0u32..3, prop::option::weighted(0.1, 1u64..4))
             .prop_map(|(pick, state, older, attempt, host)| Op::Report { pick, state, older, attempt, host }),
@@ -167,6 +171,17 @@ impl History {
                     let host_id = record.id;
                     let set = pb::SetHostStatus { host_id, status: status.into(), reason: String::new() };
                     self.send(Body::SetHostStatus(set));
+                }
+            }
+            Op::Drain(host, draining) => {
+                if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
+                    let (host_id, reason) = (record.id, String::new());
+                    self.send(Body::SetHostDraining(pb::SetHostDraining { host_id, draining, reason }));
+                }
+            }
+            Op::Forget(host) => {
+                if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
+                    self.send(forget(record.id));
                 }
             }
             Op::Facts(host, cores, zone_b) => self.facts(HOSTS[host], cores, zone_b),
@@ -386,6 +401,7 @@ fn converges(mut world: World) {
             }
             Some(_) => world.set_status(name, HostStatus::Connected),
         }
+        world.set_draining(name, false);
         world.update_facts(name, |facts| {
             facts.cpu_millicores = 100_000;
             facts.memory_bytes = 100_000 * MIB;

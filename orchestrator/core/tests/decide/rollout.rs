@@ -305,7 +305,7 @@ fn a_replacement_without_room_harms_nothing_that_is_ready() {
 #[test]
 fn drained_instances_are_replaced_before_they_stop() {
     let mut world = deployed(&manifest("web", 3));
-    world.set_draining("beta");
+    world.set_draining("beta", true);
     for _ in 0..10 {
         world.plan_once();
         assert!(world.ready("web") >= 3);

@@ -176,21 +176,15 @@ impl World {
         self.accept(Body::UpdateHost(pb::UpdateHost { host_id: id.0, facts: Some(facts) }));
     }
 
-    /// Sets what no command of this version sets, by way of the rows.
-    pub(crate) fn set_draining(&mut self, name: &str) {
-        let id = self.host_id(name);
-        let rows = self.state.rows().map(|mut row| {
-            if let Some(pb::row::Row::Host(host)) = &mut row.row
-                && host.id == id.0
-            {
-                host.draining = true;
-            }
-            row
-        });
-        self.state = ClusterState::from_rows(rows, self.index).unwrap();
-        self.replica = self.state.clone();
-        self.cursor = PlanCursor::default();
-        self.rows = self.state.records().filter_map(|r| Some((r.key(), r.value()?))).collect();
+    pub(crate) fn set_draining(&mut self, name: &str, draining: bool) {
+        let host_id = self.host_id(name).0;
+        let reason = "in a test".to_owned();
+        self.accept(Body::SetHostDraining(pb::SetHostDraining { host_id, draining, reason }));
+    }
+
+    pub(crate) fn forget(&mut self, name: &str) {
+        let host_id = self.host_id(name).0;
+        self.accept(forget(host_id));
     }
 
     // Services
@@ -360,6 +354,10 @@ pub(crate) fn restart(name: &str) -> Body {
 
 pub(crate) fn rollback(name: &str, to_version: u64) -> Body {
     Body::RollbackService(pb::RollbackService { name: name.into(), to_version })
+}
+
+pub(crate) fn forget(host_id: u64) -> Body {
+    Body::ForgetHost(pb::ForgetHost { host_id, reason: "the machine burnt".into() })
 }
 
 pub(crate) fn delete(name: &str) -> Body {
