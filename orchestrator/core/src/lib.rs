@@ -20,6 +20,7 @@ pub use apply::{Applied, unknown_command};
 pub use change::{Change, RowId};
 pub use events::EventFilter;
 pub use plan::{
-    Plan, PlanCursor, Unplaced, desired_count, explain, plan, plan_dirty, ready_count, running_count,
+    Leaving, Plan, PlanCursor, Unplaced, desired_count, explain, leaving, plan, plan_dirty, ready_count,
+    running_count,
 };
 pub use state::{ClusterState, Reserved, RowError};

@@ -9,6 +9,7 @@
 
 mod deployment;
 mod explain;
+mod leaving;
 mod placement;
 mod rollout;
 mod score;
@@ -25,6 +26,7 @@ use crate::wants::InstanceExt as _;
 
 pub(crate) use deployment::may_conclude;
 pub use explain::explain;
+pub use leaving::{Leaving, leaving};
 pub(crate) use placement::Room;
 pub(crate) use rollout::{may_place, may_stop};
 

@@ -238,14 +238,18 @@ impl<'a> Rollout<'a> {
         victims
     }
 
-    /// Old instances that may go now, in order. `blocked`: a new one found no room, so an old one that is not
+    /// Old instances that may go now, in order: those that are not ready, those that have to leave their host, those
+    /// whose ordinal a new one has. `blocked`: a new one found no room, so an old one that is not
     /// ready may make it.
     pub(crate) fn replaceable(&self, blocked: bool) -> Vec<&'a Instance> {
         let taken: BTreeSet<u32> =
             self.current.iter().filter(|i| self.healthy(i)).map(|i| i.ordinal).collect();
         let mut candidates = self.old.clone();
-        candidates
-            .sort_by_key(|i| (i.ready(), !taken.contains(&i.ordinal), std::cmp::Reverse((i.ordinal, i.id))));
+        let rank = |i: &&Instance| {
+            let turn = std::cmp::Reverse((i.ordinal, i.id));
+            (i.ready(), self.may_stay(i), !taken.contains(&i.ordinal), turn)
+        };
+        candidates.sort_by_cached_key(rank);
         let mut counts = self.counts();
         let mut victims = Vec::new();
         for instance in candidates {

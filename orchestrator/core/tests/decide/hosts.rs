@@ -1,12 +1,15 @@
 //! Enrolment, facts, and what losing a host does.
 
+use nave_orchestrator_core::leaving;
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::State;
 use nave_proto::pb::{HostStatus, RejectedCode};
 
-use crate::world::{SECOND, World, facts, forget, manifest, running};
+use crate::world::{
+    SECOND, World, changed, facts, failed, forget, manifest, running, with_cpu, with_port, with_update,
+};
 
 fn register(token: &str, key: u8, name: &str) -> Body {
     Body::RegisterHost(pb::RegisterHost {
@@ -252,4 +255,100 @@ fn names_pass_between_lost_hosts_and_their_successors() {
     world.set_status("alpha", HostStatus::Connected);
     world.settle();
     assert_eq!(world.ready("db"), 2);
+}
+
+fn waits(world: &World, host: u64) -> Vec<String> {
+    leaving(&world.state, HostId(host)).into_iter().map(|leaving| leaving.waits_for).collect()
+}
+
+#[test]
+fn a_drain_says_what_each_instance_waits_for() {
+    let mut world = World::with_hosts(2);
+    world.deploy(with_cpu(manifest("web", 3), 1000));
+    world.deploy(with_cpu(manifest("big", 2), 2000));
+    world.deploy(pb::Manifest { per_host: true, ..manifest("agentd", 0) });
+    world.settle();
+    world.set_draining("alpha", true);
+    let told = waits(&world, 1);
+    assert_eq!(told.len(), 4, "{told:?}");
+    assert!(told.contains(&"agentd.0 (i-1) is stopped next".to_owned()), "{told:?}");
+    let no_place = "big.0 (i-3) has no other place: 1 of 2 hosts is draining; 1 of 2 hosts lacks cpu: need 2.0 cores, \
+                    most free is 1.0 on beta";
+    assert!(told.iter().any(|told| told.starts_with(no_place)), "{told:?}");
+    world.plan_all();
+    let told = waits(&world, 1);
+    assert!(told.contains(&"agentd.0 (i-1) is being stopped".to_owned()), "{told:?}");
+    let waits_for = "waits for its replacement: web.3 (i-8) on beta is placed and has not been started yet";
+    assert!(told.iter().any(|told| told.contains(waits_for)), "{told:?}");
+    world.join("gamma");
+    world.settle();
+    assert_eq!(waits(&world, 1), [""; 0]);
+}
+
+#[test]
+fn a_drain_moves_a_service_with_a_fixed_port_one_after_another() {
+    let mut world = World::with_hosts(4);
+    world.deploy(with_port(manifest("web", 2), 8080));
+    world.settle();
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta"]);
+    world.set_draining("alpha", true);
+    world.set_draining("beta", true);
+    for _ in 0..20 {
+        world.plan_once();
+        assert!(world.ready("web") >= 1, "max_parallel is 1");
+        world.agents();
+    }
+    assert_eq!((world.hosts_of("web"), world.ready("web")), (vec!["delta".into(), "gamma".into()], 2));
+}
+
+#[test]
+fn a_drain_does_not_take_what_the_only_other_place_cannot_give() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("web", 2));
+    world.settle();
+    world.set_draining("alpha", true);
+    world.settle_for(600);
+    assert_eq!(world.ready("web"), 2, "nothing running is harmed while there is nowhere to go");
+    assert_eq!(world.status("web"), pb::DeploymentStatus::Successful);
+}
+
+#[test]
+fn a_drain_that_a_failed_version_holds_up_says_so() {
+    let first = with_update(manifest("web", 2), |update| update.auto_revert = false);
+    let mut world = World::with_hosts(2);
+    world.deploy(first.clone());
+    world.settle();
+    world.deploy(changed(&first, "crash"));
+    world.plan_all();
+    let new = world.wanted("web").into_iter().find(|instance| instance.template_version == 2).unwrap();
+    world.say(new.id, failed());
+    world.plan_all();
+    world.set_draining("beta", true);
+    world.settle();
+    let told = waits(&world, 2);
+    assert!(
+        told[0].contains(
+            "waits for a decision: version 2 of web is failed and replaces nothing; `nave rollback web`"
+        ),
+        "{told:?}"
+    );
+}
+
+#[test]
+fn a_drain_waits_for_what_the_service_needs() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("db", 1));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) });
+    world.settle();
+    let db = world.wanted("db")[0].id;
+    let host = world.hosts_of("web").remove(0);
+    world.say(db, running(false));
+    world.set_draining(&host, true);
+    world.plan_all();
+    assert_eq!(world.ready("web"), 1, "its replacement could not start, so it stays");
+    let told = waits(&world, world.host_id(&host).0);
+    assert!(
+        told.iter().any(|told| told.contains("has no other place: needs db, which has no ready")),
+        "{told:?}"
+    );
 }

@@ -1,0 +1,109 @@
+//! Answers "what is the drain waiting for": each instance that has yet to leave a host, and what holds it there.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use nave_proto::ids::{HostId, InstanceId};
+use nave_proto::pb;
+use nave_proto::pb::plan_step::Step;
+
+use super::explain::why_not_ready;
+use super::placement::Fleet;
+use super::rollout::Rollout;
+use super::service::{ServicePlan, plan_service};
+use crate::events::called;
+use crate::state::ClusterState;
+use crate::wants::{InstanceExt as _, ManifestExt as _};
+
+/// An instance that is on a host and should not be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaving {
+    pub instance: InstanceId,
+    pub service: String,
+    /// What has to happen before it is gone: `web.1 (i-4) is being stopped`.
+    pub waits_for: String,
+}
+
+/// Every instance on a host in the order of ids, with what it waits for before it is gone. Meant for a host that is
+/// drained or was given up; empty: nothing is left there, by the word of its agent.
+pub fn leaving(state: &ClusterState, host: HostId) -> Vec<Leaving> {
+    let now = state.time_unix_ns();
+    let mut looks: BTreeMap<&str, Look<'_>> = BTreeMap::new();
+    let mut list = Vec::new();
+    for instance in state.instances_on(host) {
+        let look = looks.entry(&instance.service).or_insert_with(|| Look::at(state, &instance.service, now));
+        let (id, service) = (instance.id(), instance.service.clone());
+        list.push(Leaving { instance: id, service, waits_for: look.waits_for(instance, now) });
+    }
+    list
+}
+
+/// One service, and what would be planned for it now.
+struct Look<'a> {
+    rollout: Option<Rollout<'a>>,
+    plan: ServicePlan,
+}
+
+impl<'a> Look<'a> {
+    fn at(state: &'a ClusterState, service: &str, now: i64) -> Self {
+        let Some(entry) = state.services.get(service) else {
+            return Self { rollout: None, plan: ServicePlan::default() };
+        };
+        let plan = plan_service(state, &mut Fleet::new(state), entry, now, usize::MAX);
+        Self { rollout: Rollout::of(state, entry, now), plan }
+    }
+
+    fn waits_for(&self, instance: &Arc<pb::InstanceRecord>, now: i64) -> String {
+        let who = called(instance);
+        let Some(rollout) = &self.rollout else { return format!("{who} belongs to no service") };
+        if rollout.is_adrift(instance) {
+            let seconds = (rollout.fenced_until(instance) - now).max(0) / crate::limits::SECOND_NS;
+            return match seconds {
+                0 => format!("{who} is placed again elsewhere"),
+                _ => format!("{who} must have been ended by its agent first, in {seconds} s at the latest"),
+            };
+        }
+        if !instance.wanted() {
+            return format!("{who} is being stopped");
+        }
+        if self
+            .plan
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::Stop(stop) if stop.instance_id == instance.id))
+        {
+            return format!("{who} is stopped next");
+        }
+        if !rollout.old.iter().any(|old| old.id == instance.id) {
+            return format!("{who} stays: {} is meant to run here", instance.service);
+        }
+        self.waits_to_be_replaced(rollout, &who)
+    }
+
+    /// The first of what can hold a replacement back: a frozen deployment, no place, one that is not ready, its turn.
+    fn waits_to_be_replaced(&self, rollout: &Rollout<'_>, who: &str) -> String {
+        let service = &rollout.entry.record.name;
+        if rollout.frozen() {
+            let version = rollout.entry.record.version;
+            let status =
+                rollout.status().as_str_name().trim_start_matches("DEPLOYMENT_STATUS_").to_lowercase();
+            return format!(
+                "{who} waits for a decision: version {version} of {service} is {status} and replaces nothing; \
+                 `nave rollback {service}` or apply one that works"
+            );
+        }
+        if self.plan.missing > 0 {
+            return format!("{who} has no other place: {}", self.plan.reasons.join("; "));
+        }
+        let mut unready = rollout.current.iter().filter(|instance| !rollout.healthy(instance));
+        match unready.next() {
+            Some(new) => format!("{who} waits for its replacement: {}", why_not_ready(rollout.state, new)),
+            None => {
+                format!(
+                    "{who} waits for its turn, {} of {service} at a time",
+                    rollout.manifest.max_parallel()
+                )
+            }
+        }
+    }
+}
