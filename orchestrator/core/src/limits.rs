@@ -7,11 +7,11 @@ pub const SERVICES_MAX: usize = 1_000_000;
 /// Instances one service may want. A plan holds each as a step of about 100 bytes: 1 MB for the greatest.
 pub const COUNT_MAX: u32 = 10_000;
 
-/// Instances in all: about 1 KiB each, 200 MB.
-pub const INSTANCES_MAX: usize = 200_000;
+/// Instances in all: about 1 KiB each, 2 GB.
+pub const INSTANCES_MAX: usize = 2_000_000;
 
-/// Hosts: each placement looks at all of them, a microsecond per ten.
-pub const HOSTS_MAX: usize = 10_000;
+/// Hosts: about 2 KiB each, 200 MB. A placement looks at those that fit best, not at all.
+pub const HOSTS_MAX: usize = 100_000;
 
 /// Join tokens, exhausted ones included until they expire: 200 bytes each, 200 KB.
 pub const TOKENS_MAX: usize = 1_000;
@@ -57,8 +57,26 @@ pub const RESCHEDULE_DELAY_NS: i64 = 30 * SECOND_NS;
 /// The longest wait before an instance that gave up is placed again.
 pub const RESCHEDULE_DELAY_MAX_NS: i64 = 600 * SECOND_NS;
 
+/// An instance that was lost with its host is placed again at once; when it was placed less than
+/// [`LOSS_MEMORY_NS`] before and had been lost before that, after this, doubled each time, at most
+/// [`LOSS_DELAY_MAX_NS`]. Hosts that come and go every few seconds so move an instance about 20 times in an hour.
+pub const LOSS_DELAY_NS: i64 = SECOND_NS;
+
+/// The longest wait before an instance that was lost is placed again.
+pub const LOSS_DELAY_MAX_NS: i64 = 300 * SECOND_NS;
+
+/// An instance that stayed on its host for this long has forgotten its losses.
+pub const LOSS_MEMORY_NS: i64 = 600 * SECOND_NS;
+
+/// A host that was lost takes new instances only after all others for this long.
+pub const UNSTEADY_NS: i64 = 600 * SECOND_NS;
+
 /// Services that one slice of a plan looks at: about a microsecond each under the state's read lock, so 5 ms.
 pub const LOOKS_PER_SLICE: usize = 5_000;
+
+/// Hosts that one slice of a plan judges before it looks at no further service: a tenth of a microsecond each, so
+/// 10 ms. It is what bounds a slice when there is no room, for then every host is judged.
+pub const HOSTS_JUDGED_PER_SLICE: usize = 100_000;
 
 /// One second in nanoseconds.
 pub const SECOND_NS: i64 = 1_000_000_000;

@@ -7,20 +7,27 @@
 //! services they touched are looked at again. So a step lost on the way does no harm either, a service is looked
 //! at until a look finds nothing to do.
 
+mod conditions;
 mod deployment;
 mod explain;
+mod lack;
 mod leaving;
+mod meant;
 mod placement;
 mod rollout;
+mod rules;
 mod score;
+mod search;
 mod service;
+mod standing;
+mod times;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use nave_proto::pb;
 
-use crate::limits::LOOKS_PER_SLICE;
+use crate::limits::{HOSTS_JUDGED_PER_SLICE, LOOKS_PER_SLICE};
 use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::InstanceExt as _;
 
@@ -28,7 +35,8 @@ pub(crate) use deployment::may_conclude;
 pub use explain::explain;
 pub use leaving::{Leaving, leaving};
 pub(crate) use placement::Room;
-pub(crate) use rollout::{may_place, may_stop};
+pub(crate) use standing::Standing;
+pub(crate) use times::losses;
 
 use placement::Fleet;
 use rollout::Rollout;
@@ -74,29 +82,38 @@ pub struct PlanCursor {
 
 /// The whole plan.
 pub fn plan(state: &ClusterState, now: i64) -> Plan {
-    look(state, &mut PlanCursor::default(), now, usize::MAX, usize::MAX)
+    look(
+        state,
+        &mut PlanCursor::default(),
+        now,
+        Limits { steps: usize::MAX, looks: usize::MAX, hosts: usize::MAX },
+    )
 }
 
 /// The plan for what has changed since the cursor, what its own steps touched, and what is due by now. At most
 /// `limit_steps` steps, and at most [`LOOKS_PER_SLICE`] services looked at; `more` says that something is left.
 pub fn plan_dirty(state: &ClusterState, cursor: &mut PlanCursor, now: i64, limit_steps: usize) -> Plan {
-    look(state, cursor, now, limit_steps, LOOKS_PER_SLICE)
+    let limits = Limits { steps: limit_steps, looks: LOOKS_PER_SLICE, hosts: HOSTS_JUDGED_PER_SLICE };
+    look(state, cursor, now, limits)
 }
 
-fn look(
-    state: &ClusterState,
-    cursor: &mut PlanCursor,
-    now: i64,
-    limit_steps: usize,
-    limit_looks: usize,
-) -> Plan {
+/// How much one plan may do.
+struct Limits {
+    steps: usize,
+    /// Services looked at.
+    looks: usize,
+    /// Hosts judged, by all services together; the service that is being looked at goes on to its end.
+    hosts: usize,
+}
+
+fn look(state: &ClusterState, cursor: &mut PlanCursor, now: i64, limits: Limits) -> Plan {
     cursor.collect(state, now);
-    let mut fleet = Fleet::new(state);
+    let mut fleet = Fleet::new(state, now);
     let mut plan = Plan::default();
     let mut looks = 0;
     while let Some(name) = cursor.queue.pop_first() {
         looks += 1;
-        if plan.steps.len() >= limit_steps || looks > limit_looks {
+        if plan.steps.len() >= limits.steps || looks > limits.looks || fleet.looked >= limits.hosts {
             cursor.queue.insert(name);
             plan.more = true;
             break;
@@ -105,7 +122,7 @@ fn look(
             cursor.note(&name, &ServicePlan::default());
             continue;
         };
-        let part = plan_service(state, &mut fleet, entry, now, limit_steps - plan.steps.len());
+        let part = plan_service(state, &mut fleet, entry, now, limits.steps - plan.steps.len());
         cursor.note(&name, &part);
         plan.add(&name, part);
     }

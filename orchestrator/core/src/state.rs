@@ -10,6 +10,7 @@ mod check;
 mod events;
 mod hosts;
 mod instances;
+mod ranks;
 mod rows;
 mod services;
 
@@ -27,6 +28,7 @@ pub(crate) use events::Events;
 pub use hosts::Reserved;
 pub(crate) use hosts::{HostEntry, Hosts};
 pub(crate) use instances::{InstanceEntry, Reservation};
+pub(crate) use ranks::{ClassId, Rank};
 pub use rows::RowError;
 pub(crate) use services::{ServiceEntry, Services};
 

@@ -5,7 +5,7 @@ use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_proto::pb::observed::State;
 
-use crate::limits::SECOND_NS;
+use crate::limits::{SECOND_NS, UNSTEADY_NS};
 
 /// Nanoseconds of a protobuf duration; unset or negative counts as the default.
 fn nanos(duration: Option<&prost_types::Duration>, default: i64) -> i64 {
@@ -152,6 +152,10 @@ pub(crate) trait HostExt {
     /// For people: `alpha`; its id when it has not said its name.
     fn shown(&self) -> String;
     fn is_lost(&self) -> bool;
+    /// It takes new instances: connected, and not draining.
+    fn is_open(&self) -> bool;
+    /// It was lost not long ago, and may be again.
+    fn is_unsteady(&self, now: i64) -> bool;
 }
 
 impl HostExt for pb::HostRecord {
@@ -164,6 +168,14 @@ impl HostExt for pb::HostRecord {
 
     fn is_lost(&self) -> bool {
         self.status() == pb::HostStatus::Lost
+    }
+
+    fn is_open(&self) -> bool {
+        self.status() == pb::HostStatus::Connected && !self.draining
+    }
+
+    fn is_unsteady(&self, now: i64) -> bool {
+        self.lost_unix_ns != 0 && now < self.lost_unix_ns.saturating_add(UNSTEADY_NS)
     }
 }
 

@@ -2,6 +2,8 @@
 //! have deleted the service, a host may have been lost, an instance may have become unready. What no longer fits is
 //! skipped, and the next plan sees why.
 
+use std::collections::BTreeMap;
+
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_proto::pb::observed::{Pending, State};
@@ -12,43 +14,69 @@ use super::versions::Cause;
 use super::{Outcome, Tx};
 use crate::events::{Subject, called};
 use crate::limits::INSTANCES_MAX;
-use crate::plan::{Room, may_conclude, may_place, may_stop};
-use crate::state::Reservation;
+use crate::plan::{Room, Standing, losses, may_conclude};
+use crate::state::{ClusterState, InstanceEntry, Reservation};
 use crate::wants::{HostExt as _, InstanceExt as _, observed};
+
+/// How the services stand that the steps of one command have touched.
+#[derive(Default)]
+struct Standings(BTreeMap<String, Standing>);
+
+impl Standings {
+    fn of(&mut self, state: &ClusterState, service: &str, now: i64) -> Option<&mut Standing> {
+        if !self.0.contains_key(service) {
+            self.0.insert(service.to_owned(), Standing::of(state, service, now)?);
+        }
+        self.0.get_mut(service)
+    }
+}
 
 impl Tx<'_> {
     pub(super) fn commit_plan(&mut self, command: pb::CommitPlan) -> Outcome {
+        let mut standings = Standings::default();
         for step in command.steps.into_iter().filter_map(|step| step.step) {
             match step {
-                Step::Place(step) => self.place(&step),
-                Step::Stop(step) => self.stop(step),
-                Step::SetDeployment(step) => self.set_deployment(step),
-                Step::Revert(step) => self.revert(step),
-                Step::Forget(step) => self.forget(&step),
+                Step::Place(step) => self.place(&mut standings, &step),
+                Step::Stop(step) => self.stop(&mut standings, step),
+                Step::SetDeployment(step) => {
+                    standings.0.remove(&step.service);
+                    self.set_deployment(step);
+                }
+                Step::Revert(step) => {
+                    standings.0.remove(&step.service);
+                    self.revert(step);
+                }
+                Step::Forget(step) => self.forget(&mut standings, &step),
             }
         }
         Ok(pb::Accepted::default())
     }
 
-    fn place(&mut self, step: &pb::Place) {
+    fn place(&mut self, standings: &mut Standings, step: &pb::Place) {
         let Some(manifest) = self.state.manifest(&step.service, step.version) else { return };
         let taken = Reservation::of(manifest);
-        let Some(template_version) = may_place(self.state, step, self.now) else { return };
-        let fits = self
-            .state
-            .hosts
-            .get(HostId(step.host_id))
-            .is_some_and(|host| Room::of(host).is_some_and(|room| room.lacks(&taken).is_none()));
-        if !fits {
+        let Some(standing) = standings.of(self.state, &step.service, self.now) else { return };
+        let Some(template_version) = standing.may_place(self.state, step) else { return };
+        if !self.fits(step, &taken) {
             return;
         }
         match step.instance_id {
-            0 => self.place_new(step, template_version),
-            id => self.place_again(InstanceId(id), step, template_version),
+            0 => self.place_new(standing, step, template_version),
+            id => self.place_again(standing, InstanceId(id), step, template_version),
         }
     }
 
-    fn place_new(&mut self, step: &pb::Place, template_version: u64) {
+    /// Whether the host has the room. What an instance holds where it is is free for itself.
+    fn fits(&self, step: &pb::Place, taken: &Reservation) -> bool {
+        let Some(room) = self.state.hosts.get(HostId(step.host_id)).and_then(Room::of) else { return false };
+        let stays = |entry: &&InstanceEntry| entry.record.host_id == step.host_id;
+        match self.state.instances.get(&InstanceId(step.instance_id)).filter(stays) {
+            Some(entry) => room.lacks_without(taken, &entry.taken).is_none(),
+            None => room.lacks(taken).is_none(),
+        }
+    }
+
+    fn place_new(&mut self, standing: &mut Standing, step: &pb::Place, template_version: u64) {
         if self.state.instances.len() >= INSTANCES_MAX {
             return;
         }
@@ -73,11 +101,18 @@ impl Tx<'_> {
         };
         let message = format!("{} is placed on {}", called(&record), self.host_name(record.host()));
         self.event("instance_placed", Subject::instance(&record), message);
+        standing.changed(self.state, None, &record);
         self.put_instance(record);
     }
 
     /// The same instance, elsewhere or anew, under the next epoch: whatever still runs under the old one is void.
-    fn place_again(&mut self, id: InstanceId, step: &pb::Place, template_version: u64) {
+    fn place_again(
+        &mut self,
+        standing: &mut Standing,
+        id: InstanceId,
+        step: &pb::Place,
+        template_version: u64,
+    ) {
         let Some(before) = self.state.instance(id).cloned() else { return };
         let left = before.host();
         let reschedules = before.reschedules.saturating_add(u32::from(before.gave_up()));
@@ -98,32 +133,40 @@ impl Tx<'_> {
             placed_unix_ns: self.now,
             draining_acknowledged: 0,
             reschedules,
+            losses: if before.lost() { losses(&before) } else { before.losses },
             ..before.as_ref().clone()
         };
         let why = if before.gave_up() { "it gave up" } else { "it is lost" };
         let (to, from) = (self.host_name(record.host()), self.host_name(left));
         let message = format!("{} is placed again on {to}, since {why} on {from}", called(&record));
         self.event("instance_placed", Subject::instance(&record), message);
+        standing.changed(self.state, Some(&before), &record);
         self.put_instance(record);
         self.drop_stale_versions(&step.service);
         self.host_left(left);
     }
 
-    fn stop(&mut self, step: pb::StopInstance) {
+    fn stop(&mut self, standings: &mut Standings, step: pb::StopInstance) {
         let id = InstanceId(step.instance_id);
-        let Some(record) = self.state.instance(id).cloned() else { return };
-        if record.epoch != step.epoch || !record.wanted() || !may_stop(self.state, &record, self.now) {
+        let Some(before) = self.state.instance(id).cloned() else { return };
+        if before.epoch != step.epoch || !before.wanted() {
+            return;
+        }
+        let Some(standing) = standings.of(self.state, &before.service, self.now) else { return };
+        if !standing.may_stop(self.state, &before) {
             return;
         }
         let message =
-            format!("{} on {} is to stop: {}", called(&record), self.host_name(record.host()), step.reason);
-        self.event("instance_stopping", Subject::instance(&record), message);
-        self.put_instance(pb::InstanceRecord {
+            format!("{} on {} is to stop: {}", called(&before), self.host_name(before.host()), step.reason);
+        self.event("instance_stopping", Subject::instance(&before), message);
+        let record = pb::InstanceRecord {
             desired: Desired::Stop.into(),
             endpoint: EndpointState::Draining.into(),
             stop_reason: step.reason,
-            ..record.as_ref().clone()
-        });
+            ..before.as_ref().clone()
+        };
+        standing.changed(self.state, Some(&before), &record);
+        self.put_instance(record);
     }
 
     fn set_deployment(&mut self, step: pb::SetDeployment) {
@@ -189,7 +232,7 @@ impl Tx<'_> {
     }
 
     /// An instance that was to stop on a host that is lost: nobody will ever report it gone.
-    fn forget(&mut self, step: &pb::ForgetInstance) {
+    fn forget(&mut self, standings: &mut Standings, step: &pb::ForgetInstance) {
         let id = InstanceId(step.instance_id);
         let Some(record) = self.state.instance(id).cloned() else { return };
         let lost = self.state.host(record.host()).is_none_or(|host| host.is_lost());
@@ -199,6 +242,7 @@ impl Tx<'_> {
         let message =
             format!("{} is forgotten with its lost host {}", called(&record), self.host_name(record.host()));
         self.event("instance_forgotten", Subject::instance(&record), message);
+        standings.0.remove(&record.service);
         self.remove_instance(id);
     }
 }

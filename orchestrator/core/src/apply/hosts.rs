@@ -62,6 +62,7 @@ impl Tx<'_> {
             status_reason: String::new(),
             forgotten: false,
             drain_reason: String::new(),
+            lost_unix_ns: 0,
         });
         self.event("host_joined", Subject::host(HostId(id)), message);
         if let Some(lost) = superseded {
@@ -154,9 +155,11 @@ impl Tx<'_> {
             return Ok(accepted);
         }
         let reason = command.reason.clone();
+        let lost_unix_ns = if status == HostStatus::Lost { self.now } else { record.lost_unix_ns };
         self.put_host(pb::HostRecord {
             status: status.into(),
             status_reason: reason,
+            lost_unix_ns,
             ..record.as_ref().clone()
         });
         let affected = match status {

@@ -18,7 +18,7 @@ pub fn explain(state: &ClusterState, service: &str) -> Vec<String> {
     let Some(entry) = state.services.get(service) else { return Vec::new() };
     let now = state.time_unix_ns();
     let Some(rollout) = Rollout::of(state, entry, now) else { return Vec::new() };
-    let plan = plan_service(state, &mut Fleet::new(state), entry, now, usize::MAX);
+    let plan = plan_service(state, &mut Fleet::new(state, now), entry, now, usize::MAX);
     let mut sentences = Vec::new();
     match plan.missing {
         0 => sentences.extend(plan.reasons),
@@ -61,7 +61,7 @@ fn deployment(rollout: &Rollout<'_>) -> Option<String> {
         DeploymentStatus::Failed => Some(format!("version {version} failed: {}", deployment.reason)),
         DeploymentStatus::Paused => Some(format!("version {version} is paused")),
         DeploymentStatus::Running if !rollout.old.is_empty() => {
-            let (ready, slots) = (rollout.healthy_current(), rollout.slots);
+            let (ready, slots) = (rollout.rules.current.healthy, rollout.slots);
             Some(format!("version {version} is being rolled out, {ready} of {slots} instances replaced"))
         }
         DeploymentStatus::Running

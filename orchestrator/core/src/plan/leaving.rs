@@ -13,7 +13,7 @@ use super::rollout::Rollout;
 use super::service::{ServicePlan, plan_service};
 use crate::events::called;
 use crate::state::ClusterState;
-use crate::wants::{InstanceExt as _, ManifestExt as _};
+use crate::wants::InstanceExt as _;
 
 /// An instance that is on a host and should not be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +49,7 @@ impl<'a> Look<'a> {
         let Some(entry) = state.services.get(service) else {
             return Self { rollout: None, plan: ServicePlan::default() };
         };
-        let plan = plan_service(state, &mut Fleet::new(state), entry, now, usize::MAX);
+        let plan = plan_service(state, &mut Fleet::new(state, now), entry, now, usize::MAX);
         Self { rollout: Rollout::of(state, entry, now), plan }
     }
 
@@ -57,7 +57,7 @@ impl<'a> Look<'a> {
         let who = called(instance);
         let Some(rollout) = &self.rollout else { return format!("{who} belongs to no service") };
         if rollout.is_adrift(instance) {
-            let seconds = (rollout.fenced_until(instance) - now).max(0) / crate::limits::SECOND_NS;
+            let seconds = (rollout.times.fenced_until(instance) - now).max(0) / crate::limits::SECOND_NS;
             return match seconds {
                 0 => format!("{who} is placed again elsewhere"),
                 _ => format!("{who} must have been ended by its agent first, in {seconds} s at the latest"),
@@ -83,7 +83,7 @@ impl<'a> Look<'a> {
     /// The first of what can hold a replacement back: a frozen deployment, no place, one that is not ready, its turn.
     fn waits_to_be_replaced(&self, rollout: &Rollout<'_>, who: &str) -> String {
         let service = &rollout.entry.record.name;
-        if rollout.frozen() {
+        if rollout.rules.frozen() {
             let version = rollout.entry.record.version;
             let status =
                 rollout.status().as_str_name().trim_start_matches("DEPLOYMENT_STATUS_").to_lowercase();
@@ -99,10 +99,7 @@ impl<'a> Look<'a> {
         match unready.next() {
             Some(new) => format!("{who} waits for its replacement: {}", why_not_ready(rollout.state, new)),
             None => {
-                format!(
-                    "{who} waits for its turn, {} of {service} at a time",
-                    rollout.manifest.max_parallel()
-                )
+                format!("{who} waits for its turn, {} of {service} at a time", rollout.rules.max_parallel)
             }
         }
     }

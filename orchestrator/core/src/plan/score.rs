@@ -1,5 +1,9 @@
 //! Which host is best for one more instance: the fields of [`HostScore`], top to bottom, are the policy, and the
-//! least score wins.
+//! least score wins. `search.rs` finds the least without scoring every host; its tests score every host.
+//!
+//! The load is that before the instance comes, not after. So hosts have one order for all requests, which the state
+//! keeps; with the load after it, every shape of request would order them anew, and a placement would look at all of
+//! them. Between hosts of one size the two choose alike but for the last percent.
 
 use std::collections::BTreeMap;
 
@@ -7,31 +11,29 @@ use nave_proto::constraint::{Attribute, Spread};
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 
-use super::placement::Room;
-use crate::state::Reservation;
+use crate::state::Rank;
 
-/// Less is better. The id at the end makes every choice the same on every member.
+/// Less is better. The id at the end of the rank makes every choice the same on every member.
+#[cfg_attr(not(test), expect(dead_code, reason = "says what the search finds, and checks it in tests"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct HostScore {
     /// The instance gave up on this host last time.
-    gave_up_here: bool,
+    pub(crate) gave_up_here: bool,
+    /// The host was lost not long ago.
+    pub(crate) unsteady: bool,
     /// Instances of the service in the same spread domain (the host, or all hosts of one label value).
-    in_domain: usize,
+    pub(crate) in_domain: usize,
     /// Instances of the service on the host.
-    on_host: usize,
-    /// The scarcer of cpu and memory, in percent of the host, once the instance is there.
-    load_percent: u64,
-    /// Instances of all services.
-    instances: usize,
-    host: HostId,
+    pub(crate) on_host: usize,
+    /// How loaded the host is; at the end its id.
+    pub(crate) rank: Rank,
 }
 
 /// Where a service's instances are: what the spread counts.
 #[derive(Debug, Clone)]
 pub(crate) struct Census {
     label: Option<Attribute>,
-    on_host: BTreeMap<HostId, usize>,
-    in_domain: BTreeMap<Option<String>, usize>,
+    pub(crate) on_host: BTreeMap<HostId, usize>,
 }
 
 impl Census {
@@ -41,40 +43,24 @@ impl Census {
             Ok(Spread::Label(name)) => Some(Attribute::Label(name)),
             Ok(Spread::Host) | Err(_) => None,
         };
-        Self { label, on_host: BTreeMap::new(), in_domain: BTreeMap::new() }
+        Self { label, on_host: BTreeMap::new() }
     }
 
-    pub(crate) fn count(&mut self, host: HostId, facts: Option<&pb::HostFacts>) {
+    pub(crate) fn count(&mut self, host: HostId) {
         *self.on_host.entry(host).or_default() += 1;
-        if self.label.is_some() {
-            *self.in_domain.entry(self.domain(facts)).or_default() += 1;
-        }
     }
 
-    fn domain(&self, facts: Option<&pb::HostFacts>) -> Option<String> {
-        let label = self.label.as_ref()?;
-        facts.and_then(|facts| label.of(facts)).map(str::to_owned)
+    pub(crate) fn on(&self, host: HostId) -> usize {
+        self.on_host.get(&host).copied().unwrap_or_default()
     }
 
-    pub(crate) fn score(
-        &self,
-        room: &Room<'_>,
-        taken: &Reservation,
-        gave_up_on: Option<HostId>,
-    ) -> HostScore {
-        let host = room.id();
-        let on_host = self.on_host.get(&host).copied().unwrap_or_default();
-        let in_domain = match self.label {
-            Some(_) => self.in_domain.get(&self.domain(room.facts())).copied().unwrap_or_default(),
-            None => on_host,
-        };
-        HostScore {
-            gave_up_here: gave_up_on == Some(host),
-            in_domain,
-            on_host,
-            load_percent: room.load_percent_with(taken),
-            instances: room.instances(),
-            host,
-        }
+    /// Whether instances are spread over the values of a label before they are spread over hosts.
+    pub(crate) fn has_label(&self) -> bool {
+        self.label.is_some()
+    }
+
+    /// The value of the label; None: the host has none, or hosts are what is counted.
+    pub(crate) fn domain<'f>(&self, facts: &'f pb::HostFacts) -> Option<&'f str> {
+        self.label.as_ref()?.of(facts)
     }
 }

@@ -1,17 +1,22 @@
 //! The plan for one service: what should happen now, why instances are missing, when to look again.
 
+use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::plan_step::Step;
 
+use super::conditions::Conditions;
 use super::deployment::Verdict;
-use super::placement::{Conditions, Fleet, Lack, Refusal, Request, reasons};
+use super::lack::{Lack, Refusals};
+use super::placement::{Fleet, Request};
 use super::rollout::Rollout;
 use super::score::Census;
+use super::search::Placer;
 use crate::state::{ClusterState, Reservation, ServiceEntry};
-use crate::wants::{InstanceExt as _, ManifestExt as _};
+use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
 
 /// What one look at a service came to.
 #[derive(Debug, Default)]
@@ -83,7 +88,7 @@ impl<'a> Planner<'_, 'a> {
             if !self.rollout.is_adrift(instance) {
                 continue;
             }
-            match self.rollout.fenced_until(instance) {
+            match self.rollout.times.fenced_until(instance) {
                 until if until > self.now => self.wake_at(until),
                 _ => {
                     let forget = pb::ForgetInstance { instance_id: instance.id, epoch: instance.epoch };
@@ -134,7 +139,7 @@ impl<'a> Planner<'_, 'a> {
     fn place_all(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> bool {
         let rollout = self.rollout;
         let again = self.due_again(excess);
-        let new = rollout.may_add();
+        let new = rollout.rules.may_add();
         if again.is_empty() && new == 0 {
             return false;
         }
@@ -144,11 +149,11 @@ impl<'a> Planner<'_, 'a> {
                 rollout.missing_needs().map(|name| needs_reason(rollout.state, name)).collect();
             return false;
         }
-        let mut census = self.census(rollout.manifest);
+        let mut placer = Placer::new(self.census());
         let mut ordinals = rollout.free_ordinals();
-        let mut refusals = Vec::new();
+        let mut refusals = Rc::default();
         for instance in again {
-            if let Err(why) = self.place_again(instance, &mut census, &mut ordinals) {
+            if let Err(why) = self.place_again(instance, &mut placer, &mut ordinals) {
                 refusals = why;
                 self.plan.missing += 1;
             }
@@ -156,48 +161,47 @@ impl<'a> Planner<'_, 'a> {
                 return false;
             }
         }
-        let taken = Reservation::of(rollout.manifest);
-        match rollout.manifest.per_host {
-            true => refusals.extend(self.place_per_host(new, &taken, &mut census, &mut ordinals)),
-            false => {
-                if let Err(why) = self.place_count(new, &taken, &mut census, &mut ordinals) {
-                    refusals = why;
-                }
-            }
+        let wanted = Reservation::of(rollout.manifest);
+        let placed = match rollout.manifest.per_host {
+            true => self.place_per_host(new, &wanted, &mut ordinals),
+            false => self.place_count(new, &wanted, &mut placer, &mut ordinals),
+        };
+        if let Err(why) = placed {
+            refusals = why;
         }
         if self.plan.missing > 0 {
-            self.plan.reasons = reasons(&refusals, &taken, self.rollout.state.hosts.len());
+            let name =
+                |host| rollout.state.host(host).map_or_else(|| host.to_string(), |record| record.shown());
+            self.plan.reasons = refusals.sentences(&wanted, rollout.state.hosts.len(), name);
         }
-        refusals.iter().any(Refusal::is_shortage)
+        refusals.have_shortage()
     }
 
     /// Instances to place under their next epoch: lost with their host, or given up and due for another try.
     fn due_again(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
         let rollout = self.rollout;
         let leaving = rollout.replaceable(false);
+        let leaving: BTreeSet<u64> = excess.iter().chain(&leaving).map(|instance| instance.id).collect();
         let mut due = Vec::new();
         for instance in rollout.current.iter().chain(&rollout.old).copied() {
-            if excess.iter().chain(&leaving).any(|other| other.id == instance.id) {
+            if leaving.contains(&instance.id) {
                 continue;
             }
-            let at = match rollout.is_adrift(instance) {
-                true => Some(rollout.fenced_until(instance)),
-                false => rollout.reschedule_at(instance),
-            };
-            match at {
+            match rollout.times.again_at(instance, rollout.is_adrift(instance)) {
                 Some(at) if at <= self.now => due.push(instance),
                 Some(at) => self.wake_at(at),
                 None => {}
             }
         }
+        due.sort_by_key(|instance| (rollout.times.version_for(instance), instance.id));
         due
     }
 
-    fn census(&self, manifest: &pb::Manifest) -> Census {
-        let mut census = Census::new(manifest.spread());
+    /// Where instances of the current template are, or with the next step will be no more.
+    fn census(&self) -> Census {
+        let mut census = Census::new(self.rollout.manifest.spread());
         for instance in self.rollout.current.iter().filter(|i| !self.rollout.is_adrift(i)) {
-            let facts = self.rollout.state.hosts.get(instance.host()).and_then(|host| host.facts());
-            census.count(instance.host(), facts);
+            census.count(instance.host());
         }
         census
     }
@@ -205,29 +209,25 @@ impl<'a> Planner<'_, 'a> {
     fn place_again(
         &mut self,
         instance: &Arc<pb::InstanceRecord>,
-        census: &mut Census,
+        placer: &mut Placer<'a>,
         ordinals: &mut impl Iterator<Item = u32>,
-    ) -> Result<(), Vec<Refusal>> {
+    ) -> Result<(), Rc<Refusals>> {
         let rollout = self.rollout;
-        let version = rollout.version_for(instance);
+        let version = rollout.times.version_for(instance);
         let Some(manifest) = rollout.entry.manifest(version) else { return Ok(()) };
         if self.plan.steps.len() >= self.budget {
             self.plan.cut = true;
             return Ok(());
         }
-        let conditions = Conditions::of(manifest);
-        let wanted = Reservation::of(manifest);
+        let (conditions, wanted) = (Conditions::of(manifest), Reservation::of(manifest));
+        let request = Request { conditions: &conditions, wanted: &wanted };
         let held = rollout.state.instances.get(&instance.id()).map(|entry| &entry.taken);
         let gave_up_on = held.filter(|_| instance.gave_up()).map(|held| (instance.host(), held));
-        let request = Request { conditions: &conditions, wanted: &wanted, gave_up_on };
         let host = match rollout.manifest.per_host {
-            true => {
-                self.fleet.place_on(instance.host(), &request, census).map_err(|refusal| vec![refusal])?
-            }
-            false => self.fleet.place(&request, census)?,
+            true => self.place_back(instance.host(), &request, gave_up_on.map(|(_, held)| held))?,
+            false => placer.place(self.fleet, version, &request, gave_up_on)?,
         };
-        let same =
-            instance.version == version || instance.template_version == rollout.entry.record.template_version;
+        let same = rollout.entry.template_of(version) == Some(instance.template_version);
         let ordinal = if same { instance.ordinal } else { ordinals.next().unwrap_or_default() };
         let place = self.placement(version, host, ordinal);
         self.push(Step::Place(pb::Place {
@@ -238,24 +238,43 @@ impl<'a> Planner<'_, 'a> {
         Ok(())
     }
 
+    /// On the host where it was, with what it still holds there.
+    fn place_back(
+        &mut self,
+        host: HostId,
+        request: &Request<'_>,
+        held: Option<&Reservation>,
+    ) -> Result<HostId, Rc<Refusals>> {
+        match self.fleet.place_on(host, request, held) {
+            Ok(()) => Ok(host),
+            Err(shortage) => {
+                let mut refusals = Refusals::default();
+                refusals.add(host, shortage, request.wanted);
+                Err(Rc::new(refusals))
+            }
+        }
+    }
+
     fn place_count(
         &mut self,
         new: usize,
         wanted: &Reservation,
-        census: &mut Census,
+        placer: &mut Placer<'a>,
         ordinals: &mut impl Iterator<Item = u32>,
-    ) -> Result<(), Vec<Refusal>> {
+    ) -> Result<(), Rc<Refusals>> {
         let rollout = self.rollout;
-        let request = Request { conditions: &rollout.conditions, wanted, gave_up_on: None };
+        let request = Request { conditions: &rollout.meant.conditions, wanted };
+        let version = rollout.entry.record.version;
         for placed in 0..new {
             if self.plan.steps.len() >= self.budget {
                 self.plan.cut = true;
                 return Ok(());
             }
-            let host =
-                self.fleet.place(&request, census).inspect_err(|_| self.plan.missing += new - placed)?;
+            let host = placer
+                .place(self.fleet, version, &request, None)
+                .inspect_err(|_| self.plan.missing += new - placed)?;
             let ordinal = ordinals.next().unwrap_or_default();
-            let place = self.placement(rollout.entry.record.version, host, ordinal);
+            let place = self.placement(version, host, ordinal);
             self.push(Step::Place(place));
         }
         Ok(())
@@ -266,47 +285,45 @@ impl<'a> Planner<'_, 'a> {
         &mut self,
         new: usize,
         wanted: &Reservation,
-        census: &mut Census,
         ordinals: &mut impl Iterator<Item = u32>,
-    ) -> Vec<Refusal> {
+    ) -> Result<(), Rc<Refusals>> {
         let rollout = self.rollout;
-        let request = Request { conditions: &rollout.conditions, wanted, gave_up_on: None };
-        let mut refusals = Vec::new();
+        let request = Request { conditions: &rollout.meant.conditions, wanted };
+        let here = |instances: &[&Arc<pb::InstanceRecord>]| -> BTreeSet<HostId> {
+            instances.iter().map(|instance| instance.host()).collect()
+        };
+        let mut filled = here(&rollout.current);
+        filled.extend(here(&rollout.old));
+        let leaving = here(&[rollout.stopping.as_slice(), &rollout.surplus].concat());
+        let mut refusals = Refusals::default();
         let mut left = new;
-        for host in &rollout.slot_hosts {
-            let here = || rollout.state.instances_of(&rollout.entry.name).filter(|i| i.host() == *host);
-            if left == 0 || here().any(|instance| instance.wanted()) {
-                continue;
+        for host in rollout.meant.slot_hosts.difference(&filled) {
+            if left == 0 {
+                break;
             }
-            if here().next().is_some() {
-                refusals.push(self.leaving(*host));
+            if leaving.contains(host) {
+                refusals.add(*host, Lack::Leaving.into(), wanted);
                 self.plan.missing += 1;
                 continue;
             }
             if self.plan.steps.len() >= self.budget {
                 self.plan.cut = true;
-                return refusals;
+                break;
             }
-            match self.fleet.place_on(*host, &request, census) {
-                Ok(host) => {
+            match self.fleet.place_on(*host, &request, None) {
+                Ok(()) => {
                     left -= 1;
                     let ordinal = ordinals.next().unwrap_or_default();
-                    let place = self.placement(rollout.entry.record.version, host, ordinal);
+                    let place = self.placement(rollout.entry.record.version, *host, ordinal);
                     self.push(Step::Place(place));
                 }
-                Err(refusal) => {
-                    refusals.push(refusal);
+                Err(shortage) => {
+                    refusals.add(*host, shortage, wanted);
                     self.plan.missing += 1;
                 }
             }
         }
-        refusals
-    }
-
-    fn leaving(&self, host: HostId) -> Refusal {
-        use crate::wants::HostExt as _;
-        let name = self.rollout.state.host(host).map_or_else(|| host.to_string(), |record| record.shown());
-        Refusal { host, name, lack: Lack::Leaving }
+        if refusals.is_empty() { Ok(()) } else { Err(Rc::new(refusals)) }
     }
 
     fn placement(&self, version: u64, host: HostId, ordinal: u32) -> pb::Place {
@@ -316,19 +333,17 @@ impl<'a> Planner<'_, 'a> {
 
     fn replace(&mut self, blocked: bool, excess: &[&Arc<pb::InstanceRecord>]) {
         let rollout = self.rollout;
-        let victims: Vec<_> = rollout
-            .replaceable(blocked)
-            .into_iter()
-            .filter(|victim| excess.iter().all(|other| other.id != victim.id))
-            .filter(|victim| !self.plan.steps.iter().any(|step| places(step, victim.id)))
-            .collect();
+        let placed = self.plan.steps.iter().filter_map(placed_again);
+        let spared: BTreeSet<u64> = placed.chain(excess.iter().map(|instance| instance.id)).collect();
+        let mut victims = rollout.replaceable(blocked);
+        victims.retain(|victim| !spared.contains(&victim.id));
         let reason = format!("replaced by version {}", rollout.entry.record.version);
         self.stop_each(&victims, &reason);
         if rollout.old.is_empty() && rollout.over() {
             return;
         }
         for instance in rollout.current.iter().filter(|i| i.ready() && !rollout.healthy(i)) {
-            self.wake_at(rollout.healthy_at(instance));
+            self.wake_at(rollout.times.healthy_at(instance));
         }
     }
 
@@ -353,8 +368,11 @@ impl<'a> Planner<'_, 'a> {
     }
 }
 
-fn places(step: &Step, instance: u64) -> bool {
-    matches!(step, Step::Place(place) if place.instance_id == instance)
+fn placed_again(step: &Step) -> Option<u64> {
+    match step {
+        Step::Place(place) => Some(place.instance_id),
+        Step::Stop(_) | Step::SetDeployment(_) | Step::Revert(_) | Step::Forget(_) => None,
+    }
 }
 
 /// Why a needed service holds this one back.

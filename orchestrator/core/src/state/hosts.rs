@@ -7,12 +7,22 @@ use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 
 use super::instances::Reservation;
+use super::ranks::{Rank, Ranked, Ranks};
+use crate::wants::HostExt as _;
 
 /// What instances have set aside on a host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reserved {
     pub cpu_millicores: u64,
     pub memory_bytes: u64,
+}
+
+impl Reserved {
+    /// Percent of the scarcer of a host's cpu and memory; of what a host has not, nothing is scarce.
+    pub(crate) fn percent_of(self, facts: &pb::HostFacts) -> u64 {
+        let percent = |used: u64, all: u64| used.saturating_mul(100).checked_div(all).unwrap_or_default();
+        percent(self.cpu_millicores, facts.cpu_millicores).max(percent(self.memory_bytes, facts.memory_bytes))
+    }
 }
 
 /// One host and everything indexed by its id.
@@ -23,12 +33,21 @@ pub(crate) struct HostEntry {
     pub(crate) reserved: Reserved,
     /// Fixed ports that instances hold, by how many do (two only while facts contradict the plan).
     pub(crate) fixed_ports: BTreeMap<u32, usize>,
+    /// None: it takes no new instances.
+    pub(crate) ranked: Option<Ranked>,
 }
 
 impl HostEntry {
     fn new(record: Arc<pb::HostRecord>) -> Self {
-        let (instances, reserved, fixed_ports) = Default::default();
-        Self { record, instances, reserved, fixed_ports }
+        let (instances, reserved, fixed_ports, ranked) = Default::default();
+        Self { record, instances, reserved, fixed_ports, ranked }
+    }
+
+    /// None: it takes no new instances.
+    fn rank(&self) -> Option<Rank> {
+        let facts = self.facts().filter(|_| self.record.is_open())?;
+        let load_percent = self.reserved.percent_of(facts);
+        Some(Rank { load_percent, instances: self.instances.len(), host: HostId(self.record.id) })
     }
 
     pub(crate) fn facts(&self) -> Option<&pb::HostFacts> {
@@ -43,6 +62,10 @@ pub(crate) struct Hosts {
     /// A lost host may share its name with a successor: the youngest has it. A forgotten one has none.
     names: BTreeMap<String, BTreeSet<HostId>>,
     keys: BTreeMap<Vec<u8>, HostId>,
+    /// Hosts that take new instances, by who takes the next.
+    pub(crate) ranks: Ranks,
+    /// The others: lost, silent, draining.
+    pub(crate) closed: BTreeSet<HostId>,
     /// Revision at which a host row last changed.
     pub(crate) fleet_touched: u64,
     /// Revision at which room on any host last grew.
@@ -93,6 +116,7 @@ impl Hosts {
                 self.entries.insert(id, HostEntry::new(record));
             }
         }
+        self.rank_anew(id);
         self.fleet_touched = revision;
         self.room_touched = revision;
     }
@@ -100,8 +124,26 @@ impl Hosts {
     pub(crate) fn remove(&mut self, id: HostId, revision: u64) -> Option<HostEntry> {
         let entry = self.entries.remove(&id)?;
         self.unindex(id, &entry.record);
+        self.closed.remove(&id);
+        if let Some(ranked) = entry.ranked {
+            self.ranks.remove(ranked);
+        }
         self.fleet_touched = revision;
         Some(entry)
+    }
+
+    /// After a change of the row, which may have moved the host to another class or closed it.
+    fn rank_anew(&mut self, id: HostId) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        if let Some(ranked) = entry.ranked.take() {
+            self.ranks.remove(ranked);
+        }
+        let rank = entry.rank();
+        entry.ranked = entry.facts().zip(rank).map(|(facts, rank)| self.ranks.insert(facts, rank));
+        match entry.ranked {
+            Some(_) => self.closed.remove(&id),
+            None => self.closed.insert(id),
+        };
     }
 
     fn index(&mut self, id: HostId, record: &pb::HostRecord) {
@@ -137,6 +179,7 @@ impl Hosts {
         for port in &taken.fixed_ports {
             *entry.fixed_ports.entry(*port).or_default() += 1;
         }
+        shift(&mut self.ranks, entry);
     }
 
     /// An instance has left a host: what it took is free.
@@ -153,6 +196,14 @@ impl Hosts {
                 }
             }
         }
+        shift(&mut self.ranks, entry);
         self.room_touched = revision;
+    }
+}
+
+/// After a change of what is reserved.
+fn shift(ranks: &mut Ranks, entry: &mut HostEntry) {
+    if let (Some(ranked), Some(rank)) = (entry.ranked, entry.rank()) {
+        entry.ranked = Some(ranks.shift(ranked, rank));
     }
 }

@@ -11,7 +11,7 @@ use crate::wants::{InstanceExt as _, ManifestExt as _};
 
 /// What one instance sets aside on its host, from the manifest of its version. It stays until the row is gone,
 /// for a process that is being stopped still uses it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Reservation {
     pub(crate) cpu_millicores: u64,
     pub(crate) memory_bytes: u64,

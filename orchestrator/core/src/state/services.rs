@@ -42,6 +42,14 @@ impl ServiceEntry {
         self.versions.get(at)
     }
 
+    /// The template that a kept version runs.
+    pub(crate) fn template_of(&self, version: u64) -> Option<u64> {
+        match version == self.record.version {
+            true => Some(self.record.template_version),
+            false => self.version(version).map(|record| record.template_version),
+        }
+    }
+
     pub(crate) fn version_in_full(&self, version: u64) -> Option<Arc<pb::VersionRecord>> {
         self.version(version).map(|record| self.in_full(record))
     }

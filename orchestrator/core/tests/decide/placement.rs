@@ -66,7 +66,10 @@ fn a_host_is_filled_to_what_it_has_and_not_beyond() {
     assert_eq!((alpha.cpu_millicores, alpha.memory_bytes), (2000, 4096 * MIB));
     assert_eq!(
         unplaced(&world, "web"),
-        ["2 of 2 hosts lack memory: need 2048 MiB, most free is 0 bytes on alpha"]
+        [
+            "2 of 2 hosts lack memory: need 2048 MiB, most free is 0 bytes on alpha",
+            "nearest miss: alpha lacks 2048 MiB"
+        ]
     );
     assert_eq!(world.steps(), []);
 }

@@ -1,0 +1,77 @@
+//! Where instances of a service are meant to be, and so of what kind each of them is.
+
+use std::collections::BTreeSet;
+
+use nave_proto::ids::HostId;
+use nave_proto::pb;
+
+use super::conditions::Conditions;
+use crate::state::{ClusterState, ServiceEntry};
+use crate::wants::{HostExt as _, InstanceExt as _};
+
+/// What is to become of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Of the template wanted now, on a host where it may stay.
+    Current,
+    /// To be replaced: of another template, or on a host that it has to leave.
+    Old,
+    /// In nobody's place: a second one of `per_host`, or on a host that is no longer meant.
+    Surplus,
+    /// On a lost host and to come back with it (`per_host`).
+    Away,
+    /// Told to stop, not gone yet.
+    Stopping,
+}
+
+/// See the file's head.
+#[derive(Debug)]
+pub(crate) struct Meant {
+    pub(crate) template: u64,
+    pub(crate) per_host: bool,
+    pub(crate) conditions: Conditions,
+    /// For `per_host`: the hosts that should have one.
+    pub(crate) slot_hosts: BTreeSet<HostId>,
+    /// For `per_host`: instances beside a better one on their host.
+    pub(crate) seconds: BTreeSet<u64>,
+}
+
+impl Meant {
+    pub(crate) fn of(state: &ClusterState, entry: &ServiceEntry, manifest: &pb::Manifest) -> Self {
+        let conditions = Conditions::of(manifest);
+        let admitted = || state.hosts.iter().filter(|(_, host)| conditions.admit(host)).map(|(id, _)| id);
+        let slot_hosts = if manifest.per_host { admitted().collect() } else { BTreeSet::new() };
+        let (template, per_host) = (entry.record.template_version, manifest.per_host);
+        Self { template, per_host, conditions, slot_hosts, seconds: BTreeSet::new() }
+    }
+
+    pub(crate) fn kind(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> Kind {
+        let is_current = instance.template_version == self.template;
+        if !instance.wanted() {
+            return Kind::Stopping;
+        }
+        let adrift = self.is_adrift(state, instance);
+        if self.per_host && adrift {
+            return if state.hosts.is_gone(instance.host()) { Kind::Surplus } else { Kind::Away };
+        }
+        if self.per_host
+            && (self.seconds.contains(&instance.id) || !self.slot_hosts.contains(&instance.host()))
+        {
+            return Kind::Surplus;
+        }
+        if is_current && (adrift || self.may_stay(state, instance)) { Kind::Current } else { Kind::Old }
+    }
+
+    /// Its host is lost, so it has to be placed again.
+    pub(crate) fn is_adrift(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+        let host = instance.host();
+        state.hosts.closed.contains(&host) && state.host(host).is_none_or(|host| host.is_lost())
+    }
+
+    /// Not on a host that it has to leave.
+    pub(crate) fn may_stay(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+        let host = instance.host();
+        (self.conditions.is_empty() && !state.hosts.closed.contains(&host))
+            || state.hosts.get(host).is_some_and(|host| self.conditions.admit(host))
+    }
+}

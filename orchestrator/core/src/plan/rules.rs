@@ -1,0 +1,161 @@
+//! The rules of replacement as arithmetic: how many instances of a service there are of each kind, and what may be
+//! added or taken away then. Plan counts once and chooses; apply counts once per command and checks each step.
+//!
+//! *Start-first*: a new instance is started beside the old ones, at most `max_parallel` not healthy at a time, and
+//! an old one stops once a healthy new one stands for it. *Stop-first* (fixed ports, `per_host`): at most
+//! `max_parallel` slots are empty or not healthy at a time.
+
+/// What the rules depend on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Rules {
+    /// Instances that should be there in the end.
+    pub(crate) slots: usize,
+    pub(crate) max_parallel: usize,
+    pub(crate) stop_first: bool,
+    /// The deployment has failed, is paused or cancelled.
+    pub(crate) halted: bool,
+    /// Of the template wanted now, on a host where they may stay.
+    pub(crate) current: Count,
+    /// To be replaced: of another template, or on a host that they have to leave.
+    pub(crate) old: Count,
+    /// Those among the old that are of another template.
+    pub(crate) old_templates: usize,
+}
+
+/// Instances of one kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Count {
+    pub(crate) all: usize,
+    pub(crate) ready: usize,
+    /// Ready for long enough, or done.
+    pub(crate) healthy: usize,
+}
+
+impl Count {
+    pub(crate) fn add(&mut self, ready: bool, healthy: bool) {
+        self.all += 1;
+        self.ready += usize::from(ready);
+        self.healthy += usize::from(healthy);
+    }
+
+    pub(crate) fn remove(&mut self, ready: bool, healthy: bool) {
+        self.all -= 1;
+        self.ready -= usize::from(ready);
+        self.healthy -= usize::from(healthy);
+    }
+}
+
+impl Rules {
+    /// A version that failed or is paused replaces nothing more; what runs of the version before is left alone.
+    pub(crate) fn frozen(&self) -> bool {
+        self.halted && self.old_templates > 0
+    }
+
+    /// How many instances of the current template may be added now.
+    pub(crate) fn may_add(&self) -> usize {
+        let missing = self.slots.saturating_sub(self.current.all);
+        if self.frozen() {
+            return 0;
+        }
+        if self.old.all == 0 {
+            return missing;
+        }
+        let there = self.current.all + self.old.all;
+        if self.stop_first {
+            return missing.min(self.slots.saturating_sub(there));
+        }
+        let unhealthy = self.current.all - self.current.healthy;
+        let spare = self.slots.saturating_add(self.max_parallel).saturating_sub(there);
+        missing.min(self.max_parallel.saturating_sub(unhealthy)).min(spare)
+    }
+
+    /// Whether an old instance may be stopped. `held`: what the service needs is not ready, so a new one could not
+    /// take its place.
+    pub(crate) fn may_replace(&self, ready: bool, other_template: bool, held: bool) -> bool {
+        if self.frozen() && other_template {
+            return false;
+        }
+        let all_ready = self.current.healthy + self.old.ready;
+        if self.old.all + self.current.healthy > self.slots {
+            return !ready || all_ready > self.slots;
+        }
+        self.stop_first
+            && !held
+            && self.in_transit() < self.max_parallel
+            && (!ready || all_ready > self.slots.saturating_sub(self.max_parallel))
+    }
+
+    /// Whether an old instance may be stopped to make room for a new one.
+    pub(crate) fn may_make_room(&self, ready: bool) -> bool {
+        !ready && !self.frozen() && self.in_transit() < self.max_parallel
+    }
+
+    /// Whether a current instance is one too many.
+    pub(crate) fn may_drop(&self, ready: bool) -> bool {
+        self.current.all > self.slots && (!ready || self.current.ready > self.slots)
+    }
+
+    /// Slots with neither an old instance nor a healthy new one.
+    fn in_transit(&self) -> usize {
+        self.slots.saturating_sub(self.old.all + self.current.healthy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(stop_first: bool, current: (usize, usize), old: (usize, usize)) -> Rules {
+        let count = |(all, ready)| Count { all, ready, healthy: ready };
+        let (current, old) = (count(current), count(old));
+        Rules {
+            slots: 3,
+            max_parallel: 1,
+            stop_first,
+            current,
+            old,
+            old_templates: old.all,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn start_first_adds_beside_and_stops_once_one_stands_for_it() {
+        for (current, old, add, replace_ready) in [
+            ((0, 0), (3, 3), 1, false),
+            ((1, 0), (3, 3), 0, false),
+            ((1, 1), (3, 3), 0, true),
+            ((1, 1), (2, 2), 1, false),
+            ((3, 3), (1, 1), 0, true),
+            ((3, 2), (1, 1), 0, false),
+        ] {
+            let rules = rules(false, current, old);
+            let found = (rules.may_add(), rules.may_replace(true, true, false));
+            assert_eq!(found, (add, replace_ready), "{current:?} {old:?}");
+        }
+    }
+
+    #[test]
+    fn stop_first_empties_a_slot_before_it_fills_it() {
+        for (current, old, add, replace_ready) in [
+            ((0, 0), (3, 3), 0, true),
+            ((0, 0), (2, 2), 1, false),
+            ((1, 0), (2, 2), 0, false),
+            ((1, 1), (2, 2), 0, true),
+            ((1, 1), (2, 1), 0, false),
+        ] {
+            let rules = rules(true, current, old);
+            let found = (rules.may_add(), rules.may_replace(true, true, false));
+            assert_eq!(found, (add, replace_ready), "{current:?} {old:?}");
+            assert!(!rules.may_replace(true, true, true), "held back");
+        }
+    }
+
+    #[test]
+    fn a_halted_deployment_replaces_no_other_template() {
+        let halted = Rules { halted: true, ..rules(false, (1, 1), (3, 3)) };
+        assert_eq!((halted.may_add(), halted.may_replace(true, true, false)), (0, false));
+        let only_moving = Rules { old_templates: 0, ..halted };
+        assert!(!only_moving.frozen() && only_moving.may_replace(true, false, false));
+    }
+}
