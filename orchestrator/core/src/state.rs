@@ -143,8 +143,7 @@ impl ClusterState {
 
     /// Instances of a service by id, those being stopped included.
     pub fn instances_of(&self, service: &str) -> impl Iterator<Item = &Arc<pb::InstanceRecord>> + '_ {
-        let ids = self.services.get(service).map(|entry| &entry.instances);
-        ids.into_iter().flatten().filter_map(|id| self.instance(*id))
+        self.services.get(service).into_iter().flat_map(|entry| entry.instances.values())
     }
 
     /// Instances on a host by id, those being stopped included.

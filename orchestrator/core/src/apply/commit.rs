@@ -101,7 +101,7 @@ impl Tx<'_> {
         };
         let message = format!("{} is placed on {}", called(&record), self.host_name(record.host()));
         self.event("instance_placed", Subject::instance(&record), message);
-        standing.changed(self.state, None, &record);
+        standing.changes(self.state, None, &record);
         self.put_instance(record);
     }
 
@@ -140,7 +140,7 @@ impl Tx<'_> {
         let (to, from) = (self.host_name(record.host()), self.host_name(left));
         let message = format!("{} is placed again on {to}, since {why} on {from}", called(&record));
         self.event("instance_placed", Subject::instance(&record), message);
-        standing.changed(self.state, Some(&before), &record);
+        standing.changes(self.state, Some(&before), &record);
         self.put_instance(record);
         self.drop_stale_versions(&step.service);
         self.host_left(left);
@@ -165,7 +165,7 @@ impl Tx<'_> {
             stop_reason: step.reason,
             ..before.as_ref().clone()
         };
-        standing.changed(self.state, Some(&before), &record);
+        standing.changes(self.state, Some(&before), &record);
         self.put_instance(record);
     }
 

@@ -40,6 +40,10 @@ impl<'a> Room<'a> {
         self.facts
     }
 
+    pub(crate) fn is_open(&self) -> bool {
+        self.entry.ranked.is_some()
+    }
+
     pub(crate) fn is_unsteady(&self, now: i64) -> bool {
         self.entry.record.is_unsteady(now)
     }

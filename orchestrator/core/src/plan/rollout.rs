@@ -60,7 +60,7 @@ impl<'a> Rollout<'a> {
             away: Vec::new(),
             stopping: Vec::new(),
         };
-        for instance in state.instances_of(&entry.name) {
+        for instance in entry.instances.values() {
             rollout.sort_in(instance);
         }
         if manifest.per_host {
@@ -200,11 +200,12 @@ impl<'a> Rollout<'a> {
     }
 
     /// The lowest ordinals that no wanted instance of the current template has.
-    pub(crate) fn free_ordinals(&self) -> impl Iterator<Item = u32> + use<> {
-        let template = self.meant.template;
-        let wanted = self.state.instances_of(&self.entry.name).filter(|i| i.wanted());
-        let taken: BTreeSet<u32> =
-            wanted.filter(|i| i.template_version == template).map(|i| i.ordinal).collect();
-        (0..).filter(move |ordinal| !taken.contains(ordinal))
+    pub(crate) fn free_ordinals(&self) -> impl Iterator<Item = u32> + use<'a> {
+        let (entry, template) = (self.entry, self.meant.template);
+        let mut taken: Option<BTreeSet<u32>> = None;
+        (0..).filter(move |ordinal| {
+            let wanted = || entry.instances.values().filter(|i| i.wanted() && i.template_version == template);
+            !taken.get_or_insert_with(|| wanted().map(|i| i.ordinal).collect()).contains(ordinal)
+        })
     }
 }

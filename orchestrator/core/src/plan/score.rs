@@ -37,13 +37,16 @@ pub(crate) struct Census {
 }
 
 impl Census {
-    /// An empty census by the manifest's `spread`. A spread that this build cannot read counts hosts.
-    pub(crate) fn new(spread: &str) -> Self {
+    /// A census by the manifest's `spread` of instances on these hosts. A spread that this build cannot read counts
+    /// hosts.
+    pub(crate) fn new(spread: &str, mut hosts: Vec<HostId>) -> Self {
         let label = match spread.parse() {
             Ok(Spread::Label(name)) => Some(Attribute::Label(name)),
             Ok(Spread::Host) | Err(_) => None,
         };
-        Self { label, on_host: BTreeMap::new() }
+        hosts.sort_unstable();
+        let on_host = hosts.chunk_by(|a, b| a == b).map(|same| (same[0], same.len())).collect();
+        Self { label, on_host }
     }
 
     pub(crate) fn count(&mut self, host: HostId) {

@@ -107,20 +107,24 @@ impl<'a> Search<'a> {
             Some((name, lack)) => search.add_only(fleet, name, lack, census),
             None => search.add_classes(fleet, request, census),
         }
+        let mut ranked: BTreeMap<usize, Vec<(usize, Rank)>> = BTreeMap::new();
         for (host, count) in &census.on_host {
             let Some(room) = fleet.room(*host) else { continue };
             let number = search.domain(census.domain(room.facts()));
             if census.has_label() {
                 search.count(number, *count);
             }
-            if !search.reads(request, room.facts()) {
+            if !room.is_open() || !search.reads(request, room.facts()) {
                 continue;
             }
-            let domain = &mut search.domains[number];
-            let open = fleet.state.hosts.get(*host).is_some_and(|entry| entry.ranked.is_some());
-            if open {
-                domain.rank(*count, room.rank(), room.is_unsteady(fleet.now));
+            match room.is_unsteady(fleet.now) {
+                true => search.domains[number].rank(*count, room.rank(), true),
+                false => ranked.entry(number).or_default().push((*count, room.rank())),
             }
+        }
+        for (number, hosts) in ranked {
+            let ranked = &mut search.domains[number].ranked;
+            ranked.append(&mut BTreeSet::from_iter(hosts));
         }
         search
     }
@@ -592,10 +596,8 @@ mod tests {
             let fixed_ports = if asked.port { vec![80] } else { Vec::new() };
             let wanted = Reservation { cpu_millicores: asked.cpu, memory_bytes: 20 * MIB, fixed_ports };
             let request = Request { conditions: &conditions, wanted: &wanted };
-            let mut census = Census::new(asked.spread);
-            for instance in state.instances_of("ours") {
-                census.count(HostId(instance.host_id));
-            }
+            let ours = state.instances_of("ours").map(|instance| HostId(instance.host_id));
+            let mut census = Census::new(asked.spread, ours.collect());
             let mut placer = Placer::new(census.clone());
             let held = Reservation { cpu_millicores: 200, memory_bytes: 16 * MIB, fixed_ports: vec![80] };
             let alone = services.len() == 1 && asked.gave_up.iter().all(Option::is_none);

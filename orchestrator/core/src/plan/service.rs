@@ -199,11 +199,8 @@ impl<'a> Planner<'_, 'a> {
 
     /// Where instances of the current template are, or with the next step will be no more.
     fn census(&self) -> Census {
-        let mut census = Census::new(self.rollout.manifest.spread());
-        for instance in self.rollout.current.iter().filter(|i| !self.rollout.is_adrift(i)) {
-            census.count(instance.host());
-        }
-        census
+        let here = self.rollout.current.iter().filter(|instance| !self.rollout.is_adrift(instance));
+        Census::new(self.rollout.manifest.spread(), here.map(|instance| instance.host()).collect())
     }
 
     fn place_again(

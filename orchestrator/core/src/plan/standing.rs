@@ -18,46 +18,53 @@ use crate::wants::{HostExt as _, InstanceExt as _};
 /// See the file's head.
 #[derive(Debug)]
 pub(crate) struct Standing {
-    rules: Rules,
     meant: Meant,
+    now: i64,
+    /// Made when first asked for: what is lost with a host is placed again without it.
+    tally: Option<Tally>,
+}
+
+/// What takes counting every instance.
+#[derive(Debug)]
+struct Tally {
+    rules: Rules,
     /// Template and ordinal of every wanted instance.
     ordinals: BTreeSet<(u64, u32)>,
     /// For `per_host`: how many there are on each host, those being stopped included.
     on_host: BTreeMap<HostId, usize>,
-    now: i64,
 }
 
 impl Standing {
     /// None: there is no such service.
     pub(crate) fn of(state: &ClusterState, service: &str, now: i64) -> Option<Self> {
-        let Rollout { rules, meant, .. } = Rollout::of(state, state.services.get(service)?, now)?;
-        let wanted = state.instances_of(service).filter(|instance| instance.wanted());
-        let ordinals = wanted.map(|instance| (instance.template_version, instance.ordinal)).collect();
-        let mut on_host = BTreeMap::new();
+        let entry = state.services.get(service)?;
+        let mut meant = Meant::of(state, entry, entry.current()?);
         if meant.per_host {
-            for instance in state.instances_of(service) {
-                *on_host.entry(instance.host()).or_insert(0) += 1;
-            }
+            meant.seconds = Rollout::of(state, entry, now)?.meant.seconds;
         }
-        Some(Self { rules, meant, ordinals, on_host, now })
+        Some(Self { meant, now, tally: None })
+    }
+
+    fn tally(&mut self, state: &ClusterState, entry: &ServiceEntry) -> &mut Tally {
+        self.tally.get_or_insert_with(|| Tally::of(state, entry, self.now))
     }
 
     /// Whether a placement still fits everything but the host's room; then the template it runs.
-    pub(crate) fn may_place(&self, state: &ClusterState, step: &pb::Place) -> Option<u64> {
+    pub(crate) fn may_place(&mut self, state: &ClusterState, step: &pb::Place) -> Option<u64> {
         let entry = state.services.get(&step.service).filter(|entry| !entry.record.deleting)?;
         let template = entry.template_of(step.version)?;
         if !self.is_open(state, entry, step) || self.held(state, entry) {
             return None;
         }
         let fits = match step.instance_id {
-            0 => self.may_place_new(entry, step, template),
+            0 => self.may_place_new(state, entry, step, template),
             id => self.may_place_again(state, entry, InstanceId(id), step, template),
         };
         fits.then_some(template)
     }
 
     /// Whether an instance may be stopped without taking more than the rules allow.
-    pub(crate) fn may_stop(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+    pub(crate) fn may_stop(&mut self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
         let Some(entry) = state.services.get(&instance.service) else { return true };
         let ready = instance.ready();
         let other_template = instance.template_version != self.meant.template;
@@ -66,55 +73,53 @@ impl Standing {
             Kind::Surplus => true,
             _ if entry.record.deleting => true,
             Kind::Away => false,
-            Kind::Current => self.rules.may_drop(ready),
+            Kind::Current => self.tally(state, entry).rules.may_drop(ready),
             Kind::Old => {
-                self.rules.may_replace(ready, other_template, self.held(state, entry))
-                    || self.rules.may_make_room(ready)
+                let held = self.held(state, entry);
+                let rules = self.tally(state, entry).rules;
+                rules.may_replace(ready, other_template, held) || rules.may_make_room(ready)
             }
         }
     }
 
-    /// After a step: what the instance was (none: it is new), and what it is now.
-    pub(crate) fn changed(
+    /// Before a step takes effect: what the instance is (none: it is new), and what it will be.
+    pub(crate) fn changes(
         &mut self,
         state: &ClusterState,
         before: Option<&pb::InstanceRecord>,
         after: &pb::InstanceRecord,
     ) {
-        if let Some(before) = before {
-            self.count(state, before, Count::remove);
-            if before.wanted() {
-                self.ordinals.remove(&(before.template_version, before.ordinal));
-            }
-        }
-        self.count(state, after, Count::add);
-        if after.wanted() {
-            self.ordinals.insert((after.template_version, after.ordinal));
-        }
-        if before.is_none() && self.meant.per_host {
-            *self.on_host.entry(after.host()).or_insert(0) += 1;
-        }
-    }
-
-    fn count(
-        &mut self,
-        state: &ClusterState,
-        instance: &pb::InstanceRecord,
-        change: fn(&mut Count, bool, bool),
-    ) {
-        let Some(entry) = state.services.get(&instance.service) else { return };
-        let healthy = Times::of(entry, self.now).healthy(instance);
-        let other_template = instance.template_version != self.meant.template;
-        match self.meant.kind(state, instance) {
-            Kind::Current => change(&mut self.rules.current, instance.ready(), healthy),
-            Kind::Old => {
-                let before = self.rules.old.all;
-                change(&mut self.rules.old, instance.ready(), healthy);
-                if other_template {
-                    self.rules.old_templates = self.rules.old_templates + self.rules.old.all - before;
+        let (Self { meant, tally: Some(tally), now }, Some(entry)) =
+            (self, state.services.get(&after.service))
+        else {
+            return;
+        };
+        let times = Times::of(entry, *now);
+        let mut count = |instance: &pb::InstanceRecord, change: fn(&mut Count, bool, bool)| {
+            let other_template = instance.template_version != meant.template;
+            let (ready, healthy) = (instance.ready(), times.healthy(instance));
+            match meant.kind(state, instance) {
+                Kind::Current => change(&mut tally.rules.current, ready, healthy),
+                Kind::Old => {
+                    let all = tally.rules.old.all;
+                    change(&mut tally.rules.old, ready, healthy);
+                    if other_template {
+                        tally.rules.old_templates = tally.rules.old_templates + tally.rules.old.all - all;
+                    }
                 }
+                Kind::Surplus | Kind::Away | Kind::Stopping => {}
             }
-            Kind::Surplus | Kind::Away | Kind::Stopping => {}
+        };
+        before.into_iter().for_each(|before| count(before, Count::remove));
+        count(after, Count::add);
+        if let Some(before) = before.filter(|before| before.wanted()) {
+            tally.ordinals.remove(&(before.template_version, before.ordinal));
+        }
+        if after.wanted() {
+            tally.ordinals.insert((after.template_version, after.ordinal));
+        }
+        if before.is_none() && meant.per_host {
+            *tally.on_host.entry(after.host()).or_insert(0) += 1;
         }
     }
 
@@ -133,17 +138,25 @@ impl Standing {
         host.record.is_open() && admitted
     }
 
-    fn may_place_new(&self, entry: &ServiceEntry, step: &pb::Place, template: u64) -> bool {
+    fn may_place_new(
+        &mut self,
+        state: &ClusterState,
+        entry: &ServiceEntry,
+        step: &pb::Place,
+        template: u64,
+    ) -> bool {
         let host = HostId(step.host_id);
+        let meant_here = !self.meant.per_host || self.meant.slot_hosts.contains(&host);
+        let tally = self.tally(state, entry);
         step.version == entry.record.version
-            && self.rules.may_add() > 0
-            && !self.ordinals.contains(&(template, step.ordinal))
-            && (!self.meant.per_host
-                || (self.meant.slot_hosts.contains(&host) && !self.on_host.contains_key(&host)))
+            && tally.rules.may_add() > 0
+            && !tally.ordinals.contains(&(template, step.ordinal))
+            && meant_here
+            && !tally.on_host.contains_key(&host)
     }
 
     fn may_place_again(
-        &self,
+        &mut self,
         state: &ClusterState,
         entry: &ServiceEntry,
         id: InstanceId,
@@ -164,8 +177,26 @@ impl Standing {
         instance.epoch == step.expected_epoch
             && due.is_some_and(|at| at <= self.now)
             && stays
-            && (keeps || !self.ordinals.contains(&(template, step.ordinal)))
             && times.version_for(instance) == step.version
+            && (keeps || !self.tally(state, entry).ordinals.contains(&(template, step.ordinal)))
+    }
+}
+
+impl Tally {
+    fn of(state: &ClusterState, entry: &ServiceEntry, now: i64) -> Self {
+        let Some(rollout) = Rollout::of(state, entry, now) else {
+            // Without a manifest nothing may be added, for it has no slots.
+            return Self { rules: Rules::default(), ordinals: BTreeSet::new(), on_host: BTreeMap::new() };
+        };
+        let wanted = entry.instances.values().filter(|instance| instance.wanted());
+        let ordinals = wanted.map(|instance| (instance.template_version, instance.ordinal)).collect();
+        let mut on_host = BTreeMap::new();
+        if rollout.meant.per_host {
+            for instance in entry.instances.values() {
+                *on_host.entry(instance.host()).or_insert(0) += 1;
+            }
+        }
+        Self { rules: rollout.rules, ordinals, on_host }
     }
 }
 

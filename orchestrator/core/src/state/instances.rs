@@ -40,27 +40,20 @@ impl ClusterState {
     /// Puts an instance's row; service and host must exist.
     pub(crate) fn put_instance(&mut self, record: Arc<pb::InstanceRecord>, revision: u64) {
         let id = record.id();
-        let before = self.instances.get(&id);
-        let stays = before.is_some_and(|entry| {
+        let stays = |entry: &&mut InstanceEntry| {
             entry.record.host_id == record.host_id && entry.record.template_version == record.template_version
-        });
-        if stays {
-            let was_ready = before.is_some_and(|entry| entry.record.ready());
-            self.count_ready(&record.service, was_ready, record.ready(), revision);
-            self.services.touch(&record.service, revision);
-            if let Some(entry) = self.instances.get_mut(&id) {
-                entry.record = record;
-            }
+        };
+        if let Some(entry) = self.instances.get_mut(&id).filter(stays) {
+            entry.record = Arc::clone(&record);
+            self.index_instance(&record.service, id, Some(&record), revision);
             return;
         }
-        self.remove_instance(id, revision);
+        if let Some(InstanceEntry { record, taken }) = self.instances.remove(&id) {
+            self.hosts.vacate(record.host(), id, &taken, revision);
+        }
         let taken = self.manifest(&record.service, record.version).map(Reservation::of).unwrap_or_default();
         self.hosts.occupy(record.host(), id, &taken);
-        if let Some(entry) = self.services.get_mut(&record.service) {
-            entry.instances.insert(id);
-        }
-        self.count_ready(&record.service, false, record.ready(), revision);
-        self.services.touch(&record.service, revision);
+        self.index_instance(&record.service, id, Some(&record), revision);
         self.instances.insert(id, InstanceEntry { record, taken });
     }
 
@@ -72,23 +65,18 @@ impl ClusterState {
     ) -> Option<Arc<pb::InstanceRecord>> {
         let InstanceEntry { record, taken } = self.instances.remove(&id)?;
         self.hosts.vacate(record.host(), id, &taken, revision);
-        if let Some(entry) = self.services.get_mut(&record.service) {
-            entry.instances.remove(&id);
-        }
-        self.count_ready(&record.service, record.ready(), false, revision);
-        self.services.touch(&record.service, revision);
+        self.index_instance(&record.service, id, None, revision);
         Some(record)
     }
 
-    /// The first ready instance of a service lets others start; the last one gone holds them back.
-    fn count_ready(&mut self, service: &str, before: bool, after: bool, revision: u64) {
-        if before == after {
-            return;
-        }
-        let Some(entry) = self.services.get_mut(service) else { return };
-        let had = entry.ready > 0;
-        entry.ready = if after { entry.ready + 1 } else { entry.ready - 1 };
-        if had != (entry.ready > 0) {
+    fn index_instance(
+        &mut self,
+        service: &str,
+        id: InstanceId,
+        record: Option<&Arc<pb::InstanceRecord>>,
+        revision: u64,
+    ) {
+        if self.services.put_instance(service, id, record, revision) {
             self.services.touch_needing(service, revision);
         }
     }

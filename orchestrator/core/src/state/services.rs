@@ -9,6 +9,7 @@ use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 
 use crate::limits::{ADDRESS_SUFFIXES, UIDS, VERSIONS_KEPT};
+use crate::wants::InstanceExt as _;
 
 /// One service and everything indexed by its name.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,7 +18,8 @@ pub(crate) struct ServiceEntry {
     pub(crate) record: Arc<pb::ServiceRecord>,
     /// Ascending. The current version's record carries no manifest: the service's has it.
     pub(crate) versions: Vec<Arc<pb::VersionRecord>>,
-    pub(crate) instances: BTreeSet<InstanceId>,
+    /// The same records as in the table of instances, so that a look at a service reads one table.
+    pub(crate) instances: BTreeMap<InstanceId, Arc<pb::InstanceRecord>>,
     /// Instances that are wanted and ready.
     pub(crate) ready: usize,
     /// Revision at which anything that planning this service depends on last changed.
@@ -140,7 +142,7 @@ impl Services {
                 let name = Arc::clone(vacant.key());
                 self.index.add(&name, &record);
                 self.index.touched.insert((revision, Arc::clone(&name)));
-                let (versions, instances) = (Vec::with_capacity(1), BTreeSet::new());
+                let (versions, instances) = (Vec::with_capacity(1), BTreeMap::new());
                 vacant.insert(ServiceEntry { name, record, versions, instances, ready: 0, touched: revision })
             }
             Entry::Occupied(occupied) => {
@@ -159,6 +161,28 @@ impl Services {
         self.index.remove(&entry.name, &entry.record);
         self.index.touched.remove(&(entry.touched, Arc::clone(&entry.name)));
         Some(entry)
+    }
+
+    /// Puts an instance's row, or with None takes it out. True: the service's readiness has come or gone, for those
+    /// that need it. The first ready instance lets them start; the last one gone holds them back.
+    #[must_use]
+    pub(crate) fn put_instance(
+        &mut self,
+        service: &str,
+        id: InstanceId,
+        record: Option<&Arc<pb::InstanceRecord>>,
+        revision: u64,
+    ) -> bool {
+        let Some(entry) = self.entries.get_mut(service) else { return false };
+        let before = match record {
+            Some(record) => entry.instances.insert(id, Arc::clone(record)),
+            None => entry.instances.remove(&id),
+        };
+        let had_ready = entry.ready > 0;
+        entry.ready += usize::from(record.is_some_and(|record| record.ready()));
+        entry.ready -= usize::from(before.is_some_and(|record| record.ready()));
+        self.index.touch(entry, revision);
+        had_ready != (entry.ready > 0)
     }
 
     /// Marks a service for the planner. One that does not exist needs no plan.
