@@ -6,6 +6,7 @@ mod etcd;
 mod failover;
 mod idle;
 mod load;
+mod plan;
 mod start;
 mod throughput;
 
@@ -18,12 +19,16 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 5] = [
+    let rooms: [(&str, Measurement); 6] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
         ("etcd", etcd::run),
         ("failover", failover::run),
+        ("plan", || {
+            plan::run();
+            Ok(())
+        }),
     ];
     for (name, run) in rooms {
         if all || what == name {
@@ -33,7 +38,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
     if !known {
-        bail!("{what:?} is none of: all, start, idle, throughput, etcd, failover");
+        bail!("{what:?} is none of: all, start, idle, throughput, etcd, failover, plan");
     }
     Ok(())
 }
