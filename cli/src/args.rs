@@ -61,7 +61,7 @@ pub(crate) enum Verb {
     /// Stop a service and forget it
     Delete(Change),
 
-    /// The hub itself: status, transfer of leadership
+    /// The hub itself: status, leadership, members
     Cluster {
         #[command(subcommand)]
         verb: ClusterVerb,
@@ -242,6 +242,44 @@ pub(crate) enum ClusterVerb {
         #[arg(long, value_name = "MEMBER")]
         to: Option<String>,
     },
+    /// Add a member: reserve its id, write its folder, and wait until it votes with --wait
+    Add(AddMember),
+    /// Add a member that takes another's place, in one change
+    Replace {
+        /// Name or id of the member that leaves; it may be dead
+        old: String,
+        #[command(flatten)]
+        new: AddMember,
+    },
+    /// Remove a member, or give up one that is joining
+    Remove(RemoveMember),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddMember {
+    /// Address of the new member as everyone dials it, host or host:port
+    #[arg(value_name = "ADDR")]
+    pub(crate) address: String,
+    /// Its name [default: member- and the number of its id]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Folder to write for it [default: its name, beside the client file]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) out: Option<PathBuf>,
+    /// Folder that holds ca.pem and ca.key [default: a member's folder beside the client file]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) ca: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) waiting: Waiting,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RemoveMember {
+    /// Name or id
+    pub(crate) member: String,
+    /// How long to wait until it has left
+    #[arg(long, default_value = "60s", value_parser = when::parse_duration, value_name = "DURATION")]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Debug, Subcommand)]

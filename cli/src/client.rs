@@ -105,6 +105,10 @@ impl Hub {
         Ok(Self { context, members, current: AtomicUsize::new(0), client_id, serial: AtomicU64::new(1) })
     }
 
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
     /// The id of one write, for all its tries.
     pub(crate) fn request_id(&self) -> pb::RequestId {
         pb::RequestId {

@@ -1,6 +1,7 @@
 //! Which cluster a verb speaks to, and as whom: the client file. `nave dev` and `nave init` write one.
 //! The environment is read here and nowhere else in this crate, colours and log level apart.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,25 @@ impl Context {
             key_pem: pem(folder, "key", &file.key)?,
             addresses: file.addresses,
         })
+    }
+}
+
+impl ClientFile {
+    /// Has the file at `path` name these members; false: it does already. Its keys stay as they are.
+    pub(crate) fn set_addresses(path: &Path, addresses: &[String]) -> Result<bool, Failure> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Failure::refused(format!("cannot read {}: {}", path.display(), plain(&error)))
+        })?;
+        let mut file: Self = toml::from_str(&text)
+            .map_err(|_| Failure::refused(format!("{} is not a valid client file", path.display())))?;
+        if file.addresses.iter().collect::<BTreeSet<_>>() == addresses.iter().collect() {
+            return Ok(false);
+        }
+        file.addresses = addresses.to_vec();
+        let text = toml::to_string(&file).map_err(anyhow::Error::from)?;
+        let comment = "# An operator's way to the cluster: export NAVE_CONTEXT=FILE";
+        crate::init::write(path, 0o644, &format!("{comment}\n{text}"))?;
+        Ok(true)
     }
 }
 
@@ -145,6 +165,18 @@ mod tests {
         assert_eq!(context.ca_pem, "the ca");
         assert_eq!(context.certificate_pem, "my certificate");
         assert!(context.key_pem.starts_with("-----BEGIN"));
+    }
+
+    #[test]
+    fn new_addresses_leave_the_keys_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = "addresses = ['a:1', 'b:1']\nca = 'ca.crt'\ncertificate = 'me.crt'\nkey = 'me.key'\n";
+        let path = write(folder.path(), "client.toml", text);
+        let list = |addresses: &[&str]| addresses.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>();
+        assert!(!ClientFile::set_addresses(&path, &list(&["b:1", "a:1"])).unwrap());
+        assert!(ClientFile::set_addresses(&path, &list(&["a:1", "c:1"])).unwrap());
+        let file: ClientFile = toml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!((file.addresses, file.key.as_str()), (list(&["a:1", "c:1"]), "me.key"));
     }
 
     #[test]

@@ -54,7 +54,8 @@ impl NewCluster {
 }
 
 pub(crate) fn run(args: &Init) -> Result<(), Failure> {
-    let addresses = args.members.iter().map(|text| address(text)).collect::<Result<Vec<_>, _>>()?;
+    let addresses =
+        args.members.iter().map(|text| address("--members", text)).collect::<Result<Vec<_>, _>>()?;
     refuse_wrong(&addresses)?;
     refuse_occupied(&args.out)?;
     let cluster = NewCluster {
@@ -137,6 +138,7 @@ fn member_config(cluster: &NewCluster, index: usize, id: ClusterId, bootstrap: &
         metrics_listen: Some(member.metrics_listen),
         ca_cert: "ca.pem".into(),
         ca_key: "ca.key".into(),
+        join: false,
         members: entries.collect(),
         bootstrap: Some(bootstrap.clone()),
     }
@@ -147,7 +149,7 @@ fn member_id(index: usize) -> MemberId {
 }
 
 /// `host`, `host:port`, `[::1]:port`.
-fn address(text: &str) -> Result<String, Failure> {
+pub(crate) fn address(flag: &str, text: &str) -> Result<String, Failure> {
     let text = text.trim();
     if is_address(text) {
         return Ok(text.to_owned());
@@ -159,7 +161,7 @@ fn address(text: &str) -> Result<String, Failure> {
     if is_address(&with_port) {
         return Ok(with_port);
     }
-    Err(Failure::usage(format!("--members: {text:?} is neither a host nor host:port")))
+    Err(Failure::usage(format!("{flag}: {text:?} is neither a host nor host:port")))
 }
 
 fn refuse_wrong(addresses: &[String]) -> Result<(), Failure> {
@@ -203,8 +205,8 @@ fn refuse_occupied(dir: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Listens on every interface, or on the loopback alone when that is how it is dialled.
-fn member(number: usize, address: &str, dir: &Path) -> NewMember {
+/// Listens on every interface, or on the loopback alone when that is how it is dialled; then the port of `/metrics`.
+pub(crate) fn listening(address: &str) -> (SocketAddr, SocketAddr) {
     let (host, port) = address.rsplit_once(':').expect("address() gives host:port");
     let port: u16 = port.parse().expect("address() gives a port");
     let any: IpAddr = match host.trim_matches(['[', ']']).parse::<IpAddr>() {
@@ -213,11 +215,16 @@ fn member(number: usize, address: &str, dir: &Path) -> NewMember {
     };
     // 7400 and 7480, and the same distance for members that share a machine.
     let metrics = port.checked_add(80).unwrap_or(port - 80);
+    (SocketAddr::new(any, port), SocketAddr::new(Ipv4Addr::LOCALHOST.into(), metrics))
+}
+
+fn member(number: usize, address: &str, dir: &Path) -> NewMember {
+    let (listen, metrics_listen) = listening(address);
     NewMember {
         name: format!("member-{number}"),
         address: address.to_owned(),
-        listen: SocketAddr::new(any, port),
-        metrics_listen: SocketAddr::new(Ipv4Addr::LOCALHOST.into(), metrics),
+        listen,
+        metrics_listen,
         folder: dir.join(format!("member-{number}")),
     }
 }
@@ -263,7 +270,7 @@ fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-fn folder(path: &Path) -> Result<(), Failure> {
+pub(crate) fn folder(path: &Path) -> Result<(), Failure> {
     // The keys inside are 0600 themselves; agents' folders must let services through to their own.
     let made = DirBuilder::new().recursive(true).mode(0o711).create(path);
     made.map_err(|error| Failure::refused(format!("cannot make {}: {}", path.display(), plain(&error))))
@@ -356,6 +363,7 @@ mod tests {
 
     #[test]
     fn addresses_get_the_usual_port() {
+        let address = |text| address("--members", text);
         assert_eq!(address("hub1").unwrap(), "hub1:7400");
         assert_eq!(address("10.0.0.1:9").unwrap(), "10.0.0.1:9");
         assert_eq!(address("::1").unwrap(), "[::1]:7400");

@@ -12,6 +12,7 @@ mod dev;
 mod failure;
 mod init;
 mod manifests;
+mod member_folder;
 mod out;
 mod progress;
 mod roles;

@@ -10,6 +10,7 @@ mod endpoints;
 mod events;
 mod hosts;
 mod logs;
+mod members;
 mod ps;
 mod services;
 mod status;
@@ -44,6 +45,11 @@ pub(crate) async fn run(verb: Verb, hub: &Hub) -> Result<(), Failure> {
         Verb::Delete(args) => change::delete(&args, hub).await,
         Verb::Cluster { verb: ClusterVerb::Status(args) } => cluster::status(&args, hub).await,
         Verb::Cluster { verb: ClusterVerb::Transfer { to } } => cluster::transfer(to, hub).await,
+        Verb::Cluster { verb: ClusterVerb::Add(args) } => members::add(&args, None, hub).await,
+        Verb::Cluster { verb: ClusterVerb::Replace { old, new } } => {
+            members::add(&new, Some(&old), hub).await
+        }
+        Verb::Cluster { verb: ClusterVerb::Remove(args) } => members::remove(&args, hub).await,
         Verb::Token { verb: TokenVerb::Create { ttl, uses } } => token::create(ttl, uses, hub).await,
         Verb::Token { verb: TokenVerb::List(args) } => token::list(&args, hub).await,
         Verb::Token { verb: TokenVerb::Revoke { id } } => token::revoke(id, hub).await,

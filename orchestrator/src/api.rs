@@ -15,17 +15,22 @@ pub(crate) mod gate;
 pub(crate) mod hosts;
 pub(crate) mod logs;
 pub(crate) mod member;
+pub(crate) mod members;
 pub(crate) mod peers;
 pub(crate) mod server;
 pub(crate) mod services;
+pub(crate) mod snapshots;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use nave_orchestrator_core::ClusterState;
 use nave_proto::ids::{ClusterId, MemberId};
 use nave_proto::pb;
 use nave_tls::{Authority, Credentials};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -59,6 +64,10 @@ pub(crate) struct Hub {
     pub(crate) authority: Authority,
     pub(crate) credentials: Credentials,
     pub(crate) metrics: Arc<Metrics>,
+    /// What each change of members waits for, on the leader.
+    pub(crate) member_notes: Mutex<BTreeMap<MemberId, String>>,
+    /// When the newest scheduled snapshot was taken, unix nanoseconds; 0: none yet.
+    pub(crate) backup_unix_ns: AtomicI64,
     /// True while this member has not heard of a leader for too long to keep agents (`dispatch`).
     pub(crate) leaderless: watch::Receiver<bool>,
     /// Cancelled when this member goes down: streams end, nothing new begins.

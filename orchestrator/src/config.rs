@@ -12,7 +12,7 @@ use nave_proto::ids::{ClusterId, MemberId};
 use serde::{Deserialize, Serialize};
 
 /// Raft works best with three or five; more than seven voters only cost latency.
-const MEMBERS_MAX: usize = 7;
+pub(crate) const MEMBERS_MAX: usize = 7;
 
 /// One member of the hub.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +39,11 @@ pub struct MemberConfig {
     pub ca_cert: PathBuf,
     /// The cluster's CA key, PEM, readable by its owner only. Each member mints its own certificate with it.
     pub ca_key: PathBuf,
-    /// The members a new cluster begins with, this one included; the same list in every member's file.
+    /// This member is added to a cluster that exists: it begins none of its own, and waits until it is added.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub join: bool,
+    /// The members a new cluster begins with, this one included; the same list in every member's file. With
+    /// `join`: whom to ask, beside this one, whether this member has been removed.
     pub members: Vec<MemberEntry>,
     /// The first join token of a new cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -129,8 +133,20 @@ impl MemberConfig {
         if self.name.is_empty() {
             wrong.push("name is empty".to_owned());
         }
-        if self.members.is_empty() || self.members.len() > MEMBERS_MAX {
-            wrong.push(format!("members lists {}, it must list 1 to {MEMBERS_MAX}", self.members.len()));
+        // One that takes another's place stands beside it for a while.
+        let most = MEMBERS_MAX + usize::from(self.join);
+        if self.members.is_empty() || self.members.len() > most {
+            wrong.push(format!("members lists {}, it must list 1 to {most}", self.members.len()));
+        }
+        if self.join && self.members.len() < 2 {
+            wrong.push(
+                "join = true, but members lists no other; `nave cluster add` writes such a file".to_owned(),
+            );
+        }
+        if self.join && self.bootstrap.is_some() {
+            wrong.push(
+                "join and bootstrap exclude each other: a member that joins begins no cluster".to_owned(),
+            );
         }
         let mut ids = BTreeSet::new();
         let mut names = BTreeSet::new();
@@ -216,7 +232,7 @@ impl Bootstrap {
 }
 
 /// `host:port` with a port that can be dialled.
-fn is_host_port(text: &str) -> bool {
+pub(crate) fn is_host_port(text: &str) -> bool {
     text.rsplit_once(':')
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0))
 }
@@ -261,6 +277,7 @@ mod tests {
             metrics_listen: Some("127.0.0.1:7480".parse().unwrap()),
             ca_cert: "ca.pem".into(),
             ca_key: "ca.key".into(),
+            join: false,
             members: vec![entry(1, 7400), entry(2, 7400), entry(3, 7400)],
             bootstrap: Some(Bootstrap {
                 token_id: "t1".to_owned(),
@@ -294,7 +311,9 @@ mod tests {
     #[test]
     fn contradictions_are_told_by_name() {
         type Change = fn(&mut MemberConfig);
-        let table: [(Change, &str); 9] = [
+        let table: [(Change, &str); 11] = [
+            (|c| c.join = true, "join and bootstrap exclude each other"),
+            (|c| (c.join, c.members) = (true, c.members[..1].to_vec()), "members lists no other"),
             (|c| c.id = MemberId(9), "id is m-9, which members does not list"),
             (|c| c.name = "x".to_owned(), "members calls m-1 \"member-1\""),
             (|c| c.advertise = "10.0.0.9:1".to_owned(), "advertise is \"10.0.0.9:1\""),

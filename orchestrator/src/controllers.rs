@@ -5,6 +5,7 @@
 //! wait.
 
 pub(crate) mod liveness;
+pub(crate) mod members;
 pub(crate) mod scheduler;
 
 use std::sync::Arc;

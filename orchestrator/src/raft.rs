@@ -11,6 +11,7 @@ mod channels;
 pub(crate) mod convert;
 mod handover;
 mod member_service;
+mod membership;
 mod network;
 mod propose;
 mod read;
@@ -21,7 +22,7 @@ pub(crate) mod state_machine;
 mod status;
 pub(crate) mod types;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -39,6 +40,7 @@ use tokio_util::task::TaskTracker;
 
 pub use self::handover::TransferError;
 pub use self::member_service::MemberEndpoint;
+pub use self::membership::{MembershipError, MembershipView};
 pub use self::propose::{COMMAND_BYTES_MAX, ProposeError};
 pub use self::read::ReadError;
 pub use self::server::RaftEndpoint;
@@ -49,17 +51,19 @@ pub use self::types::MemberNode;
 pub use crate::storage::directory::DirectoryError;
 pub use crate::storage::disk::FREE_BYTES_MIN;
 
+use self::channels::Channels;
 use self::network::MESSAGE_BYTES_MAX;
 use self::propose::Door;
 use self::read::Reads;
 use self::server::LastHeard;
 use self::state_machine::Tables;
 use self::types::Raft;
+use crate::storage::directory::{self, DataDirectory};
 use crate::storage::disk::DiskSpace;
 use crate::storage::failure::Failure;
 use crate::storage::log::{LogCounters, LogDatabase};
-use crate::storage::snapshot::SnapshotDirectory;
-use crate::storage::state::StateDatabase;
+use crate::storage::snapshot::{SnapshotDirectory, SnapshotFile};
+use crate::storage::state::{StateDatabase, StateHandle};
 
 /// Told of every entry as it is applied, in order and under the state's write lock, so whoever holds the read lock sees
 /// state and observer at one revision. Must not block and must not touch the hub.
@@ -93,11 +97,13 @@ struct Inner {
     cluster: ClusterId,
     raft: Raft,
     tables: Arc<Tables>,
+    channels: Arc<Channels>,
     door: Door,
     reads: Reads,
     leadership: watch::Receiver<Leadership>,
     heard: Arc<LastHeard>,
     snapshots: Arc<SnapshotDirectory>,
+    state_writer: StateHandle,
     disk: Arc<DiskSpace>,
     failure: Failure,
     counters: Arc<LogCounters>,
@@ -111,7 +117,7 @@ struct Inner {
 struct Stores {
     _log: LogDatabase,
     _state: StateDatabase,
-    _directory: crate::storage::directory::DataDirectory,
+    directory: DataDirectory,
 }
 
 /// Numbers for /metrics, since the start of this member.
@@ -192,6 +198,7 @@ impl RaftHub {
             raft: inner.raft.clone(),
             snapshots: inner.snapshots.clone(),
             heard: inner.heard.clone(),
+            tables: inner.tables.clone(),
         };
         let member = MemberEndpoint {
             own: inner.id,
@@ -208,6 +215,36 @@ impl RaftHub {
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX),
         )
+    }
+
+    /// Closes the connections to all but these members.
+    pub(crate) fn retain_channels(&self, members: &BTreeSet<MemberId>) {
+        self.inner.channels.retain(members);
+    }
+
+    /// Writes down that this member was removed, and who said so; its data directory is not opened again.
+    pub(crate) async fn mark_removed(&self, by: &str) -> std::io::Result<()> {
+        let Some(path) = self.inner.stores.lock().as_ref().map(|stores| stores.directory.path().to_owned())
+        else {
+            return Ok(());
+        };
+        let text = format!("removed from the cluster, as {by} said\n");
+        tokio::task::spawn_blocking(move || directory::mark_removed(&path, &text))
+            .await
+            .map_err(std::io::Error::other)?
+    }
+
+    /// Index of the newest snapshot, and when it was written, unix nanoseconds.
+    pub fn snapshot_age(&self) -> Option<(u64, i64)> {
+        let (meta, file) = self.inner.snapshots.current()?;
+        Some((meta.last_log_id.map_or(0, |id| id.index), file.written_unix_ns()))
+    }
+
+    /// Writes what this member has applied to a file that is deleted when it is dropped. The log may lag or lead it:
+    /// it is not Raft's snapshot.
+    pub(crate) async fn export_snapshot(&self) -> std::io::Result<SnapshotFile> {
+        let export = self.inner.state_writer.start_export(self.inner.snapshots.clone()).await?;
+        export.await.map_err(std::io::Error::other)?
     }
 
     /// Writes a snapshot now, whatever the policy says; it is done when `status().snapshot_index` has risen.

@@ -6,15 +6,18 @@
 mod bootstrap;
 mod identity;
 mod pid;
+mod standing;
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use nave_proto::ids::ClusterId;
 use nave_tls::{FileError, IssueError};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -26,7 +29,7 @@ use tracing::{info, warn};
 use crate::api::peers::Peers;
 use crate::api::{Hub, server};
 use crate::config::{ConfigError, MemberConfig};
-use crate::controllers::{liveness, scheduler};
+use crate::controllers::{liveness, members, scheduler};
 use crate::dispatch::{self, beats};
 use crate::metrics::{self, Metrics};
 use crate::raft::{RaftHub, RaftOptions, StartError};
@@ -127,6 +130,8 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
         authority: authority.clone(),
         credentials: credentials.clone(),
         metrics: Arc::new(Metrics::new()),
+        member_notes: Mutex::default(),
+        backup_unix_ns: AtomicI64::new(0),
         leaderless,
         // Its own: leadership is handed over before anything stops.
         stop: CancellationToken::new(),
@@ -151,22 +156,38 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
     parts.spawn("beats", ok(beats::forward(hub.clone())));
     parts.spawn("scheduler", ok(scheduler::run(hub.clone())));
     parts.spawn("liveness", ok(liveness::run(hub.clone())));
+    parts.spawn("members", ok(members::run(hub.clone())));
 
     let ended = tokio::select! {
         biased;
-        () = shutdown.cancelled() => None,
-        failure = raft.failed() => Some(failure),
-        ended = parts.next() => Some(ended),
+        () = shutdown.cancelled() => End::Asked,
+        failure = raft.failed() => End::Failed(failure),
+        ended = parts.next() => End::Failed(ended),
+        by = standing::removed(hub.clone(), config.clone()) => End::Removed { by },
     };
-    let down = timeout(SHUTDOWN, stop(&hub, parts, ended.is_some())).await;
+    let down = timeout(SHUTDOWN, stop(&hub, parts, matches!(ended, End::Failed(_)))).await;
     if down.is_err() {
         warn!("the member did not end in time and is cut off");
     }
     drop(pid_file);
     match ended {
-        None => Ok(()),
-        Some(reason) => Err(RunError::Ended(reason)),
+        End::Asked => Ok(()),
+        End::Removed { by } => {
+            info!(member = %config.id, by, "ended: this member is no longer part of the cluster");
+            Ok(())
+        }
+        End::Failed(reason) => Err(RunError::Ended(reason)),
     }
+}
+
+/// Why a member goes down.
+enum End {
+    Asked,
+    /// Another member said so. Not a failure: nobody should start it again.
+    Removed {
+        by: String,
+    },
+    Failed(String),
 }
 
 /// In the direction of flow. After a failure there is nothing to hand over.

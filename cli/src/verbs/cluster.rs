@@ -8,6 +8,7 @@ use crate::client::{Hub, note_age};
 use crate::failure::Failure;
 use crate::out::{self, Tone};
 use crate::table::{Cell, Table};
+use crate::{clock, when};
 
 #[derive(Debug, Serialize)]
 struct StatusRow<'a> {
@@ -28,6 +29,11 @@ struct MemberRow<'a> {
     role: &'a str,
     reachable: bool,
     applied_index: u64,
+    lag_entries: u64,
+    snapshot_index: u64,
+    snapshot_time: String,
+    backup_time: String,
+    note: &'a str,
     version: &'a str,
 }
 
@@ -50,6 +56,11 @@ impl<'a> From<&'a pb::ClusterStatus> for StatusRow<'a> {
                     role: &member.role,
                     reachable: member.reachable,
                     applied_index: member.applied_index,
+                    lag_entries: member.lag_entries,
+                    snapshot_index: member.snapshot_index,
+                    snapshot_time: when::rfc3339(when::timestamp(member.snapshot_time.as_ref())),
+                    backup_time: when::rfc3339(when::timestamp(member.backup_time.as_ref())),
+                    note: &member.note,
                     version: &member.version,
                 })
                 .collect(),
@@ -80,7 +91,22 @@ pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
         "cluster {}  leader {leader}, term {}, revision {}",
         status.cluster_id, status.term, status.revision
     ));
-    let mut table = Table::new(["ID", "NAME", "ADDRESS", "ROLE", "REACHABLE", "APPLIED", "VERSION"]);
+    let now = clock::now();
+    let age = |time: Option<&prost_types::Timestamp>| when::age(when::timestamp(time), now);
+    let heads = [
+        "ID",
+        "NAME",
+        "ADDRESS",
+        "ROLE",
+        "REACHABLE",
+        "APPLIED",
+        "LAG",
+        "SNAPSHOT",
+        "BACKUP",
+        "VERSION",
+        "NOTE",
+    ];
+    let mut table = Table::new(heads);
     for member in &status.members {
         let role = if member.role == "leader" { Tone::Good } else { Tone::Plain };
         let reachable =
@@ -92,16 +118,22 @@ pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
             Cell::new(member.role.as_str(), role),
             reachable,
             if member.reachable { member.applied_index.to_string().into() } else { "-".into() },
+            if member.reachable { member.lag_entries.to_string().into() } else { "-".into() },
+            age(member.snapshot_time.as_ref()).into(),
+            age(member.backup_time.as_ref()).into(),
             member.version.as_str().into(),
+            Cell::new(member.note.as_str(), Tone::Warning),
         ]);
     }
     table.print();
-    let away = status.members.iter().filter(|member| !member.reachable).count();
+    let voters =
+        status.members.iter().filter(|member| !matches!(member.role.as_str(), "joining" | "learner"));
+    let (voters, away) =
+        voters.fold((0, 0), |(all, away), member| (all + 1, away + usize::from(!member.reachable)));
     if !led {
-        let needed = status.members.len() / 2 + 1;
+        let needed = voters / 2 + 1;
         out::note(format_args!(
-            "{away} of {} members are away; {needed} are needed to change anything. What runs goes on running",
-            status.members.len()
+            "{away} of {voters} members are away; {needed} are needed to change anything. What runs goes on running"
         ));
     }
     Ok(())

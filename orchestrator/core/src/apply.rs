@@ -8,6 +8,7 @@
 mod cluster;
 mod commit;
 mod hosts;
+mod members;
 mod reports;
 mod services;
 mod versions;
@@ -41,6 +42,7 @@ pub fn unknown_command(command: &pb::Command) -> bool {
     match &command.body {
         None => true,
         Some(Body::CommitPlan(plan)) => plan.steps.iter().any(|step| step.step.is_none()),
+        Some(Body::ChangeMember(change)) => change.change.is_none(),
         Some(
             Body::InitCluster(_)
             | Body::ApplyService(_)
@@ -145,6 +147,7 @@ impl Tx<'_> {
             Body::SetHostStatus(command) => self.set_host_status(&command),
             Body::SetHostDraining(command) => self.set_host_draining(command),
             Body::ForgetHost(command) => self.forget_host(&command),
+            Body::ChangeMember(command) => self.change_member(command),
         }
     }
 

@@ -11,6 +11,7 @@ mod change;
 mod dedup;
 mod events;
 pub mod limits;
+pub mod members;
 mod needs;
 mod plan;
 mod state;

@@ -16,6 +16,12 @@ pub const HOSTS_MAX: usize = 100_000;
 /// Join tokens, exhausted ones included until they expire: 200 bytes each, 200 KB.
 pub const TOKENS_MAX: usize = 1_000;
 
+/// Members that are joining at one time: a person starts each.
+pub const MEMBERS_JOINING_MAX: usize = 4;
+
+/// Ids of removed members kept in the cluster's row, 2 bytes each. One is needed until the member has left.
+pub const MEMBERS_RETIRED_KEPT: usize = 64;
+
 /// Version records kept per service, besides the stable one and those that an instance still runs.
 pub const VERSIONS_KEPT: usize = 10;
 

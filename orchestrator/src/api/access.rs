@@ -60,7 +60,8 @@ pub(crate) fn callers(path: &str) -> Option<Callers> {
         "nave.v1.HostService" => (method == "ListHosts").then_some(Callers::OPERATOR),
         "nave.v1.EventService" => (method == "ListEvents").then_some(Callers::OPERATOR),
         "nave.v1.ClusterService" => match method {
-            "GetClusterStatus" | "CreateToken" | "ListTokens" | "RevokeToken" => Some(Callers::OPERATOR),
+            "GetClusterStatus" | "AddMember" | "RemoveMember" | "TakeSnapshot" | "CreateToken"
+            | "ListTokens" | "RevokeToken" => Some(Callers::OPERATOR),
             // A follower hands this one on to the leader.
             "TransferLeader" => Some(Callers::OPERATOR.and(Callers::MEMBER)),
             _ => None,
@@ -173,6 +174,9 @@ mod tests {
         ("/nave.v1.EventService/ListEvents", "o"),
         ("/nave.v1.ClusterService/GetClusterStatus", "o"),
         ("/nave.v1.ClusterService/TransferLeader", "om"),
+        ("/nave.v1.ClusterService/AddMember", "o"),
+        ("/nave.v1.ClusterService/RemoveMember", "o"),
+        ("/nave.v1.ClusterService/TakeSnapshot", "o"),
         ("/nave.v1.ClusterService/CreateToken", "o"),
         ("/nave.v1.ClusterService/ListTokens", "o"),
         ("/nave.v1.ClusterService/RevokeToken", "o"),

@@ -1,6 +1,6 @@
-//! `ClusterService`: the hub about itself (who leads, who answers), moving leadership, and join tokens.
+//! `ClusterService`: the hub about itself (who leads, who answers), moving leadership, and join tokens. Changes of
+//! members are in `members.rs`, snapshots in `snapshots.rs`.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nave_proto::ids::MemberId;
@@ -11,8 +11,8 @@ use pb::command::Body;
 use tokio::time::timeout_at;
 use tonic::{Request, Response, Status};
 
-use crate::api::peers::{INFO_TIMEOUT, Listed};
-use crate::api::{Hub, access, convert, deadline, errors};
+use crate::api::peers::Listed;
+use crate::api::{Hub, access, convert, deadline, errors, members, snapshots};
 use crate::clock;
 use crate::raft::RaftStatus;
 
@@ -74,13 +74,35 @@ impl Cluster {
 
 #[tonic::async_trait]
 impl ClusterService for Cluster {
+    type TakeSnapshotStream = snapshots::Parts;
+
+    async fn add_member(
+        &self,
+        request: Request<pb::AddMemberRequest>,
+    ) -> Result<Response<pb::AddMemberResponse>, Status> {
+        members::add(&self.hub, &request).await.map(Response::new)
+    }
+
+    async fn remove_member(
+        &self,
+        request: Request<pb::RemoveMemberRequest>,
+    ) -> Result<Response<pb::RemoveMemberResponse>, Status> {
+        members::remove(&self.hub, &request).await.map(Response::new)
+    }
+
+    async fn take_snapshot(
+        &self,
+        request: Request<pb::TakeSnapshotRequest>,
+    ) -> Result<Response<Self::TakeSnapshotStream>, Status> {
+        snapshots::take(&self.hub, &request).await.map(Response::new)
+    }
+
     async fn get_cluster_status(
         &self,
         _: Request<pb::GetClusterStatusRequest>,
     ) -> Result<Response<pb::ClusterStatus>, Status> {
         let status = self.hub.raft.status();
-        let infos = self.hub.peers.infos(&status.members, INFO_TIMEOUT).await;
-        let members = members(&status, &infos);
+        let members = members::list(&self.hub, &status).await;
         let state = self.hub.raft.state();
         let leader = status.leader.and_then(|leader| {
             status.members.iter().find(|(id, _, _)| *id == leader).map(|(_, node, _)| node.name.clone())
@@ -168,33 +190,4 @@ impl ClusterService for Cluster {
         self.hub.write(&request, None, Body::RevokeToken(pb::RevokeToken { id })).await?;
         Ok(Response::new(pb::RevokeTokenResponse {}))
     }
-}
-
-/// The members as this one sees them: what it knows of itself, what the others said just now.
-fn members(status: &RaftStatus, infos: &BTreeMap<MemberId, pb::MemberInfo>) -> Vec<pb::Member> {
-    let member = |(id, node, voter): &Listed| {
-        let own = *id == status.id;
-        let info = infos.get(id);
-        let reachable = own || info.is_some();
-        let role = match (reachable, voter, status.leader == Some(*id)) {
-            (false, _, _) => "unknown",
-            (true, _, true) => "leader",
-            (true, true, false) => "follower",
-            (true, false, false) => "learner",
-        };
-        pb::Member {
-            id: id.to_string(),
-            name: node.name.clone(),
-            address: node.address.clone(),
-            role: role.to_owned(),
-            reachable,
-            applied_index: if own { status.applied_index } else { info.map_or(0, |info| info.applied_index) },
-            version: match info {
-                Some(info) => info.version.clone(),
-                None if own => env!("CARGO_PKG_VERSION").to_owned(),
-                None => String::new(),
-            },
-        }
-    };
-    status.members.iter().map(member).collect()
 }

@@ -3,12 +3,14 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use http::{Request as HttpRequest, Response as HttpResponse};
 use nave_proto::ids::HostId;
 use nave_proto::pb;
+use nave_tls::PeerIdentity;
 use pb::member_service_server::{MemberService, MemberServiceServer};
 use tonic::body::Body;
 use tonic::codegen::Service;
@@ -59,6 +61,32 @@ where
     }
 }
 
+/// What this member says of itself to any other.
+pub(crate) fn info(hub: &Hub) -> pb::MemberInfo {
+    let status = hub.raft.status();
+    let leads = status.leader == Some(hub.id);
+    let heard = if leads { hub.beats.heard() } else { Default::default() };
+    let notes = if leads { hub.member_notes.lock().clone() } else { Default::default() };
+    let (snapshot_index, snapshot_unix_ns) = hub.raft.snapshot_age().unwrap_or_default();
+    pb::MemberInfo {
+        member_id: hub.id.0,
+        name: hub.name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        term: status.term,
+        leader_id: status.leader.map_or(0, |leader| leader.0),
+        applied_index: status.applied_index,
+        last_log_index: status.last_log_index,
+        leader_proven: status.leader_proven,
+        last_heard_unix_ns: heard.into_iter().map(|(id, at)| (id.0, at)).collect(),
+        caller_standing: pb::MemberStanding::Unspecified.into(),
+        command_format: nave_proto::COMMAND_FORMAT,
+        snapshot_index,
+        snapshot_unix_ns,
+        backup_unix_ns: hub.backup_unix_ns.load(Ordering::Relaxed),
+        membership_notes: notes.into_iter().map(|(id, note)| (id.0, note)).collect(),
+    }
+}
+
 #[derive(Debug)]
 struct Own {
     hub: Arc<Hub>,
@@ -68,22 +96,11 @@ struct Own {
 impl MemberService for Own {
     async fn get_member_info(
         &self,
-        _: Request<pb::GetMemberInfoRequest>,
+        request: Request<pb::GetMemberInfoRequest>,
     ) -> Result<Response<pb::MemberInfo>, Status> {
-        let status = self.hub.raft.status();
-        let leads = status.leader == Some(self.hub.id);
-        let heard = if leads { self.hub.beats.heard() } else { Default::default() };
-        Ok(Response::new(pb::MemberInfo {
-            member_id: self.hub.id.0,
-            name: self.hub.name.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            term: status.term,
-            leader_id: status.leader.map_or(0, |leader| leader.0),
-            applied_index: status.applied_index,
-            last_log_index: status.last_log_index,
-            leader_proven: status.leader_proven,
-            last_heard_unix_ns: heard.into_iter().map(|(id, at)| (id.0, at)).collect(),
-        }))
+        let caller = nave_tls::peer(&request).and_then(PeerIdentity::member);
+        let standing = caller.map_or(pb::MemberStanding::Unspecified, |id| self.hub.raft.standing(id));
+        Ok(Response::new(pb::MemberInfo { caller_standing: standing.into(), ..info(&self.hub) }))
     }
 
     async fn forward_beats(

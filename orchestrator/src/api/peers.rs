@@ -1,7 +1,7 @@
 //! The other members as this one reaches them for the API: what each says of itself, and which do not answer.
 //! Raft has its own connections; these are for the rare calls between members, one lazy channel for each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -52,6 +52,11 @@ impl Peers {
             nave_tls::channel(address, &self.credentials, Expect::MemberId(id), ChannelOptions::default());
         channels.insert(id, (address.to_owned(), channel.clone()));
         channel
+    }
+
+    /// Closes the connections to all others.
+    pub(crate) fn retain(&self, members: &BTreeSet<MemberId>) {
+        self.channels.lock().retain(|id, _| members.contains(id));
     }
 
     /// Another member's part of the members' own API.

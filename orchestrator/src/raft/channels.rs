@@ -2,7 +2,7 @@
 //! openraft asks for a new client at every election and whenever a stream is rebuilt; without this each would pay for a
 //! TLS handshake. Purposes do not share a connection, so that a heartbeat never waits behind a snapshot's bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use nave_proto::ids::MemberId;
@@ -29,6 +29,11 @@ pub(crate) struct Channels {
 impl Channels {
     pub(crate) fn new(credentials: Credentials) -> Self {
         Self { credentials, open: Mutex::default() }
+    }
+
+    /// Closes the channels to all others.
+    pub(crate) fn retain(&self, members: &BTreeSet<MemberId>) {
+        self.open.lock().retain(|(member, _), _| members.contains(member));
     }
 
     /// The channel to a member; connects at its first call. Must be called within the runtime.

@@ -90,7 +90,7 @@ pub(crate) fn snapshot_meta_to_pb(meta: &SnapshotMeta) -> pb::SnapshotMeta {
     pb::SnapshotMeta {
         last_log_id: meta.last_log_id.as_ref().map(log_id_to_pb),
         membership: Some(stored_membership_to_pb(&meta.last_membership)),
-        snapshot_id: String::new(),
+        ..Default::default()
     }
 }
 

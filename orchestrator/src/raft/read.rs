@@ -194,7 +194,8 @@ mod tests {
         let leadership = Leadership { leader: None, term: 1, role: Role::Follower };
         let (sender, leadership) = watch::channel(leadership);
         let state = RwLock::new(ClusterState::new());
-        let tables = Arc::new(Tables { state, applied: watch::Sender::new(applied) });
+        let (membership, applied) = (RwLock::default(), watch::Sender::new(applied));
+        let tables = Arc::new(Tables { state, membership, applied });
         let (reads, queue) = Reads::new(tables.clone(), leadership);
         (sender, tables, reads, queue)
     }

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::raft::convert::{self, ConvertError};
+use crate::raft::state_machine::Tables;
 use crate::raft::types::{REGISTRY_GROUP, Raft, TypeConfig};
 use crate::storage::snapshot::SnapshotDirectory;
 
@@ -46,6 +47,7 @@ pub struct RaftEndpoint {
     pub(super) raft: Raft,
     pub(super) snapshots: Arc<SnapshotDirectory>,
     pub(super) heard: Arc<LastHeard>,
+    pub(super) tables: Arc<Tables>,
 }
 
 /// The member behind a request, by its certificate.
@@ -86,6 +88,16 @@ fn fatal(error: &dyn std::fmt::Display) -> Status {
 }
 
 impl RaftEndpoint {
+    /// A member that has left and has not heard of it is not to be elected, nor to disturb an election.
+    fn refuse_removed(&self, sender: MemberId) -> Result<(), Status> {
+        match self.tables.standing(sender) {
+            pb::MemberStanding::Removed => {
+                Err(Status::permission_denied(format!("{sender} was removed from the cluster")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The requests of a stream, until one is not acceptable; that is logged, since openraft only sees the end.
     fn requests(
         &self,
@@ -147,6 +159,7 @@ impl RaftTransport for RaftEndpoint {
 
     async fn vote(&self, request: Request<pb::VoteRequest>) -> Result<Response<pb::VoteResponse>, Status> {
         let sender = sender(&request, self.cluster)?;
+        self.refuse_removed(sender)?;
         let request = request.into_inner();
         own_vote(sender, request.group, request.vote.as_ref())?;
         let request = convert::vote_request_from_pb(&request).map_err(malformed)?;
@@ -159,6 +172,7 @@ impl RaftTransport for RaftEndpoint {
         request: Request<pb::VoteRequest>,
     ) -> Result<Response<pb::VoteResponse>, Status> {
         let sender = sender(&request, self.cluster)?;
+        self.refuse_removed(sender)?;
         let request = request.into_inner();
         own_vote(sender, request.group, request.vote.as_ref())?;
         let request = convert::vote_request_from_pb(&request).map_err(malformed)?;

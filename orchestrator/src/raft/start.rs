@@ -146,7 +146,7 @@ pub(super) async fn start(
         ReadTask {
             own: options.member,
             raft: raft.clone(),
-            channels,
+            channels: channels.clone(),
             leadership: leadership.clone(),
             queue: readers,
             shutdown: stopping.clone(),
@@ -154,17 +154,20 @@ pub(super) async fn start(
         .run(),
     );
     let counters = log.counters();
-    let stores = Stores { _log: log, _state: state, _directory: directory };
+    let state_writer = state.handle();
+    let stores = Stores { _log: log, _state: state, directory };
     let inner = Inner {
         id: options.member,
         cluster: options.cluster,
         raft,
         tables,
+        channels,
         door,
         reads,
         leadership,
         heard: Arc::new(LastHeard::new()),
         snapshots,
+        state_writer,
         disk,
         failure,
         counters,

@@ -29,6 +29,8 @@ pub(crate) const APPLY_ENTRIES_MAX: usize = 128;
 #[derive(Debug)]
 pub(crate) struct Tables {
     pub(crate) state: RwLock<ClusterState>,
+    /// The newest applied membership; changed while the state's write lock is held.
+    pub(crate) membership: RwLock<StoredMembership>,
     /// Index of the newest applied entry, raised after the tables show it.
     pub(crate) applied: watch::Sender<u64>,
 }
@@ -65,7 +67,11 @@ impl StateMachine {
         let LoadedState { tables, applied, membership } = loaded;
         observer.restored(&tables);
         let index = applied.map_or(0, |id| id.index);
-        let tables = Arc::new(Tables { state: RwLock::new(tables), applied: watch::Sender::new(index) });
+        let tables = Arc::new(Tables {
+            state: RwLock::new(tables),
+            membership: RwLock::new(membership.clone()),
+            applied: watch::Sender::new(index),
+        });
         Self {
             tables,
             applied,
@@ -136,7 +142,7 @@ impl StateMachine {
             Payload::Blank => Action::Nothing,
             Payload::Membership(membership) => {
                 self.membership = StoredMembership::new(Some(entry.log_id), membership);
-                Action::Membership
+                Action::Membership(self.membership.clone())
             }
             Payload::Normal(bytes) => match pb::Command::decode(bytes.0) {
                 Ok(command) if unknown_command(&command) => {
@@ -173,9 +179,10 @@ impl StateMachine {
             applied = Some(log_id);
             let outcome = match action {
                 Action::Command(command) => state.apply(log_id.index, *command),
-                Action::Nothing | Action::Membership => {
-                    if matches!(action, Action::Membership) {
-                        membership = Some(self.membership.clone());
+                Action::Nothing | Action::Membership(_) => {
+                    if let Action::Membership(applied) = action {
+                        *self.tables.membership.write() = applied.clone();
+                        membership = Some(applied);
                     }
                     state.apply_blank(log_id.index);
                     Applied { reply: pb::Reply::default(), changes: Vec::new() }
@@ -212,7 +219,7 @@ struct Step {
 
 enum Action {
     Nothing,
-    Membership,
+    Membership(StoredMembership),
     Command(Box<pb::Command>),
 }
 
@@ -261,6 +268,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.membership = meta.last_membership.clone();
         let mut state = self.tables.state.write();
         *state = tables;
+        *self.tables.membership.write() = self.membership.clone();
         self.observer.restored(&state);
         drop(state);
         let index = meta.last_log_id.map_or(0, |id| id.index);

@@ -1,6 +1,7 @@
 //! A new cluster's first steps. Every member of the configured list offers the same first membership when its log
 //! is pristine, which is safe to do on all of them; whoever then leads and finds no cluster in the state makes it,
-//! with the first join token. On an old cluster both find nothing to do.
+//! with the first join token. On an old cluster both find nothing to do. A member that is added to a cluster (`join`)
+//! offers nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,9 @@ const FIRST_INCARNATION: u64 = 1;
 
 /// Does its part, then waits for the member to stop.
 pub(super) async fn run(hub: Arc<Hub>, config: MemberConfig) -> Result<(), String> {
+    if config.join {
+        return join(&hub).await;
+    }
     let members = config
         .members
         .iter()
@@ -37,6 +41,24 @@ pub(super) async fn run(hub: Arc<Hub>, config: MemberConfig) -> Result<(), Strin
     tokio::select! {
         () = found(&hub, &config) => {}
         () = hub.stop.cancelled() => return Ok(()),
+    }
+    hub.stop.cancelled().await;
+    Ok(())
+}
+
+/// Begins nothing, whatever the log holds: the cluster is there, and its leader comes to this member.
+async fn join(hub: &Hub) -> Result<(), String> {
+    if hub.raft.status().members.is_empty() {
+        info!(member = %hub.id, "waiting to be added: the cluster's leader will come to this member");
+    }
+    let mut applied = hub.raft.applied();
+    tokio::select! {
+        () = hub.stop.cancelled() => return Ok(()),
+        joined = applied.wait_for(|index| *index > 0) => {
+            if joined.is_ok() {
+                info!(member = %hub.id, "this member has been added to the cluster");
+            }
+        }
     }
     hub.stop.cancelled().await;
     Ok(())

@@ -28,6 +28,11 @@ pub enum DirectoryError {
         "{path} cannot be read as an identity file ({what}); restore it, or move the data directory away"
     )]
     Unreadable { path: PathBuf, what: String },
+    #[error(
+        "the member of data directory {path} was removed from its cluster, and its id is not used again; \
+         `nave cluster add` makes a new one"
+    )]
+    Removed { path: PathBuf },
     #[error("data directory {path} cannot be used")]
     Io { path: PathBuf, source: io::Error },
 }
@@ -65,6 +70,9 @@ impl DataDirectory {
         } else {
             own.check(path, &file_path, &text)?;
         }
+        if path.join(REMOVED).exists() {
+            return Err(DirectoryError::Removed { path: path.to_owned() });
+        }
         for name in ["log", "state", "snapshots"] {
             fs::create_dir_all(path.join(name)).map_err(io)?;
         }
@@ -90,6 +98,17 @@ impl DataDirectory {
     pub(crate) fn snapshots(&self) -> PathBuf {
         self.path.join("snapshots")
     }
+}
+
+/// In the directory of a member that has left its cluster.
+const REMOVED: &str = "removed";
+
+/// The directory's member has left its cluster: it is not opened again. Blocks.
+pub(crate) fn mark_removed(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::create(path.join(REMOVED))?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    sync_directory(path)
 }
 
 /// Makes the names in `path` (created, renamed, removed files) durable.
@@ -156,6 +175,15 @@ mod tests {
         let error = open(dir.path(), ClusterId(8), 1).unwrap_err().to_string();
         assert!(error.contains("belongs to member m-1 of cluster 0000000000000007"), "{error}");
         assert!(matches!(open(dir.path(), CLUSTER, 2), Err(DirectoryError::Foreign { .. })));
+    }
+
+    #[test]
+    fn the_directory_of_a_removed_member_is_not_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path(), CLUSTER, 1).unwrap());
+        mark_removed(dir.path(), "removed\n").unwrap();
+        let error = open(dir.path(), CLUSTER, 1).unwrap_err().to_string();
+        assert!(error.contains("was removed from its cluster"), "{error}");
     }
 
     #[test]

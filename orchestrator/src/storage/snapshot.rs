@@ -50,6 +50,13 @@ impl SnapshotFile {
         Ok(Self { temporary: Some(Arc::new(temporary)), ..file })
     }
 
+    /// When it was last written to, unix nanoseconds; 0 when the file system does not say.
+    pub(crate) fn written_unix_ns(&self) -> i64 {
+        let modified = self.file.metadata().and_then(|data| data.modified());
+        let since = modified.ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+        since.and_then(|since| i64::try_from(since.as_nanos()).ok()).unwrap_or(0)
+    }
+
     pub(crate) fn size_bytes(&self) -> u64 {
         self.size_bytes
     }

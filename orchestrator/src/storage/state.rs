@@ -21,7 +21,7 @@ use crate::raft::convert::{log_id_from_pb, stored_membership_from_pb};
 use crate::raft::types::{LogId, SnapshotMeta, StoredMembership};
 use crate::storage::failure::Failure;
 use crate::storage::rocks;
-use crate::storage::snapshot::{SnapshotDirectory, SnapshotFile, SnapshotWriter};
+use crate::storage::snapshot::{SnapshotDirectory, SnapshotFile, SnapshotWriter, TemporaryFile};
 
 const ROWS: &str = "rows";
 const META: &str = "meta";
@@ -149,6 +149,26 @@ impl StateHandle {
         &self,
         directory: Arc<SnapshotDirectory>,
     ) -> io::Result<SnapshotBuild> {
+        self.with_view(move |db, view| write_snapshot(db, view, &directory)).await
+    }
+
+    /// The same into a file that stays temporary: it is deleted with its last user.
+    pub(crate) async fn start_export(
+        &self,
+        directory: Arc<SnapshotDirectory>,
+    ) -> io::Result<tokio::task::JoinHandle<io::Result<SnapshotFile>>> {
+        self.with_view(move |db, view| {
+            let temporary = directory.temporary("export");
+            write_view(db, view, &temporary)?;
+            SnapshotFile::open_temporary(temporary)
+        })
+        .await
+    }
+
+    async fn with_view<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Database, &Snapshot<'_>) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<tokio::task::JoinHandle<io::Result<T>>> {
         self.barrier().await?;
         let (taken, view_taken) = oneshot::channel();
         let db = self.db.clone();
@@ -159,7 +179,7 @@ impl StateHandle {
             if taken.send(()).is_err() {
                 return Err(stopped());
             }
-            write_snapshot(&db, &view, &directory)
+            work(&db, &view)
         });
         view_taken.await.map_err(|_| stopped())?;
         Ok(build)
@@ -185,18 +205,8 @@ fn write_snapshot(
     view: &Snapshot<'_>,
     directory: &SnapshotDirectory,
 ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
-    let get = |key| view.get_cf(db.family(META), key).map_err(rocks::io_error);
-    let meta = SnapshotMeta {
-        last_log_id: decode_applied(get(APPLIED)?)?,
-        last_membership: decode_membership(get(MEMBERSHIP)?)?,
-    };
     let temporary = directory.temporary("build");
-    let mut writer = SnapshotWriter::create(temporary.path(), &meta)?;
-    for item in view.iterator_cf(db.family(ROWS), IteratorMode::Start) {
-        let (key, value) = item.map_err(rocks::io_error)?;
-        writer.row(&key, &value)?;
-    }
-    writer.finish()?;
+    let meta = write_view(db, view, &temporary)?;
     let file = directory.publish(&temporary, &meta)?;
     tracing::info!(
         index = meta.last_log_id.map(|id| id.index),
@@ -204,6 +214,21 @@ fn write_snapshot(
         "snapshot written"
     );
     Ok((meta, file))
+}
+
+fn write_view(db: &Database, view: &Snapshot<'_>, into: &TemporaryFile) -> io::Result<SnapshotMeta> {
+    let get = |key| view.get_cf(db.family(META), key).map_err(rocks::io_error);
+    let meta = SnapshotMeta {
+        last_log_id: decode_applied(get(APPLIED)?)?,
+        last_membership: decode_membership(get(MEMBERSHIP)?)?,
+    };
+    let mut writer = SnapshotWriter::create(into.path(), &meta)?;
+    for item in view.iterator_cf(db.family(ROWS), IteratorMode::Start) {
+        let (key, value) = item.map_err(rocks::io_error)?;
+        writer.row(&key, &value)?;
+    }
+    writer.finish()?;
+    Ok(meta)
 }
 
 fn load(db: &Database) -> io::Result<LoadedState> {

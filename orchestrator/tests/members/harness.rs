@@ -78,6 +78,7 @@ impl Cluster {
                 metrics_listen: Some(free_address()),
                 ca_cert: folder.join("ca.pem"),
                 ca_key: folder.join("ca.key"),
+                join: false,
                 members: entries.clone(),
                 bootstrap: Some(Bootstrap {
                     token_id: token.id.clone(),

@@ -22,6 +22,9 @@ impl Tx<'_> {
             next_address_suffix: *ADDRESS_SUFFIXES.start(),
             next_uid: *UIDS.start(),
             time_unix_ns: self.now,
+            next_member_id: 0,
+            joining: Vec::new(),
+            retired_members: Vec::new(),
         };
         let message = format!("cluster {} begins", record.cluster_id);
         self.state.cluster = Some(std::sync::Arc::new(record));

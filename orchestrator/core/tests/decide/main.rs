@@ -5,6 +5,7 @@
 
 mod cluster;
 mod hosts;
+mod members;
 mod placement;
 mod random;
 mod reports;

@@ -319,7 +319,8 @@ mod tests {
         let mut state = ClusterState::new();
         let ahead = clock::unix_now_ns() + 3_600_000_000_000;
         state.apply(0, pb::Command { time_unix_ns: ahead, ..Default::default() });
-        let tables = Tables { state: RwLock::new(state), applied: watch::Sender::new(0) };
+        let (membership, applied) = (RwLock::default(), watch::Sender::new(0));
+        let tables = Tables { state: RwLock::new(state), membership, applied };
         let mut stamps = Stamps::default();
         assert_eq!(
             (stamps.next(&tables), stamps.next(&tables)),

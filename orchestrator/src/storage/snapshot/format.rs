@@ -7,10 +7,11 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use nave_proto::pb;
+use nave_proto::{COMMAND_FORMAT, pb};
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
+use crate::clock;
 use crate::raft::convert::{snapshot_meta_from_pb, snapshot_meta_to_pb};
 use crate::raft::types::SnapshotMeta;
 
@@ -34,7 +35,13 @@ impl SnapshotWriter {
         let mut writer = Self { out, hash: Sha256::new(), rows: 0 };
         writer.bytes(MAGIC)?;
         writer.bytes(&FORMAT.to_be_bytes())?;
-        writer.frame(&snapshot_meta_to_pb(meta).encode_to_vec())?;
+        let head = pb::SnapshotMeta {
+            created_unix_ns: clock::unix_now_ns(),
+            written_by: env!("CARGO_PKG_VERSION").to_owned(),
+            command_format: COMMAND_FORMAT,
+            ..snapshot_meta_to_pb(meta)
+        };
+        writer.frame(&head.encode_to_vec())?;
         Ok(writer)
     }
 
