@@ -253,6 +253,36 @@ pub(crate) enum ClusterVerb {
     },
     /// Remove a member, or give up one that is joining
     Remove(RemoveMember),
+    /// Write a consistent, checksummed snapshot of the registry to a file
+    Snapshot(TakeSnapshot),
+    /// Make a stopped member's folder a hub of one with a snapshot's contents; asks no hub
+    Restore(Restore),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TakeSnapshot {
+    /// Where to; a file of that name is replaced once the new one is whole
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// Take none: check the file that is there
+    #[arg(long)]
+    pub(crate) verify: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// The snapshot
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// The stopped member's configuration; its data directory is set aside, not deleted
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, required_unless_present = "check")]
+    pub(crate) config: Option<PathBuf>,
+    /// Only check the snapshot
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// The snapshot is of another cluster: take its services over, not its hosts
+    #[arg(long)]
+    pub(crate) other_cluster: bool,
 }
 
 #[derive(Debug, Args)]

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use nave_orchestrator::{Bootstrap, MemberConfig, MemberEntry};
+use nave_orchestrator::{Bootstrap, LogConfig, MemberConfig, MemberEntry, SnapshotConfig};
 use nave_proto::ids::{ClusterId, MemberId};
 use nave_proto::token::JoinToken;
 use nave_tls::{Authority, OPERATOR_VALIDITY, Role};
@@ -138,6 +138,8 @@ fn member_config(cluster: &NewCluster, index: usize, id: ClusterId, bootstrap: &
         metrics_listen: Some(member.metrics_listen),
         ca_cert: "ca.pem".into(),
         ca_key: "ca.key".into(),
+        snapshots: SnapshotConfig::default(),
+        log: LogConfig::default(),
         join: false,
         members: entries.collect(),
         bootstrap: Some(bootstrap.clone()),

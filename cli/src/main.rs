@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use crate::args::{Cli, Verb};
+use crate::args::{Cli, ClusterVerb, Verb};
 use crate::context::Context;
 use crate::failure::Failure;
 
@@ -52,6 +52,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::AgentProcess(args) => roles::agent_process(&args),
         Verb::Dev(args) => dev::run(&args),
         Verb::Init(args) => init::run(&args),
+        Verb::Cluster { verb: ClusterVerb::Restore(args) } => {
+            roles::log_to_stderr("warn");
+            verbs::snapshot::restore(&args)
+        }
+        Verb::Cluster { verb: ClusterVerb::Snapshot(args) } if args.verify => {
+            verbs::snapshot::verify(&args.file)
+        }
         Verb::Schema => {
             out::json(&nave_proto::manifest::json_schema());
             Ok(())

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use nave_orchestrator::{MemberConfig, MemberEntry};
+use nave_orchestrator::{LogConfig, MemberConfig, MemberEntry, SnapshotConfig};
 use nave_proto::ids::{ClusterId, MemberId};
 use nave_proto::pb;
 use nave_tls::Authority;
@@ -103,6 +103,8 @@ fn config(member: &pb::AddMemberResponse, id: MemberId, cluster: ClusterId) -> R
         metrics_listen: Some(metrics_listen),
         ca_cert: "ca.pem".into(),
         ca_key: "ca.key".into(),
+        snapshots: SnapshotConfig::default(),
+        log: LogConfig::default(),
         join: true,
         members,
         bootstrap: None,

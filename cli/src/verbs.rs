@@ -13,6 +13,7 @@ mod logs;
 mod members;
 mod ps;
 mod services;
+pub(crate) mod snapshot;
 mod status;
 mod token;
 mod url;
@@ -50,10 +51,12 @@ pub(crate) async fn run(verb: Verb, hub: &Hub) -> Result<(), Failure> {
             members::add(&new, Some(&old), hub).await
         }
         Verb::Cluster { verb: ClusterVerb::Remove(args) } => members::remove(&args, hub).await,
+        Verb::Cluster { verb: ClusterVerb::Snapshot(args) } => snapshot::take(&args, hub).await,
         Verb::Token { verb: TokenVerb::Create { ttl, uses } } => token::create(ttl, uses, hub).await,
         Verb::Token { verb: TokenVerb::List(args) } => token::list(&args, hub).await,
         Verb::Token { verb: TokenVerb::Revoke { id } } => token::revoke(id, hub).await,
-        Verb::Dev(_)
+        Verb::Cluster { verb: ClusterVerb::Restore(_) }
+        | Verb::Dev(_)
         | Verb::Init(_)
         | Verb::Orchestrator(_)
         | Verb::Agent(_)

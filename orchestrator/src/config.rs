@@ -7,12 +7,18 @@ use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nave_proto::ids::{ClusterId, MemberId};
 use serde::{Deserialize, Serialize};
 
+use crate::raft::SnapshotSettings;
+
 /// Raft works best with three or five; more than seven voters only cost latency.
 pub(crate) const MEMBERS_MAX: usize = 7;
+
+/// Scheduled snapshots are whole states: more often they would only wear the disk.
+const BACKUPS_EVERY_MIN: Duration = Duration::from_secs(1);
 
 /// One member of the hub.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,9 +51,50 @@ pub struct MemberConfig {
     /// The members a new cluster begins with, this one included; the same list in every member's file. With
     /// `join`: whom to ask, beside this one, whether this member has been removed.
     pub members: Vec<MemberEntry>,
+    /// Scheduled snapshots in `DATA_DIR/backups`.
+    #[serde(default)]
+    pub snapshots: SnapshotConfig,
+    /// How much of the log is kept.
+    #[serde(default)]
+    pub log: LogConfig,
     /// The first join token of a new cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bootstrap: Option<Bootstrap>,
+}
+
+/// Scheduled snapshots, for a restore: what `nave cluster snapshot` writes, without anybody asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SnapshotConfig {
+    /// Time between two; for instance `1h`, which is the default.
+    #[serde(with = "as_duration")]
+    pub every: Duration,
+    /// The newest are kept, 6 by default; 0: none are taken.
+    pub keep: usize,
+}
+
+impl Default for SnapshotConfig {
+    /// A registry of 10,000 services is some 20 MB.
+    fn default() -> Self {
+        Self { every: Duration::from_secs(3600), keep: 6 }
+    }
+}
+
+/// The log beyond the newest snapshot of Raft's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// Log entries between two of Raft's snapshots, which bound the log and serve members that are far behind.
+    pub entries_between_snapshots: u64,
+    /// Entries of those that stay in the log, so that a member that was away for less is served from it.
+    pub entries_kept: u64,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        let SnapshotSettings { entries_between, entries_kept, .. } = SnapshotSettings::default();
+        Self { entries_between_snapshots: entries_between, entries_kept }
+    }
 }
 
 /// One member as the others see it.
@@ -196,6 +243,12 @@ impl MemberConfig {
                 wrong.push(format!("listen and metrics_listen both use port {}", metrics.port()));
             }
         }
+        if self.snapshots.every < BACKUPS_EVERY_MIN {
+            wrong.push("snapshots.every is below 1s".to_owned());
+        }
+        if self.log.entries_between_snapshots == 0 {
+            wrong.push("log.entries_between_snapshots is 0".to_owned());
+        }
         if let Some(bootstrap) = &self.bootstrap {
             if bootstrap.token_id.is_empty() {
                 wrong.push("bootstrap.token_id is empty".to_owned());
@@ -257,6 +310,22 @@ mod as_text {
     }
 }
 
+/// Durations are written as in manifests: `1h30m`.
+mod as_duration {
+    use std::time::Duration;
+
+    use nave_proto::time::{format_duration, parse_duration};
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&format_duration(*duration))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        parse_duration(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,6 +347,8 @@ mod tests {
             ca_cert: "ca.pem".into(),
             ca_key: "ca.key".into(),
             join: false,
+            snapshots: SnapshotConfig { every: Duration::from_secs(5400), keep: 2 },
+            log: LogConfig::default(),
             members: vec![entry(1, 7400), entry(2, 7400), entry(3, 7400)],
             bootstrap: Some(Bootstrap {
                 token_id: "t1".to_owned(),
@@ -290,7 +361,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_own_text() {
         let text = toml::to_string(&good()).unwrap();
-        assert!(text.contains("id = \"m-1\""), "{text}");
+        assert!(text.contains("id = \"m-1\"") && text.contains("every = \"1h30m\""), "{text}");
         assert_eq!(toml::from_str::<MemberConfig>(&text).unwrap(), good());
     }
 
@@ -311,7 +382,8 @@ mod tests {
     #[test]
     fn contradictions_are_told_by_name() {
         type Change = fn(&mut MemberConfig);
-        let table: [(Change, &str); 11] = [
+        let table: [(Change, &str); 12] = [
+            (|c| c.snapshots.every = Duration::ZERO, "snapshots.every is below 1s"),
             (|c| c.join = true, "join and bootstrap exclude each other"),
             (|c| (c.join, c.members) = (true, c.members[..1].to_vec()), "members lists no other"),
             (|c| c.id = MemberId(9), "id is m-9, which members does not list"),

@@ -12,10 +12,12 @@ mod controllers;
 mod dispatch;
 mod metrics;
 pub mod raft;
+mod restore;
 mod run;
 mod storage;
 mod watch;
 
-pub use config::{Bootstrap, ConfigError, MemberConfig, MemberEntry};
+pub use config::{Bootstrap, ConfigError, LogConfig, MemberConfig, MemberEntry, SnapshotConfig};
+pub use restore::{RestoreError, Restored, SnapshotInfo, check_snapshot, restore};
 pub use run::{RunError, run};
 pub use storage::log::{LoggedEntry, dump_log};

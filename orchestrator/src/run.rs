@@ -3,8 +3,9 @@
 //! error, since loud beats limping. Going down follows the flow: stop accepting, let calls and streams end, hand
 //! leadership over, close the log.
 
+mod backups;
 mod bootstrap;
-mod identity;
+pub(crate) mod identity;
 mod pid;
 mod standing;
 
@@ -113,8 +114,10 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
         None => None,
     };
     let changes = Arc::new(Changes::default());
-    let options =
+    let mut options =
         RaftOptions::new(config.cluster_id, config.id, config.data_dir.clone(), credentials.clone());
+    options.snapshots.entries_between = config.log.entries_between_snapshots;
+    options.snapshots.entries_kept = config.log.entries_kept;
     let raft = RaftHub::start(options, changes.clone()).await?;
     // Raft holds the directory's lock by now.
     let pid_file = pid::write(&config.data_dir)?;
@@ -152,6 +155,7 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
     }
     parts.spawn("certificate", identity::keep_fresh(config.id, authority, credentials, hub.stop.clone()));
     parts.spawn("bootstrap", bootstrap::run(hub.clone(), config.clone()));
+    parts.spawn("backups", backups::run(hub.clone(), config.clone()));
     parts.spawn("leader watch", ok(dispatch::watch_leader(hub.clone(), leaderless_sender)));
     parts.spawn("beats", ok(beats::forward(hub.clone())));
     parts.spawn("scheduler", ok(scheduler::run(hub.clone())));

@@ -13,6 +13,8 @@ mod leader_killed_under_writes;
 mod leader_restarted_at_once;
 mod logs;
 mod manifests;
+mod members;
 mod quorum_lost;
 mod rolling;
+mod snapshots;
 mod strangers;

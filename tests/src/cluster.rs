@@ -203,6 +203,37 @@ impl Cluster {
         });
     }
 
+    /// Has a member reserved by `nave cluster` with these words (`["add"]`, `["replace", "m-2"]`), and prepares its
+    /// folder; nothing is started. Returns its place in `members`.
+    pub fn reserve_member(&mut self, words: &[&str]) -> usize {
+        let used = |k: &usize| !self.members.iter().any(|member| member.port == self.member_port(*k));
+        let k = (0..MEMBERS_MAX).find(used).expect("few members at a time");
+        let address = format!("127.0.0.1:{}", self.member_port(k));
+        let mut args = vec!["cluster"];
+        args.extend(words);
+        args.push(&address);
+        let said = self.nave(&args).expect(0).stdout;
+        let name = said.split(['(', ')']).nth(1).expect("its name in brackets").to_owned();
+        let init = self.dir.path().join("init");
+        let port = self.member_port(k);
+        self.members.push(member_named(&init, name, port, port + 20).expect("a member's folder"));
+        self.members.len() - 1
+    }
+
+    fn member_port(&self, k: usize) -> u16 {
+        self.base_port + u16::try_from(k).expect("few members")
+    }
+
+    /// Whether all that `nave cluster status` lists vote, answer and wait for nothing, and there are so many.
+    pub fn settled(&self, count: usize) -> bool {
+        let Some(status) = self.try_json(&["cluster", "status"]) else { return false };
+        let Some(all) = status["members"].as_array() else { return false };
+        let fine = |member: &Value| {
+            matches!(member["role"].as_str(), Some("leader" | "follower")) && member["note"] == ""
+        };
+        all.len() == count && all.iter().all(fine)
+    }
+
     /// Stops agents with their services, then members, and returns the members' data folders, quiet on disk.
     pub fn stop_members(&mut self) -> Vec<PathBuf> {
         self.members.iter_mut().for_each(|member| {
@@ -265,8 +296,14 @@ fn is_nave(pid: u32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == nave::binary())
 }
 
+/// Ports for members: +0 to +9 of a cluster's block.
+const MEMBERS_MAX: usize = 10;
+
 fn member(init: &Path, k: usize, port: u16, metrics: u16) -> anyhow::Result<Role> {
-    let name = format!("member-{}", k + 1);
+    member_named(init, format!("member-{}", k + 1), port, metrics)
+}
+
+fn member_named(init: &Path, name: String, port: u16, metrics: u16) -> anyhow::Result<Role> {
     let dir = init.join(&name);
     let config = dir.join("member.toml");
     let text = std::fs::read_to_string(&config).with_context(|| format!("read {}", config.display()))?;

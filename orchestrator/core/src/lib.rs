@@ -14,6 +14,7 @@ pub mod limits;
 pub mod members;
 mod needs;
 mod plan;
+pub mod restore;
 mod state;
 mod wants;
 

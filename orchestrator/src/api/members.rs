@@ -16,7 +16,7 @@ use crate::config::{MEMBERS_MAX, is_host_port};
 use crate::raft::RaftStatus;
 
 /// The command format that knows of changes of members.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const NAME_BYTES_MAX: usize = 63;
 
 /// Reserves an id for a member that shall join.

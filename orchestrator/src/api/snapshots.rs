@@ -12,7 +12,6 @@ use tonic::{Request, Status};
 use tracing::info;
 
 use crate::api::{Hub, errors};
-use crate::storage::snapshot::SnapshotFile;
 
 /// A message's data.
 const PART_BYTES: usize = 256 * 1024;
@@ -29,32 +28,40 @@ pub(crate) async fn take(
     if hub.raft.state().cluster().is_none() {
         return Err(errors::not_begun());
     }
-    let exported = hub.raft.export_snapshot().await;
-    let file = exported
-        .map_err(|error| errors::unavailable("NO_SNAPSHOT", format!("cannot write a snapshot: {error}")))?;
-    info!(size_bytes = file.size_bytes(), "snapshot taken for an operator");
     let (sender, receiver) = mpsc::channel(PARTS_WAITING);
-    hub.tasks.spawn(send(file, sender));
+    // A large one takes longer to write than a call may take to answer.
+    hub.tasks.spawn(send(hub.clone(), sender));
     Ok(Box::pin(ReceiverStream::new(receiver)))
 }
 
-async fn send(file: SnapshotFile, parts: mpsc::Sender<Result<pb::SnapshotPart, Status>>) {
+async fn send(hub: Arc<Hub>, parts: mpsc::Sender<Result<pb::SnapshotPart, Status>>) {
+    let sent = tokio::select! {
+        sent = export(&hub, &parts) => sent,
+        () = hub.stop.cancelled() => Err(errors::stopping()),
+    };
+    if let Err(status) = sent {
+        // The operator may have gone.
+        parts.send(Err(status)).await.ok();
+    }
+}
+
+async fn export(hub: &Hub, parts: &mpsc::Sender<Result<pb::SnapshotPart, Status>>) -> Result<(), Status> {
+    let exported = hub.raft.export_snapshot().await;
+    let file = exported.map_err(|error| {
+        errors::unavailable("NO_SNAPSHOT", format!("this member cannot write a snapshot: {error}"))
+    })?;
+    info!(size_bytes = file.size_bytes(), "a snapshot is taken for an operator");
     let mut offset = 0;
     while offset < file.size_bytes() {
         let whole = file.clone();
         let read = tokio::task::spawn_blocking(move || whole.read_at(offset, PART_BYTES)).await;
-        let part = match read {
-            Ok(Ok(data)) => {
-                offset += data.len() as u64;
-                Ok(pb::SnapshotPart { data: data.into() })
-            }
-            Ok(Err(error)) => Err(errors::internal(format!("cannot read the snapshot: {error}"))),
-            Err(error) => Err(errors::internal(format!("cannot read the snapshot: {error}"))),
-        };
-        let failed = part.is_err();
-        // The operator may have gone.
-        if parts.send(part).await.is_err() || failed {
-            return;
+        let read = read.map_err(std::io::Error::other).and_then(|read| read);
+        let data =
+            read.map_err(|error| errors::internal(format!("cannot read the snapshot back: {error}")))?;
+        offset += data.len() as u64;
+        if parts.send(Ok(pb::SnapshotPart { data: data.into() })).await.is_err() {
+            return Ok(());
         }
     }
+    Ok(())
 }

@@ -17,7 +17,7 @@ use crate::config::MemberConfig;
 const MINT_EVERY: Duration = Duration::from_secs(MEMBER_VALIDITY.as_secs() / 3);
 
 /// The CA, checked to be this cluster's, and a fresh certificate of it.
-pub(super) fn load(config: &MemberConfig) -> Result<(Authority, Credentials), RunError> {
+pub(crate) fn load(config: &MemberConfig) -> Result<(Authority, Credentials), RunError> {
     let authority = Authority::load(&config.ca_cert, &config.ca_key).map_err(RunError::Authority)?;
     if authority.cluster() != config.cluster_id {
         return Err(RunError::OtherCluster {

@@ -57,6 +57,16 @@ impl SnapshotFile {
         since.and_then(|since| i64::try_from(since.as_nanos()).ok()).unwrap_or(0)
     }
 
+    /// Gives a temporary file its name, on the same file system; it is synced first. Blocks.
+    pub(crate) fn keep_as(&self, path: &Path) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.path, path)?;
+        if let Some(temporary) = &self.temporary {
+            temporary.published.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     pub(crate) fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
@@ -229,6 +239,15 @@ pub(crate) mod tests {
         }
         writer.finish().unwrap();
         directory.publish(&temporary, &meta(index)).unwrap()
+    }
+
+    /// A temporary file with a few rows, as an export is.
+    pub(crate) fn written(directory: &SnapshotDirectory) -> SnapshotFile {
+        let temporary = directory.temporary("export");
+        let mut writer = SnapshotWriter::create(temporary.path(), &meta(3)).unwrap();
+        writer.row(&[1], &[2; 100]).unwrap();
+        writer.finish().unwrap();
+        SnapshotFile::open_temporary(temporary).unwrap()
     }
 
     #[test]

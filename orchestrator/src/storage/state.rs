@@ -231,6 +231,22 @@ fn write_view(db: &Database, view: &Snapshot<'_>, into: &TemporaryFile) -> io::R
     Ok(meta)
 }
 
+/// The cluster's row and the applied index of a database that nobody has open; nothing when it holds none. Blocks.
+pub(crate) fn peek(path: &Path) -> io::Result<Option<(pb::ClusterRecord, u64)>> {
+    let options = rocksdb::Options::default();
+    let db =
+        DB::open_cf_for_read_only(&options, path, ["default", ROWS, META], false).map_err(rocks::io_error)?;
+    let db = Database(db);
+    let applied = decode_applied(db.0.get_cf(db.family(META), APPLIED).map_err(rocks::io_error)?)?;
+    for item in db.0.iterator_cf(db.family(ROWS), IteratorMode::Start) {
+        let (_, value) = item.map_err(rocks::io_error)?;
+        if let Some(pb::row::Row::Cluster(cluster)) = pb::Row::decode(&*value).map_err(|e| corrupt(&e))?.row {
+            return Ok(Some((cluster, applied.map_or(0, |id| id.index))));
+        }
+    }
+    Ok(None)
+}
+
 fn load(db: &Database) -> io::Result<LoadedState> {
     let get = |key| db.0.get_cf(db.family(META), key).map_err(rocks::io_error);
     let applied = decode_applied(get(APPLIED)?)?;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use nave_orchestrator::{Bootstrap, MemberConfig, MemberEntry, RunError, run};
+use nave_orchestrator::{Bootstrap, LogConfig, MemberConfig, MemberEntry, RunError, SnapshotConfig, run};
 use nave_proto::ids::{ClusterId, HostId, MemberId};
 use nave_proto::pb;
 use nave_proto::token::JoinToken;
@@ -79,6 +79,8 @@ impl Cluster {
                 ca_cert: folder.join("ca.pem"),
                 ca_key: folder.join("ca.key"),
                 join: false,
+                snapshots: SnapshotConfig::default(),
+                log: LogConfig::default(),
                 members: entries.clone(),
                 bootstrap: Some(Bootstrap {
                     token_id: token.id.clone(),

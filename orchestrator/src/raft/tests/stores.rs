@@ -297,7 +297,7 @@ async fn an_unknown_command_stops_the_member_before_anything_is_applied() {
     let message = stores.failure.wait().await;
     assert_eq!(error.to_string(), message);
     assert!(message.contains("entry 6 holds a command of format 7"), "{message}");
-    assert!(message.contains("knows formats up to 1"), "{message}");
+    assert!(message.contains(&format!("knows formats up to {}", nave_proto::COMMAND_FORMAT)), "{message}");
     assert_eq!(sorted(stores.rows()), rows);
 }
 

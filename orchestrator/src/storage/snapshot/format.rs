@@ -79,6 +79,7 @@ pub(crate) struct SnapshotReader {
     input: BufReader<FileCursor>,
     hash: Sha256,
     meta: SnapshotMeta,
+    head: pb::SnapshotMeta,
     rows: u64,
     ended: bool,
 }
@@ -86,8 +87,8 @@ pub(crate) struct SnapshotReader {
 impl SnapshotReader {
     pub(super) fn new(file: Arc<File>) -> io::Result<Self> {
         let input = BufReader::with_capacity(BUFFER_BYTES, FileCursor { file, offset: 0 });
-        let mut reader =
-            Self { input, hash: Sha256::new(), meta: SnapshotMeta::default(), rows: 0, ended: false };
+        let (meta, head) = (SnapshotMeta::default(), pb::SnapshotMeta::default());
+        let mut reader = Self { input, hash: Sha256::new(), meta, head, rows: 0, ended: false };
         if &reader.array::<8>()? != MAGIC {
             return Err(damaged("not a snapshot"));
         }
@@ -97,12 +98,18 @@ impl SnapshotReader {
         }
         let frame = reader.frame()?.ok_or_else(|| damaged("no head"))?;
         let meta = pb::SnapshotMeta::decode(frame.as_slice()).map_err(|e| damaged(&e.to_string()))?;
+        reader.head = meta.clone();
         reader.meta = snapshot_meta_from_pb(meta).map_err(|e| damaged(&e.to_string()))?;
         Ok(reader)
     }
 
     pub(crate) fn meta(&self) -> &SnapshotMeta {
         &self.meta
+    }
+
+    /// What the file says of itself, and who wrote it.
+    pub(crate) fn head(&self) -> &pb::SnapshotMeta {
+        &self.head
     }
 
     /// The next key and row; `None` at the end, after the checksum was compared.
