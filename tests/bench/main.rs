@@ -4,6 +4,7 @@
 
 mod etcd;
 mod failover;
+mod fleet;
 mod idle;
 mod load;
 mod plan;
@@ -19,7 +20,7 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 6] = [
+    let rooms: [(&str, Measurement); 7] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -29,16 +30,18 @@ fn main() -> anyhow::Result<()> {
             plan::run();
             Ok(())
         }),
+        ("fleet", fleet::run),
     ];
-    for (name, run) in rooms {
-        if all || what == name {
+    for (name, run) in &rooms {
+        if all || what == *name {
             known = true;
             println!("\n## {name}\n");
             run()?;
         }
     }
     if !known {
-        bail!("{what:?} is none of: all, start, idle, throughput, etcd, failover, plan");
+        let known: Vec<&str> = rooms.iter().map(|(name, _)| *name).collect();
+        bail!("{what:?} is none of: all, {}", known.join(", "));
     }
     Ok(())
 }

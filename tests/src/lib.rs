@@ -4,6 +4,7 @@
 
 pub mod api;
 pub mod cluster;
+pub mod fleet;
 pub mod machine;
 pub mod nave;
 pub mod process;
