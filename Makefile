@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help packages build demo test e2e bench verify fix
+.PHONY: help packages build everything demo test e2e bench verify fix
 
 CARGO ?= cargo
 # One profile for everything that links RocksDB, so that it is compiled once.
@@ -18,17 +18,22 @@ packages: ## install the build packages that are missing (Debian and Ubuntu)
 build: packages ## build the one binary, target/release/nave
 	$(CARGO) build $(RELEASE) --locked -p nave-cli -p hello
 
+# With the tests come features of shared crates that the binary alone does not ask for. Built in one go, nothing is
+# compiled once for the binary and again for the tests.
+everything: packages ## build the binary, the tests and the measurements
+	$(CARGO) build $(RELEASE) --locked --workspace --all-targets
+
 demo: build ## a tour of the main job that ends by itself and cleans up
 	@tools/demo.sh $(NAVE) target/release/hello
 
-test: build ## unit tests, property tests, and real clusters on loopback
+test: everything ## unit tests, property tests, and real clusters on loopback
 	$(CARGO) test $(RELEASE) --locked --workspace
 
-e2e: build ## only the tests that start real clusters
-	$(CARGO) test $(RELEASE) --locked -p nave-tests --test e2e
+e2e: everything ## only the tests that start real clusters
+	$(CARGO) test $(RELEASE) --locked --workspace --test e2e
 
-bench: build ## measurements for docs/performance.md (about 10 minutes)
-	$(CARGO) run $(RELEASE) --locked -p nave-tests --bin nave-bench -- all
+bench: everything ## measurements for docs/performance.md (about 10 minutes)
+	target/release/nave-bench all
 
 verify: packages ## what a change must pass; writes nothing to the tree
 	$(CARGO) fmt --all --check
