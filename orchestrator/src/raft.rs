@@ -70,6 +70,8 @@ use crate::storage::state::{StateDatabase, StateHandle};
 pub trait ApplyObserver: Send + Sync {
     /// One log entry; `changes` is empty for entries that only move the revision.
     fn applied(&self, revision: u64, changes: &[Change]);
+    /// After some entries were applied, once the lock is free again: whoever waits for news may be woken.
+    fn settled(&self, revision: u64);
     /// The state is another one altogether: loaded at start-up (before anything is applied), or from a snapshot.
     fn restored(&self, state: &ClusterState);
 }

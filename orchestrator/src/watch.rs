@@ -6,30 +6,37 @@
 //! but itself, and memory is bounded by the ring whatever the number of watchers.
 //!
 //! Written to by the Raft state machine (`ApplyObserver`, under the state's write lock, so state and ring always
-//! show the same revision to whoever holds the state's read lock). Read by `watch/feed.rs` (people) and by
-//! `dispatch` (agents).
+//! show the same revision to whoever holds the state's read lock). Read by `watch/feed.rs` (people). Agents' sessions
+//! are too many to look through every change: `routes.rs` rings those that a change concerns.
 
 pub(crate) mod feed;
 mod ring;
+mod routes;
+
+use std::sync::Arc;
 
 use nave_orchestrator_core::{Change, ClusterState};
+use nave_proto::ids::HostId;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
 pub(crate) use ring::{Read, Ring, RingSize};
+pub(crate) use routes::{Route, Touched};
 
 use crate::raft::ApplyObserver;
+use routes::Routes;
 
 /// The ring of one member and the means to wait for its next change.
 #[derive(Debug)]
 pub(crate) struct Changes {
     ring: RwLock<Ring>,
     revision: watch::Sender<u64>,
+    routes: Arc<Routes>,
 }
 
 impl Default for Changes {
     fn default() -> Self {
-        Self { ring: RwLock::new(Ring::default()), revision: watch::Sender::new(0) }
+        Self { ring: RwLock::new(Ring::default()), revision: watch::Sender::new(0), routes: Arc::default() }
     }
 }
 
@@ -44,6 +51,11 @@ impl Changes {
         self.revision.subscribe()
     }
 
+    /// For an agent's session: rung when something of its host has changed.
+    pub(crate) fn route(&self, host: HostId) -> Route {
+        self.routes.open(host)
+    }
+
     /// For the metrics.
     pub(crate) fn size(&self) -> RingSize {
         self.ring.read().size()
@@ -53,20 +65,21 @@ impl Changes {
     pub(crate) fn watchers(&self) -> usize {
         self.revision.receiver_count()
     }
-
-    fn wake(&self, revision: u64) {
-        self.revision.send_replace(revision);
-    }
 }
 
 impl ApplyObserver for Changes {
     fn applied(&self, revision: u64, changes: &[Change]) {
         self.ring.write().push(revision, changes);
-        self.wake(revision);
+        self.routes.route(changes);
+    }
+
+    fn settled(&self, revision: u64) {
+        self.revision.send_replace(revision);
     }
 
     fn restored(&self, state: &ClusterState) {
         self.ring.write().restart(state.revision());
-        self.wake(state.revision());
+        self.routes.restart(state);
+        self.revision.send_replace(state.revision());
     }
 }

@@ -65,7 +65,8 @@ fn argument(at: usize) -> Option<usize> {
 
 async fn token(api: &Api, leader: usize) -> anyhow::Result<String> {
     let request = pb::CreateTokenRequest { ttl: None, uses: 1_000_000 };
-    let answer = ClusterServiceClient::new(api.channel(leader)).create_token(request).await.context("a token")?;
+    let answer =
+        ClusterServiceClient::new(api.channel(leader)).create_token(request).await.context("a token")?;
     Ok(answer.into_inner().token)
 }
 
@@ -106,7 +107,8 @@ async fn seen_ready(api: &Api, leader: usize, instances: u64) -> anyhow::Result<
     loop {
         let request = pb::ListServicesRequest { linearizable: true };
         let mut client = api.services(leader).max_decoding_message_size(64 << 20);
-        let services = client.list_services(request).await.context("list the services")?.into_inner().services;
+        let services =
+            client.list_services(request).await.context("list the services")?.into_inner().services;
         let ready: u64 = services.iter().map(|service| u64::from(service.ready)).sum();
         if ready >= instances {
             return Ok(());
@@ -138,7 +140,8 @@ impl Meter {
     /// Prints a row and goes on counting.
     fn lap(&self, what: &str) {
         let each = self.pids.iter().zip(&self.cpu);
-        let cpu: Vec<String> = each.map(|(pid, before)| format!("{:.1}", cpu_seconds(*pid) - before)).collect();
+        let cpu: Vec<String> =
+            each.map(|(pid, before)| format!("{:.1}", cpu_seconds(*pid) - before)).collect();
         let resident: Vec<String> =
             self.pids.iter().map(|pid| (resident_bytes(*pid) >> 20).to_string()).collect();
         let seconds = self.since.elapsed().as_secs_f64();

@@ -1,12 +1,11 @@
 //! One agent's stream. One task owns it and waits for whatever comes first: a message of the agent, a change that
 //! may concern its host, the fate of a report, room in the connection, or a reason to end.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nave_orchestrator_core::{Change, ClusterState, RowId};
-use nave_proto::ids::{HostId, InstanceId};
+use nave_orchestrator_core::ClusterState;
+use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_tls::PeerIdentity;
 use pb::agent_message::Message as FromAgent;
@@ -22,7 +21,7 @@ use super::wanted::Told;
 use crate::api::enroll::check_facts;
 use crate::api::{Hub, errors};
 use crate::clock;
-use crate::watch::Read;
+use crate::watch::{Route, Touched};
 
 /// A connection that says nothing is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -99,14 +98,12 @@ pub(super) struct Session {
     host: HostId,
     sender: mpsc::Sender<Result<pb::HubMessage, Status>>,
     replaced: CancellationToken,
-    changed: watch::Receiver<u64>,
+    route: Route,
     leaderless: watch::Receiver<bool>,
     reports: Reports,
     told: Told,
     /// What the agent has been told last is of this revision; nothing: it has been told nothing.
     generation: Option<u64>,
-    /// The ring has been looked at up to here.
-    seen: u64,
     welcomed: bool,
     /// When the state is looked at for news, once something has changed.
     look_at: Option<Instant>,
@@ -122,12 +119,11 @@ impl Session {
     ) -> Self {
         let host = greeted.host;
         Self {
-            changed: hub.changes.subscribe(),
+            route: hub.changes.route(host),
             leaderless: hub.leaderless.clone(),
             reports: Reports::new(hub.clone(), host, greeted.facts),
             told: Told::nothing(host),
             generation: None,
-            seen: 0,
             welcomed: false,
             look_at: Some(Instant::now()),
             acknowledge: None,
@@ -185,10 +181,7 @@ impl Session {
                     Progress::Committed(sequence) => self.acknowledge = Some(sequence),
                     Progress::Hopeless(status) => return End::Refused(status),
                 },
-                changed = self.changed.changed(), if look_at.is_none() => {
-                    if changed.is_err() {
-                        return End::Gone("this member is stopping");
-                    }
+                () = self.route.bell.rung(), if look_at.is_none() => {
                     self.look_at = Some(Instant::now() + COALESCE);
                 }
                 permit = self.sender.clone().reserve_owned(), if self.has_words() => {
@@ -239,8 +232,6 @@ impl Session {
             return Some(ToAgent::ReportAcknowledged(pb::ReportAcknowledged { sequence }));
         }
         self.look_at = None;
-        // Seen before it is read, so that what comes between is looked at again.
-        self.changed.mark_unchanged();
         self.look()
     }
 
@@ -255,35 +246,20 @@ impl Session {
         }
     }
 
-    /// What the agent has not been told. State and ring are read together: the ring is written under the state's
-    /// write lock.
+    /// What the agent has not been told.
     fn look(&mut self) -> Option<ToAgent> {
         let hub = self.hub.clone();
+        // Taken before the state is read, so that what comes between is looked at again.
+        let touched = self.route.bell.take();
         let state = hub.raft.state();
         let incarnation = state.cluster().map_or(0, |cluster| cluster.incarnation);
-        let seen = std::mem::replace(&mut self.seen, state.revision());
-        let Some(generation) = self.generation else {
-            return Some(self.whole(&state, incarnation));
-        };
-        let mut touched = BTreeSet::new();
-        let read = hub.changes.read(seen, usize::MAX, |change| {
-            let (id, on) = match change {
-                Change::Instance(record) => (InstanceId(record.id), Some(HostId(record.host_id))),
-                Change::Deleted(RowId::Instance(id)) => (*id, None),
-                _ => return false,
-            };
-            if self.told.concerns(id, on) {
-                touched.insert(id);
-            }
-            false
-        });
-        match read {
-            Read::FellOut => Some(self.whole(&state, incarnation)),
-            Read::Changes { .. } => {
+        match (self.generation, touched) {
+            (Some(generation), Touched::Instances(touched)) => {
                 let delta = self.told.delta(&state, incarnation, generation, touched)?;
                 self.generation = Some(delta.to_generation);
                 Some(ToAgent::Delta(delta))
             }
+            (None, _) | (_, Touched::All) => Some(self.whole(&state, incarnation)),
         }
     }
 

@@ -33,11 +33,6 @@ impl Told {
         Self { host, instances: BTreeMap::new() }
     }
 
-    /// Whether a change of this instance may concern the host: it is there, or the agent has been told of it.
-    pub(super) fn concerns(&self, id: InstanceId, on: Option<HostId>) -> bool {
-        on == Some(self.host) || self.instances.contains_key(&id)
-    }
-
     /// Everything that is wanted on the host.
     pub(super) fn whole(&mut self, state: &ClusterState, incarnation: u64) -> pb::WantedSet {
         let records: Vec<_> = state.instances_on(self.host).collect();
@@ -178,11 +173,9 @@ mod tests {
         let mut told = Told::nothing(HOST);
         told.whole(&state(&[instance(1, 1, 1), instance(2, 1, 1), instance(3, 1, 1)]), 1);
         let after = state(&[instance(1, 1, 2), instance(2, 2, 2)]);
-        assert!(told.concerns(InstanceId(2), Some(HostId(2))), "it was told of this one");
-        assert!(!told.concerns(InstanceId(9), Some(HostId(2))));
         let delta = told.delta(&after, 1, 10, touched(&[1, 2, 3])).unwrap();
         assert_eq!(delta.put.iter().map(|put| (put.instance_id, put.epoch)).collect::<Vec<_>>(), [(1, 2)]);
         assert_eq!((delta.removed, delta.from_generation), (vec![2, 3], 10));
-        assert!(!told.concerns(InstanceId(2), Some(HostId(2))), "and has been told that it is gone");
+        assert_eq!(told.delta(&after, 1, 10, touched(&[2])), None, "it has been told that it is gone");
     }
 }

@@ -192,7 +192,9 @@ impl StateMachine {
             replies.push(outcome.reply);
             changes.extend(outcome.changes);
         }
+        let revision = state.revision();
         drop(state);
+        self.observer.settled(revision);
         (replies, applied.map(|applied| StateBatch { changes, applied, membership }))
     }
 

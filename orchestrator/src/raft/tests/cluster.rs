@@ -38,6 +38,10 @@ impl ApplyObserver for Counting {
         self.applied.fetch_add(1, Ordering::SeqCst);
     }
 
+    fn settled(&self, revision: u64) {
+        assert_eq!(revision, self.revision.load(Ordering::SeqCst));
+    }
+
     fn restored(&self, state: &ClusterState) {
         self.revision.store(state.revision(), Ordering::SeqCst);
         self.restored.fetch_add(1, Ordering::SeqCst);
