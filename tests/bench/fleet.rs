@@ -1,6 +1,7 @@
 //! A whole fleet on one machine: simulated agents with real sessions on three members, and services whose instances
 //! are placed, told to the agents, reported as running and seen so by people. `nave-bench fleet [AGENTS] [INSTANCES]`.
 
+use std::future::Future;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -11,6 +12,7 @@ use nave_tests::fleet::{Fleet, Seen};
 use nave_tests::process::{cpu_seconds, resident_bytes};
 use nave_tests::{Cluster, Setup};
 use tokio::time::{Instant, sleep};
+use tonic::Code;
 
 use crate::load::runtime;
 
@@ -76,20 +78,48 @@ async fn place(api: &Api, leader: usize, instances: u64) -> anyhow::Result<()> {
     let services = instances.div_ceil(PER_SERVICE);
     let one = |n: u64| {
         let count = PER_SERVICE.min(instances - n * PER_SERVICE);
-        let mut client = api.services(leader);
+        let client = api.services(leader);
         async move {
             let text = format!(
                 "name = \"svc-{n}\"\ncommand = [\"/usr/bin/svc\"]\ncount = {count}\n[resources]\ncpu = 0.1\nmemory = \"64MiB\"\n"
             );
             let manifest = nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "svc.toml")
                 .map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
-            let request = pb::ApplyServiceRequest { manifest: Some(manifest), ..Default::default() };
-            client.apply_service(request).await.context("apply")?;
+            let request_id = Some(pb::RequestId { client_id: format!("fleet-{n}"), serial: 1 });
+            let request =
+                pb::ApplyServiceRequest { manifest: Some(manifest), request_id, ..Default::default() };
+            // As the command line does: the same request again until its fate is known.
+            until_answered("apply", || {
+                let (mut client, request) = (client.clone(), request.clone());
+                async move { client.apply_service(request).await }
+            })
+            .await?;
             anyhow::Ok(())
         }
     };
     stream::iter(0..services).map(one).buffer_unordered(APPLIES).try_collect::<Vec<()>>().await?;
     Ok(())
+}
+
+/// Repeats a call that members under full load may put off.
+async fn until_answered<T, F>(what: &str, call: impl Fn() -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+{
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match call().await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => {
+                let again = matches!(
+                    status.code(),
+                    Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted
+                );
+                ensure!(again && Instant::now() < end, "{what}: {status}");
+            }
+        }
+        sleep(LOOK).await;
+    }
 }
 
 async fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {

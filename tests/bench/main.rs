@@ -10,6 +10,7 @@ mod load;
 mod plan;
 mod start;
 mod throughput;
+mod watchers;
 
 use anyhow::bail;
 
@@ -20,7 +21,7 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 7] = [
+    let rooms: [(&str, Measurement); 8] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -31,6 +32,7 @@ fn main() -> anyhow::Result<()> {
             Ok(())
         }),
         ("fleet", fleet::run),
+        ("watchers", watchers::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {
