@@ -4,6 +4,7 @@
 
 mod etcd;
 mod failover;
+mod faults;
 mod fleet;
 mod idle;
 mod load;
@@ -21,7 +22,7 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 8] = [
+    let rooms: [(&str, Measurement); 9] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -33,6 +34,7 @@ fn main() -> anyhow::Result<()> {
         }),
         ("fleet", fleet::run),
         ("watchers", watchers::run),
+        ("faults", faults::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {

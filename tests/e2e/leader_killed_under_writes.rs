@@ -2,67 +2,15 @@
 //! twice, and no running process notices.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nave_proto::pb;
-use nave_tests::api::Api;
 use nave_tests::wait::pause;
 use nave_tests::{Cluster, Setup, eventually};
 
 use crate::deploy_and_serve::pid;
 use crate::manifests::sleeper;
 
-const WRITERS: usize = 8;
-
-/// Writes distinct services until told to stop; retries a write under its request id until it is acknowledged.
-/// Returns what was acknowledged: name and version.
-async fn write_until(api: Api, writer: usize, round: &'static str, stop: Arc<AtomicBool>) -> Vec<String> {
-    let mut acknowledged = Vec::new();
-    let mut serial = 0;
-    let mut member = writer;
-    while !stop.load(Ordering::Relaxed) {
-        serial += 1;
-        let name = format!("{round}-{writer}-{serial}");
-        let id = pb::RequestId { client_id: format!("{round}-{writer}"), serial };
-        while api.write(member, &name, Some(id.clone())).await.is_err() {
-            member += 1;
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        acknowledged.push(name);
-    }
-    acknowledged
-}
-
-/// Runs `fault` while `WRITERS` writers write; returns every acknowledged name.
-pub(crate) fn under_writes(
-    cluster: &mut Cluster,
-    round: &'static str,
-    fault: impl FnOnce(&mut Cluster),
-) -> Vec<String> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    let stop = Arc::new(AtomicBool::new(false));
-    let context = cluster.context();
-    let writers: Vec<_> = {
-        let _inside = runtime.enter();
-        let api = Api::open(&context).expect("a client");
-        (0..WRITERS).map(|n| runtime.spawn(write_until(api.clone(), n, round, stop.clone()))).collect()
-    };
-    fault(cluster);
-    stop.store(true, Ordering::Relaxed);
-    runtime.block_on(async {
-        let mut all = Vec::new();
-        for writer in writers {
-            all.extend(writer.await.expect("a writer ends"));
-        }
-        all
-    })
-}
+pub(crate) use nave_tests::writes::under_writes;
 
 #[test]
 fn nothing_acknowledged_is_missing_and_nothing_is_done_twice() {

@@ -1,6 +1,7 @@
 //! What Nave promises, proved on real members, keepers and agents: one file per promise.
 
 mod agent_killed;
+mod agent_partitioned;
 mod all_members_killed;
 mod bad_input;
 mod bad_manifests;
@@ -14,6 +15,7 @@ mod leader_restarted_at_once;
 mod logs;
 mod manifests;
 mod members;
+mod partitions;
 mod quorum_lost;
 mod rolling;
 mod snapshots;

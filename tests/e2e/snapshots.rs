@@ -63,7 +63,11 @@ fn a_restored_hub_has_all_that_was_in_the_snapshot_and_stops_no_process() {
 
     let config = config(&cluster.members[0]);
     let said = run(None, &["cluster", "restore", path(&file), "--config", path(&config)], None).expect(0);
-    assert!(said.stdout.contains("nave cluster add") && said.stdout.contains("what it held before"), "{}", said.stdout);
+    assert!(
+        said.stdout.contains("nave cluster add") && said.stdout.contains("what it held before"),
+        "{}",
+        said.stdout
+    );
     cluster.members.truncate(1);
     start(&mut cluster);
     cluster.wait_for_agents(1);
@@ -176,7 +180,8 @@ fn a_member_far_behind_catches_up_by_snapshot_while_writes_go_on() {
         let led = cluster.members[leader].name.clone();
         // Raft's snapshots are put off for 30 s unless ten times as many entries wait.
         eventually("the log has gone on without it", Duration::from_secs(120), || {
-            member(cluster, &led).is_some_and(|m| m["snapshot_index"].as_u64().is_some_and(|index| index > 1200))
+            member(cluster, &led)
+                .is_some_and(|m| m["snapshot_index"].as_u64().is_some_and(|index| index > 1200))
         });
         cluster.members[away].start();
         eventually("it has caught up", SOON, || {

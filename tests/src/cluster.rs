@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::machine;
 use crate::nave::{self, Output};
+use crate::netns::{Namespace, Network};
 use crate::process::{self, Process};
 use crate::wait::{eventually, eventually_some, pause};
 
@@ -39,6 +40,8 @@ pub struct Cluster {
     pub base_port: u16,
     pub members: Vec<Role>,
     pub agents: Vec<Role>,
+    /// With a machine for each member, then for each agent, then for the operator; none: all on loopback.
+    network: Option<Network>,
     _turn: Turn,
 }
 
@@ -51,6 +54,7 @@ pub struct Role {
     verb: &'static str,
     config: PathBuf,
     process: Option<Process>,
+    machine: Option<Namespace>,
 }
 
 impl Role {
@@ -59,7 +63,12 @@ impl Role {
         let mut command = Command::new(nave::binary());
         command.arg(self.verb).arg("--config").arg(&self.config).env("NAVE_LOG", "info");
         let log = self.dir.join("log");
-        self.process = Some(Process::start(&self.name, &mut command, &log).expect("a role starts"));
+        let name = &self.name;
+        let mut start = || Process::start(name, &mut command, &log).expect("a role starts");
+        self.process = Some(match &self.machine {
+            Some(machine) => machine.inside(start),
+            None => start(),
+        });
     }
 
     /// The process the harness started: a member's own, or an agent's keeper.
@@ -96,6 +105,13 @@ impl Role {
         })
     }
 
+    /// Rewrites its configuration.
+    fn listen_on(&self, host: &str) -> anyhow::Result<()> {
+        let mut table: toml::Table = std::fs::read_to_string(&self.config)?.parse()?;
+        table.insert("listen".into(), format!("{host}:{}", self.port).into());
+        std::fs::write(&self.config, table.to_string()).context("write a configuration")
+    }
+
     /// All it has logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
@@ -105,30 +121,54 @@ impl Role {
 impl Cluster {
     /// Starts a cluster and waits until it has a leader and all agents are connected.
     pub fn start(setup: &Setup) -> Self {
-        let mut cluster = Self::prepare(setup).expect("a cluster can be prepared");
+        Self::prepare(setup).expect("a cluster can be prepared").run()
+    }
+
+    /// The same with a machine of its own for each role, as far as the network is concerned. None, with a printed
+    /// reason, where that is not allowed.
+    pub fn start_on_network(setup: &Setup) -> Option<Self> {
+        let network = Network::of(setup.members + setup.agents + 1)?;
+        Some(Self::prepare_on(setup, Some(network)).expect("a cluster can be prepared").run())
+    }
+
+    fn run(self) -> Self {
+        let mut cluster = self;
+        let agents = cluster.agents.len();
         cluster.members.iter_mut().for_each(Role::start);
         cluster.wait_for_leader();
         cluster.agents.iter_mut().for_each(Role::start);
-        cluster.wait_for_agents(setup.agents);
+        cluster.wait_for_agents(agents);
         cluster
     }
 
     /// Files and folders only; nothing runs yet.
     pub fn prepare(setup: &Setup) -> anyhow::Result<Self> {
+        Self::prepare_on(setup, None)
+    }
+
+    fn prepare_on(setup: &Setup, network: Option<Network>) -> anyhow::Result<Self> {
         let turn = Turn::take();
         let dir = tempfile::Builder::new().prefix("nave-").tempdir_in("/tmp").context("make a folder")?;
         let base_port = machine::free_ports();
         let port = |n: usize| base_port + u16::try_from(n).expect("few roles");
-        let addresses: Vec<String> = (0..setup.members).map(|k| format!("127.0.0.1:{}", port(k))).collect();
+        let machine = |n: usize| network.as_ref().map(|network| network.machines[n].clone());
+        let host = |n: usize| machine(n).map_or("127.0.0.1".to_owned(), |machine| machine.address);
+        let addresses: Vec<String> = (0..setup.members).map(|k| format!("{}:{}", host(k), port(k))).collect();
         let init = dir.path().join("init");
         nave::run(None, &["init", "--members", &addresses.join(","), "--out", path(&init)], None).expect(0);
-        let members = (0..setup.members)
+        let mut members = (0..setup.members)
             .map(|k| member(&init, k, port(k), port(20 + k)))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let agents = (0..setup.agents)
+        let mut agents = (0..setup.agents)
             .map(|k| agent(dir.path(), &init, &addresses, k, port(10 + k), port(30 + k)))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        Ok(Self { dir, base_port, members, agents, _turn: turn })
+        for (n, role) in members.iter_mut().chain(&mut agents).enumerate() {
+            role.machine = machine(n);
+        }
+        for (n, agent) in agents.iter().enumerate().filter(|_| network.is_some()) {
+            agent.listen_on(&host(setup.members + n))?;
+        }
+        Ok(Self { dir, base_port, members, agents, network, _turn: turn })
     }
 
     pub fn dir(&self) -> &Path {
@@ -139,9 +179,53 @@ impl Cluster {
         self.dir.path().join("init/client.toml")
     }
 
+    /// The machines' network.
+    ///
+    /// # Panics
+    /// On a cluster that has none.
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("started on a network")
+    }
+
+    /// The operator's machine, when there is a network.
+    pub fn operator(&self) -> Option<Namespace> {
+        self.network.as_ref().and_then(|network| network.machines.last().cloned())
+    }
+
+    /// What one member alone answers to a listing.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn ask_member(&self, k: usize, args: &[&str]) -> Value {
+        self.try_ask_member(k, args).unwrap_or_else(|| panic!("member-{} does not answer {args:?}", k + 1))
+    }
+
+    /// The same, none when it does not answer.
+    pub fn try_ask_member(&self, k: usize, args: &[&str]) -> Option<Value> {
+        let context = self.context().with_file_name(format!("client-{k}.toml"));
+        if !context.exists() {
+            let mut table: toml::Table = std::fs::read_to_string(self.context()).ok()?.parse().ok()?;
+            let address = table["addresses"].as_array()?[k].clone();
+            table.insert("addresses".into(), vec![address].into());
+            std::fs::write(&context, table.to_string()).expect("a client file can be written");
+        }
+        let all: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
+        let output = self.run_nave(&context, &all, None);
+        (output.code == 0).then(|| serde_json::from_str(&output.stdout).ok()).flatten()
+    }
+
+    fn run_nave(&self, context: &Path, args: &[&str], input: Option<&str>) -> Output {
+        let run = || nave::run(Some(context), args, input);
+        match self.operator() {
+            Some(machine) => machine.inside(run),
+            None => run(),
+        }
+    }
+
     /// Runs `nave` as the operator.
     pub fn nave(&self, args: &[&str]) -> Output {
-        nave::run(Some(&self.context()), args, None)
+        self.run_nave(&self.context(), args, None)
     }
 
     /// Runs `nave … -o json`.
@@ -165,7 +249,7 @@ impl Cluster {
     /// Applies a manifest given as text.
     pub fn apply(&self, manifest: &str, more: &[&str]) -> Output {
         let args: Vec<&str> = ["apply", "-f", "-"].into_iter().chain(more.iter().copied()).collect();
-        nave::run(Some(&self.context()), &args, Some(manifest))
+        self.run_nave(&self.context(), &args, Some(manifest))
     }
 
     /// Rows of `nave ps`.
@@ -311,7 +395,7 @@ fn member_named(init: &Path, name: String, port: u16, metrics: u16) -> anyhow::R
     table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
     table.insert("data_dir".into(), path(&dir.join("data")).into());
     std::fs::write(&config, table.to_string())?;
-    Ok(Role { name, dir, port, verb: "orchestrator", config, process: None })
+    Ok(Role { name, dir, port, verb: "orchestrator", config, process: None, machine: None })
 }
 
 fn agent(
@@ -335,7 +419,7 @@ fn agent(
     table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
     table.insert("address_prefix".into(), format!("127.{}", 88 + k).into());
     std::fs::write(&config, table.to_string())?;
-    Ok(Role { name, dir, port, verb: "agent", config, process: None })
+    Ok(Role { name, dir, port, verb: "agent", config, process: None, machine: None })
 }
 
 fn path(path: &Path) -> &str {

@@ -5,10 +5,13 @@
 pub mod api;
 pub mod cluster;
 pub mod fleet;
+pub mod logs;
 pub mod machine;
 pub mod nave;
+pub mod netns;
 pub mod process;
 pub mod wait;
+pub mod writes;
 
 pub use cluster::{Cluster, Setup};
 pub use nave::Output;
