@@ -14,6 +14,7 @@ mod lack;
 mod leaving;
 mod meant;
 mod placement;
+mod queue;
 mod rollout;
 mod rules;
 mod score;
@@ -39,6 +40,7 @@ pub(crate) use standing::Standing;
 pub(crate) use times::losses;
 
 use placement::Fleet;
+use queue::Queue;
 use rollout::Rollout;
 use service::{ServicePlan, plan_service};
 
@@ -69,7 +71,7 @@ pub struct Unplaced {
 pub struct PlanCursor {
     seen: Option<u64>,
     /// Left over from a slice.
-    queue: BTreeSet<Arc<str>>,
+    queue: Queue,
     /// Had steps at the last look.
     again: BTreeSet<Arc<str>>,
     /// Had instances without a place.
@@ -114,7 +116,7 @@ fn look(state: &ClusterState, cursor: &mut PlanCursor, now: i64, limits: Limits)
     while let Some(name) = cursor.queue.pop_first() {
         looks += 1;
         if plan.steps.len() >= limits.steps || looks > limits.looks || fleet.looked >= limits.hosts {
-            cursor.queue.insert(name);
+            cursor.queue.insert(&state.services, &name);
             plan.more = true;
             break;
         }
@@ -146,20 +148,20 @@ impl PlanCursor {
     /// Puts every service into the queue that has to be looked at.
     fn collect(&mut self, state: &ClusterState, now: i64) {
         let revision = state.revision();
+        let services = &state.services;
         let Some(seen) = self.seen.replace(revision) else {
-            self.queue = state.services.iter().map(|entry| Arc::clone(&entry.name)).collect();
+            services.iter().for_each(|entry| self.queue.insert(services, &entry.name));
             return;
         };
-        self.queue.extend(state.services.touched_after(seen).cloned());
-        self.queue.append(&mut self.again.clone());
-        let due = self.timers.iter().take_while(|(at, _)| *at <= now);
-        self.queue.extend(due.map(|(_, name)| Arc::clone(name)));
+        let due = self.timers.iter().take_while(|(at, _)| *at <= now).map(|(_, name)| name);
+        let mut dirty: Vec<&Arc<str>> = services.touched_after(seen).chain(&self.again).chain(due).collect();
         if self.given || state.hosts.room_touched > seen {
-            self.queue.extend(self.unplaced.iter().cloned());
+            dirty.extend(&self.unplaced);
         }
         if state.hosts.fleet_touched > seen {
-            self.queue.extend(state.services.per_host().cloned());
+            dirty.extend(services.per_host());
         }
+        dirty.into_iter().for_each(|name| self.queue.insert(services, name));
     }
 
     /// The first timer of a service that still exists.

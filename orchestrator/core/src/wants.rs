@@ -27,6 +27,8 @@ pub(crate) trait ManifestExt {
     fn constraints(&self) -> &[String];
     fn spread(&self) -> &str;
     fn stops_on_disconnect(&self) -> bool;
+    /// Where room is scarce, the higher one is placed first.
+    fn priority(&self) -> u32;
     fn fixed_ports(&self) -> Vec<u32>;
     /// An old instance must be gone before its successor can run.
     fn stop_first(&self) -> bool;
@@ -69,6 +71,10 @@ impl ManifestExt for pb::Manifest {
 
     fn stops_on_disconnect(&self) -> bool {
         self.placement.as_ref().is_some_and(|p| p.on_disconnect() == pb::OnDisconnect::Stop)
+    }
+
+    fn priority(&self) -> u32 {
+        self.placement.as_ref().and_then(|placement| placement.priority).unwrap_or(50)
     }
 
     fn fixed_ports(&self) -> Vec<u32> {

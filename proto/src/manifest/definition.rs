@@ -38,7 +38,7 @@ pub(super) const RESTART: Keys = &["policy", "budget"];
 pub(super) const RESOURCES: Keys = &["cpu", "cpu_max", "memory"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
 pub(super) const STOP: Keys = &["signal", "grace"];
-pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect"];
+pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
 
 /// Every table with its name, to say where a key belongs.
 pub(super) const TABLES: [(&str, Keys); 9] = [
@@ -357,6 +357,7 @@ fn placement(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Placement
             .unwrap_or_default(),
         spread: table.field("spread").and_then(|field| field.text(problems)).unwrap_or_default().to_owned(),
         on_disconnect: on_disconnect.unwrap_or_default().into(),
+        priority: table.field("priority").and_then(|field| field.whole(problems)),
     })
 }
 

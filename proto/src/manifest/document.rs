@@ -272,6 +272,11 @@ struct PlacementDocument {
     /// for services that must never run twice.
     #[serde(skip_serializing_if = "Option::is_none")]
     on_disconnect: Option<OnDisconnectWord>,
+    /// Where room is scarce, services with a higher one are placed first: 0 to 100, 50 by default. What runs is never
+    /// stopped for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 100))]
+    priority: Option<u32>,
 }
 
 /// The manifest as a TOML file that [`parse`](super::parse) reads back to the same.

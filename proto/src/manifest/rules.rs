@@ -25,6 +25,7 @@ const PORTS_MAX: usize = 32;
 const PORT_NAME_MAX: usize = 32;
 const USER_MAX: usize = 32;
 const CONSTRAINTS_MAX: usize = 32;
+const PRIORITY_MAX: u32 = 100;
 /// More cores than any machine has.
 const CPU_MAX_MILLICORES: u64 = 4096 * 1000;
 /// Under this no program starts.
@@ -341,6 +342,9 @@ impl Rules {
         }
         if pb::OnDisconnect::try_from(placement.on_disconnect).is_err() {
             self.at(&["placement", "on_disconnect"], "must be one of keep, stop");
+        }
+        if let Some(priority) = placement.priority.filter(|priority| *priority > PRIORITY_MAX) {
+            self.at(&["placement", "priority"], format!("must be at most {PRIORITY_MAX}, not {priority}"));
         }
     }
 

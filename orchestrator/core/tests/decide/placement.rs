@@ -461,3 +461,142 @@ fn room_that_a_plan_gave_away_in_vain_is_given_anew() {
     world.accept(delete("a"));
     assert_eq!(world.steps().len(), 1, "for b, though no room has come free");
 }
+
+#[test]
+fn where_room_is_scarce_the_higher_priority_is_placed_first() {
+    let with_priority = |name: &str, priority| {
+        let placement = pb::Placement { priority, ..Default::default() };
+        pb::Manifest { placement: Some(placement), ..with_cpu(manifest(name, 1), 3000) }
+    };
+    let mut world = World::with_hosts(1);
+    for (name, priority) in [("a-low", Some(10)), ("b-usual", None), ("c-high", Some(90))] {
+        world.deploy(with_priority(name, priority));
+    }
+    world.settle();
+    assert_eq!(world.ready("c-high"), 1);
+    world.accept(delete("c-high"));
+    world.settle();
+    assert_eq!((world.ready("b-usual"), world.ready("a-low")), (1, 0), "unset counts as 50");
+    world.deploy(with_priority("d-highest", Some(100)));
+    world.settle();
+    assert_eq!((world.ready("b-usual"), world.ready("d-highest")), (1, 0), "nothing that runs gives way");
+    world.deploy(with_priority("a-low", Some(100)));
+    world.accept(delete("b-usual"));
+    world.settle();
+    assert_eq!(world.ready("a-low"), 1, "of equals the first by name, at its new priority");
+}
+
+#[test]
+fn a_host_that_has_less_than_before_keeps_what_runs_and_takes_nothing_new() {
+    let mut world = World::with_hosts(2);
+    world.deploy(with_memory(with_cpu(manifest("web", 4), 1000), 1024 * MIB));
+    world.settle();
+    world.update_facts("alpha", |facts| (facts.cpu_millicores, facts.memory_bytes) = (1000, 512 * MIB));
+    assert_eq!(world.steps(), []);
+    world.deploy(with_cpu(manifest("api", 3), 1000));
+    world.settle();
+    assert_eq!(
+        (world.hosts_of("web"), world.ready("web")),
+        (["alpha", "alpha", "beta", "beta"].map(str::to_owned).to_vec(), 4)
+    );
+    assert_eq!(world.hosts_of("api"), ["beta", "beta"]);
+    assert_eq!(
+        unplaced(&world, "api"),
+        [
+            "2 of 2 hosts lack cpu: need 1.0 cores, most free is 0.0 on alpha",
+            "nearest miss: alpha lacks 1.0 cores",
+        ]
+    );
+    world.update_facts("alpha", |facts| facts.cpu_millicores = 3000);
+    world.settle();
+    assert_eq!(world.ready("api"), 3);
+}
+
+#[test]
+fn the_host_that_misses_by_least_is_named() {
+    let mut world = World::with_hosts(3);
+    world.update_facts("beta", |facts| facts.memory_bytes = 1536 * MIB);
+    world.update_facts("gamma", |facts| {
+        facts.labels.insert("zone".into(), "b".into());
+    });
+    world.update_facts("alpha", |facts| (facts.cpu_millicores, facts.memory_bytes) = (2000, 1024 * MIB));
+    world.deploy(with_memory(
+        with_constraint(with_cpu(manifest("web", 1), 3000), "label.zone != \"b\""),
+        2048 * MIB,
+    ));
+    assert_eq!(
+        explain(&world.state, "web"),
+        [
+            "1 instance cannot be placed: 1 of 3 hosts does not meet label.zone != \"b\"",
+            "1 instance cannot be placed: 1 of 3 hosts lacks cpu: need 3.0 cores, most free is 2.0 on alpha",
+            "1 instance cannot be placed: 1 of 3 hosts lacks memory: need 2048 MiB, most free is 1536 MiB on beta",
+            "1 instance cannot be placed: nearest miss: beta lacks 512 MiB",
+        ]
+    );
+}
+
+#[test]
+fn a_host_that_was_lost_takes_new_instances_after_all_others_for_a_while() {
+    let mut world = World::with_hosts(2);
+    world.lose("alpha");
+    world.set_status("alpha", HostStatus::Connected);
+    world.deploy(with_cpu(manifest("web", 5), 1000));
+    world.settle();
+    assert_eq!(
+        world.hosts_of("web"),
+        ["alpha", "beta", "beta", "beta", "beta"],
+        "only what has no room elsewhere"
+    );
+    world.now += limits::UNSTEADY_NS;
+    world.deploy(manifest("api", 2));
+    world.settle();
+    assert_eq!(world.hosts_of("api"), ["alpha", "beta"]);
+}
+
+/// Loses the host of the only instance of a service, which then returns, every few seconds.
+#[test]
+fn hosts_that_come_and_go_move_an_instance_ever_more_seldom() {
+    let mut world = World::with_hosts(3);
+    world.deploy(manifest("web", 1));
+    world.settle();
+    let until = world.now + 3600 * SECOND;
+    while world.now < until {
+        let host = world.hosts_of("web").remove(0);
+        world.lose(&host);
+        world.now += 3 * SECOND;
+        world.settle();
+        world.set_status(&host, HostStatus::Connected);
+        world.now += 2 * SECOND;
+        world.settle();
+    }
+    let flapped = &world.wanted("web")[0];
+    // Three moves, until its host returns before it is its turn; and the same again every ten minutes.
+    assert!((3..=25).contains(&flapped.epoch), "{} epochs in 720 losses", flapped.epoch);
+    assert_eq!(world.ready("web"), 1);
+    world.now += limits::LOSS_MEMORY_NS;
+    let host = world.hosts_of("web").remove(0);
+    world.lose(&host);
+    world.settle();
+    assert_eq!(world.ready("web"), 1, "after ten quiet minutes it moves at once again");
+}
+
+#[test]
+fn an_instance_whose_hosts_all_die_waits_longer_each_time() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 1));
+    world.settle();
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        let host = world.hosts_of("web").remove(0);
+        world.lose(&host);
+        let lost_at = world.now;
+        let epoch = world.wanted("web")[0].epoch;
+        while world.wanted("web")[0].epoch == epoch {
+            world.settle();
+            world.now = plan(&world.state, world.now).wake_at.unwrap_or(world.now).max(world.now);
+        }
+        waits.push((world.wanted("web")[0].placed_unix_ns - lost_at) / SECOND);
+        world.set_status(&host, HostStatus::Connected);
+    }
+    assert_eq!(waits, [0, 1, 2, 4, 8, 16]);
+}

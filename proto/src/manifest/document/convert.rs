@@ -128,6 +128,7 @@ impl From<&pb::Placement> for PlacementDocument {
             spread: (!placement.spread.is_empty()).then(|| placement.spread.clone()),
             on_disconnect: (on_disconnect != pb::OnDisconnect::Unspecified)
                 .then(|| OnDisconnectWord(words::on_disconnect(on_disconnect))),
+            priority: placement.priority,
         }
     }
 }

@@ -254,6 +254,7 @@ fn a_mistake_in_the_other_tables_is_answered_in_place() {
             "[placement]\nspread = \"rack\"",
             "f:4:10: placement.spread: spread is \"host\" or \"label.NAME\", not \"rack\"",
         ),
+        ("[placement]\npriority = 101", "f:4:12: placement.priority: must be at most 100, not 101"),
         (
             "[placement]\non_disconnect = \"kill\"",
             "f:4:17: placement.on_disconnect: must be one of keep, stop, not \"kill\"",

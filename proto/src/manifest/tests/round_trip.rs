@@ -111,11 +111,12 @@ prop_compose! {
         ], 0..3),
         spread in prop_oneof![Just("host".to_owned()), "label[.][a-z]{1,5}"],
         on_disconnect in 1i32..=2,
+        priority in proptest::option::of(0u32..=100),
     ) -> (pb::Restart, pb::Stop, pb::Placement) {
         (
             pb::Restart { policy, budget_restarts, budget_window },
             pb::Stop { signal, grace },
-            pb::Placement { constraints, spread, on_disconnect },
+            pb::Placement { constraints, spread, on_disconnect, priority },
         )
     }
 }
