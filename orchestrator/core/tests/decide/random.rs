@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use nave_orchestrator_core::{ClusterState, PlanCursor, desired_count, plan, plan_dirty, ready_count};
 use nave_proto::constraint::Constraint;
-use nave_proto::ids::HostId;
+use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::{self, State};
@@ -14,12 +14,12 @@ use nave_proto::pb::{DeploymentStatus, HostStatus};
 use proptest::prelude::*;
 
 use crate::world::{
-    MIB, SECOND, World, apply, delete, exited, facts, failed, forget, report, restart, rollback, running,
-    scale, seconds,
+    MIB, SECOND, World, apply, delete, exited, facts, failed, forget, manifest, report, restart, rollback,
+    running, scale, seconds,
 };
 
 const SERVICES: [&str; 4] = ["api", "db", "web", "zoo"];
-const HOSTS: [&str; 3] = ["alpha", "beta", "gamma"];
+const HOSTS: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 
 #[derive(Debug, Clone)]
 enum Op {
@@ -30,6 +30,8 @@ enum Op {
     Delete(usize),
     Join(usize),
     Status(usize, HostStatus),
+    /// Lost, and back a moment later.
+    Flap(usize),
     Drain(usize, bool),
     Forget(usize),
     Facts(usize, u64, bool),
@@ -98,6 +100,7 @@ fn manifests() -> impl Strategy<Value = pb::Manifest> {
                 manifest.placement = Some(pb::Placement {
                     constraints,
                     on_disconnect: on_disconnect.into(),
+                    priority: [None, Some(10), Some(90)].into_iter().nth(command).flatten(),
                     ..Default::default()
                 });
                 manifest
@@ -117,6 +120,7 @@ fn ops() -> impl Strategy<Value = Op> {
         1 => service.prop_map(Op::Delete),
         2 => host.clone().prop_map(Op::Join),
         2 => (host.clone(), status).prop_map(|(h, status)| Op::Status(h, status)),
+        2 => host.clone().prop_map(Op::Flap),
         2 => (host.clone(), prop::bool::weighted(0.6)).prop_map(|(h, draining)| Op::Drain(h, draining)),
         1 => host.clone().prop_map(Op::Forget),
         1 => (host.clone(), 1u64..5, any::<bool>()).prop_map(|(h, cores, b)| Op::Facts(h, cores, b)),
@@ -172,6 +176,10 @@ impl History {
                     let set = pb::SetHostStatus { host_id, status: status.into(), reason: String::new() };
                     self.send(Body::SetHostStatus(set));
                 }
+            }
+            Op::Flap(host) => {
+                self.step(Op::Status(host, HostStatus::Lost));
+                self.step(Op::Status(host, HostStatus::Connected));
             }
             Op::Drain(host, draining) => {
                 if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
@@ -274,6 +282,7 @@ impl History {
         within_capacity(&before, &self.world.state);
         within_update_rules(&before, &self.world.state);
         successful_means_ready(&before, &self.world.state);
+        moves_only_what_must(&before, &self.world.state);
     }
 }
 
@@ -324,6 +333,45 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
         let (had, has) = (count(before, name), count(after, name));
         assert!(has <= ceiling.max(had), "{name}: {has} wanted, {ceiling} is the most");
     }
+}
+
+/// A plan stops nothing and places nothing anew that could have stayed as it was.
+fn moves_only_what_must(before: &ClusterState, after: &ClusterState) {
+    for instance in before.instances().filter(|instance| instance.desired() == pb::Desired::Run) {
+        let (Some(now), Some(service)) =
+            (after.instance(InstanceId(instance.id)), after.service(&instance.service))
+        else {
+            continue;
+        };
+        let state = instance.observed.as_ref().and_then(|observed| observed.state.as_ref());
+        if now.epoch > instance.epoch {
+            let must = matches!(state, Some(State::Lost(_) | State::Failed(_)));
+            assert!(must, "placed again without need: {instance:?}");
+        }
+        let same_version =
+            before.service(&instance.service).is_some_and(|old| old.version == service.version);
+        if now.desired() == pb::Desired::Stop && same_version && !service.deleting {
+            assert!(may_go(before, service, instance), "stopped without need: {instance:?}");
+        }
+    }
+}
+
+/// Whether there is a reason for an instance to go: another template, a host that it has to leave, or too many.
+fn may_go(state: &ClusterState, service: &pb::ServiceRecord, instance: &pb::InstanceRecord) -> bool {
+    let host = state.host(HostId(instance.host_id)).unwrap();
+    let manifest = service.manifest.as_ref().unwrap();
+    let constraints = manifest.placement.as_ref().map_or(&[][..], |placement| &placement.constraints);
+    let facts = host.facts.as_ref().unwrap();
+    let unmet = constraints.iter().any(|text| !text.parse::<Constraint>().unwrap().holds(facts));
+    let rivals = state.instances_of(&service.name).filter(|i| i.desired() == pb::Desired::Run);
+    let rivals = rivals.filter(|i| i.template_version == service.template_version);
+    let too_many = match manifest.per_host {
+        true => state.instances_of(&service.name).filter(|i| i.host_id == instance.host_id).count() > 1,
+        false => rivals.count() > desired_count(state, &service.name),
+    };
+    // What never returns with its host is stopped where it was, with `per_host`.
+    let gone = manifest.per_host && host.status() == HostStatus::Lost;
+    instance.template_version != service.template_version || host.draining || unmet || too_many || gone
 }
 
 /// A plan, however old, says that a version is fully ready only when it is.
@@ -451,5 +499,47 @@ proptest! {
         let rest = plan_dirty(&history.world.state, &mut history.sliced, history.world.now, usize::MAX);
         prop_assert_eq!(whole.steps, rest.steps);
         converges(history.world);
+    }
+}
+
+/// How often an instance may move in so many seconds, however its hosts come and go: each move after the first waits
+/// twice as long as the one before, and is forgotten only after ten minutes in one place.
+fn moves_max(seconds: i64) -> u64 {
+    let (mut moves, mut waited) = (0, 0);
+    while waited <= seconds {
+        waited += (1 << moves).min(300);
+        moves += 1;
+    }
+    (moves + 1) * (u64::try_from(seconds).unwrap() / 600 + 1)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 500, ..ProptestConfig::default() })]
+
+    #[test]
+    fn hosts_that_come_and_go_cause_no_storm(
+        flaps in prop::collection::vec((0..HOSTS.len(), 1i64..8, any::<bool>()), 40..120),
+    ) {
+        let mut world = World::with_hosts(HOSTS.len());
+        world.deploy(manifest("web", 4));
+        world.deploy(pb::Manifest { per_host: true, ..manifest("agentd", 0) });
+        world.settle();
+        let begun = world.now;
+        for (host, wait, down) in flaps {
+            world.set_status(HOSTS[host], if down { HostStatus::Lost } else { HostStatus::Connected });
+            world.now += wait * SECOND;
+            world.settle();
+        }
+        let most = moves_max((world.now - begun) / SECOND);
+        for instance in world.state.instances() {
+            let moves = instance.epoch - 1;
+            prop_assert!(moves <= most, "{moves} moves, {most} are the most: {instance:?}");
+        }
+        for host in HOSTS {
+            world.set_status(host, HostStatus::Connected);
+        }
+        world.settle_for(600);
+        prop_assert_eq!((world.ready("web"), world.ready("agentd")), (4, HOSTS.len()));
+        prop_assert!(world.wanted("agentd").iter().all(|instance| instance.epoch == 1), "it comes back with its host");
     }
 }
