@@ -66,6 +66,8 @@ pub(crate) struct Hub {
     pub(crate) metrics: Arc<Metrics>,
     /// What each change of members waits for, on the leader.
     pub(crate) member_notes: Mutex<BTreeMap<MemberId, String>>,
+    /// `host:port` of every member, as the membership has it; changes with it.
+    pub(crate) addresses: watch::Sender<Vec<String>>,
     /// When the newest scheduled snapshot was taken, unix nanoseconds; 0: none yet.
     pub(crate) backup_unix_ns: AtomicI64,
     /// True while this member has not heard of a leader for too long to keep agents (`dispatch`).

@@ -134,6 +134,7 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
         credentials: credentials.clone(),
         metrics: Arc::new(Metrics::new()),
         member_notes: Mutex::default(),
+        addresses: watch::Sender::default(),
         backup_unix_ns: AtomicI64::new(0),
         leaderless,
         // Its own: leadership is handed over before anything stops.

@@ -9,6 +9,7 @@ use nave_tests::{Cluster, Setup, eventually};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::manifests::sleeper;
+use crate::members::{under_load, versions};
 
 /// A small file system of its own below a member's data folder; unmounted when it goes out of scope.
 struct Small(PathBuf);
@@ -68,4 +69,52 @@ fn fill(path: &Path) {
     let mut file = std::fs::File::create(path).expect("created");
     let block = vec![0u8; 1 << 20];
     while file.write_all(&block).is_ok() {}
+}
+
+#[test]
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn a_follower_whose_disk_is_full_holds_nobody_up_and_comes_back_with_room() {
+    if !is_root() {
+        eprintln!("skipped: mounting a small file system needs root");
+        return;
+    }
+    let mut cluster = Cluster::prepare(&Setup { members: 3, agents: 0 }).expect("prepared");
+    let data = cluster.members[2].dir.join("data");
+    let small = Small::mount(&data);
+    cluster.members.iter_mut().for_each(Role::start);
+    if cluster.wait_for_leader() == 2 {
+        cluster.nave(&["cluster", "transfer", "--to", "member-1"]).expect(0);
+    }
+    cluster.apply(&sleeper("kept", 0), &[]).expect(0);
+    let filler = data.join("filler");
+    fill(&filler);
+    let written = under_load(&mut cluster, |cluster| {
+        eventually("the others go on", SOON, || {
+            cluster.json(&["services"]).as_array().is_some_and(|services| services.len() > 200)
+        });
+    });
+    assert_eq!(written.refused, Vec::<String>::new());
+    // It may have ended, as after any write that failed; then it says so, and is started again by its supervisor.
+    if !cluster.members[2].is_running() {
+        let log = cluster.members[2].log();
+        assert!(log.contains("No space left") || log.contains("no space"), "{log}");
+    }
+    std::fs::remove_file(&filler).expect("the filler can go");
+    if !cluster.members[2].is_running() {
+        cluster.members[2].start();
+    }
+    eventually("it has caught up", SOON, || {
+        let status = cluster.try_json(&["cluster", "status"]);
+        status.is_some_and(|status| {
+            status["members"][2]["reachable"] == true && status["members"][2]["lag_entries"] == 0
+        })
+    });
+    cluster.members[0].kill();
+    eventually("it is needed, and it is there", SOON, || cluster.apply(&sleeper("later", 0), &[]).code == 0);
+    let versions = versions(&cluster);
+    for name in written.acknowledged.iter().map(String::as_str).chain(["kept"]) {
+        assert_eq!(versions.get(name), Some(&1), "{name} was acknowledged");
+    }
+    cluster.members.iter_mut().for_each(Role::kill);
+    drop(small);
 }

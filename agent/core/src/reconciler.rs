@@ -87,7 +87,8 @@ impl Reconciler {
         rng: &mut R,
         set: pb::WantedSet,
     ) -> Result<Vec<Order>, StaleWanted> {
-        if set.incarnation == self.incarnation && set.generation < self.generation {
+        // Incarnations rise with each restore: a hub of an older one is the history that was given up.
+        if (set.incarnation, set.generation) < (self.incarnation, self.generation) {
             return Err(StaleWanted { given: set.generation, known: self.generation });
         }
         (self.incarnation, self.generation) = (set.incarnation, set.generation);

@@ -79,6 +79,7 @@ pub(crate) fn info(hub: &Hub) -> pb::MemberInfo {
         leader_proven: status.leader_proven,
         last_heard_unix_ns: heard.into_iter().map(|(id, at)| (id.0, at)).collect(),
         caller_standing: pb::MemberStanding::Unspecified.into(),
+        caller_matched_index: 0,
         command_format: nave_proto::COMMAND_FORMAT,
         snapshot_index,
         snapshot_unix_ns,
@@ -100,7 +101,14 @@ impl MemberService for Own {
     ) -> Result<Response<pb::MemberInfo>, Status> {
         let caller = nave_tls::peer(&request).and_then(PeerIdentity::member);
         let standing = caller.map_or(pb::MemberStanding::Unspecified, |id| self.hub.raft.standing(id));
-        Ok(Response::new(pb::MemberInfo { caller_standing: standing.into(), ..info(&self.hub) }))
+        let mut info = info(&self.hub);
+        info.caller_standing = standing.into();
+        if info.leader_id == self.hub.id.0 {
+            let membership = self.hub.raft.membership().membership;
+            let progress = caller.and_then(|id| membership.members.get(&id).copied());
+            info.caller_matched_index = progress.map_or(0, |progress| progress.matched);
+        }
+        Ok(Response::new(info))
     }
 
     async fn forward_beats(

@@ -100,6 +100,8 @@ pub(super) struct Session {
     replaced: CancellationToken,
     route: Route,
     leaderless: watch::Receiver<bool>,
+    /// Where the members are; when that changes, the agent is told by another welcome.
+    addresses: watch::Receiver<Vec<String>>,
     reports: Reports,
     told: Told,
     /// What the agent has been told last is of this revision; nothing: it has been told nothing.
@@ -121,6 +123,7 @@ impl Session {
         Self {
             route: hub.changes.route(host),
             leaderless: hub.leaderless.clone(),
+            addresses: hub.addresses.subscribe(),
             reports: Reports::new(hub.clone(), host, greeted.facts),
             told: Told::nothing(host),
             generation: None,
@@ -184,6 +187,7 @@ impl Session {
                 () = self.route.bell.rung(), if look_at.is_none() => {
                     self.look_at = Some(Instant::now() + COALESCE);
                 }
+                Ok(()) = self.addresses.changed(), if self.welcomed => self.welcomed = false,
                 permit = self.sender.clone().reserve_owned(), if self.has_words() => {
                     let Ok(permit) = permit else { return End::Gone("the connection closed") };
                     if let Some(words) = self.words() {

@@ -11,6 +11,8 @@ use pb::command::Body;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
+use super::standing;
+use crate::api::peers::INFO_TIMEOUT;
 use crate::api::{self, Hub};
 use crate::config::{Bootstrap, MemberConfig};
 use crate::raft::{InitializeError, MemberNode};
@@ -28,6 +30,7 @@ pub(super) async fn run(hub: Arc<Hub>, config: MemberConfig) -> Result<(), Strin
     if config.join {
         return join(&hub).await;
     }
+    refuse_wiped(&hub, &config).await?;
     let members = config
         .members
         .iter()
@@ -44,6 +47,28 @@ pub(super) async fn run(hub: Arc<Hub>, config: MemberConfig) -> Result<(), Strin
     }
     hub.stop.cancelled().await;
     Ok(())
+}
+
+/// A member that lost its data must not vote under its old id: it would vote for a leader that lacks what it had
+/// acknowledged. The leader knows how far it was.
+async fn refuse_wiped(hub: &Hub, config: &MemberConfig) -> Result<(), String> {
+    let status = hub.raft.status();
+    if status.last_log_index > 0 || status.applied_index > 0 || status.term > 0 {
+        return Ok(());
+    }
+    let others = standing::others(hub.id, config, &status.members);
+    let infos = hub.peers.infos(&others, INFO_TIMEOUT).await;
+    let had = infos.values().map(|info| info.caller_matched_index).max().unwrap_or(0);
+    match had {
+        0 => Ok(()),
+        had => Err(format!(
+            "the data directory {} is empty, but this member had acknowledged the log up to entry {had}: under its old \
+             id it could undo what was acknowledged; put its data back, or `nave cluster replace {} {}`",
+            config.data_dir.display(),
+            config.name,
+            config.advertise
+        )),
+    }
 }
 
 /// Begins nothing, whatever the log holds: the cluster is there, and its leader comes to this member.

@@ -1,7 +1,7 @@
 //! Whether this member still belongs to its cluster. One that was removed while it was away, or that missed the entry
 //! which removed it, hears of no leader any more; then it asks the others. Ids are never used again, so a single
-//! "removed" is the truth for ever: it is written into the data directory, and the member ends. Here the connections
-//! follow the membership too.
+//! "removed" is the truth for ever: it is written into the data directory, and the member ends. Here the connections,
+//! and what the agents know of the members, follow the membership too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,6 +30,14 @@ pub(super) async fn removed(hub: Arc<Hub>, config: MemberConfig) -> String {
         ticks.tick().await;
         let status = hub.raft.status();
         let listed: BTreeSet<MemberId> = status.members.iter().map(|(id, _, _)| *id).collect();
+        let addresses: Vec<String> = status.members.iter().map(|(_, node, _)| node.address.clone()).collect();
+        hub.addresses.send_if_modified(|known| {
+            let changed = *known != addresses;
+            if changed {
+                *known = addresses;
+            }
+            changed
+        });
         if !listed.is_empty() {
             hub.peers.retain(&listed);
             hub.raft.retain_channels(&listed);
@@ -53,7 +61,7 @@ pub(super) async fn removed(hub: Arc<Hub>, config: MemberConfig) -> String {
 }
 
 /// Everyone that this member has heard of: the cluster may have changed wholly while it was away.
-fn others(own: MemberId, config: &MemberConfig, members: &[Listed]) -> Vec<Listed> {
+pub(super) fn others(own: MemberId, config: &MemberConfig, members: &[Listed]) -> Vec<Listed> {
     let configured = config.members.iter().map(|entry| {
         let node = MemberNode { name: entry.name.clone(), address: entry.address.clone() };
         (entry.id, (node, true))

@@ -107,6 +107,9 @@ fn an_older_generation_never_moves_it_back() {
     assert!(reconciler.gone().is_empty() && reconciler.supervisor(InstanceId(1)).is_some());
     let other = pb::WantedSet { incarnation: 10, ..set(1, vec![run(1)]) };
     assert_eq!(reconciler.apply_wanted(NOW, &mut rng(), other), Ok(vec![]), "a new incarnation counts anew");
+    let given_up = pb::WantedSet { incarnation: 9, ..set(99, vec![]) };
+    assert!(reconciler.apply_wanted(NOW, &mut rng(), given_up).is_err(), "the hub from before a restore");
+    assert!(reconciler.supervisor(InstanceId(1)).is_some());
 }
 
 #[test]
