@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nave_proto::pb;
 use nave_proto::pb::service_service_client::ServiceServiceClient;
 use nave_tests::api::{Api, idle_manifest};
+use nave_tests::process::cpu_seconds;
 use nave_tests::{Cluster, Setup};
 
 use crate::load::{HEAD, closed_loop, connections, row, runtime};
@@ -13,8 +14,9 @@ use crate::load::{HEAD, closed_loop, connections, row, runtime};
 pub(crate) fn run() -> anyhow::Result<()> {
     println!("{HEAD}");
     for clients in client_counts() {
-        let cluster = Cluster::start(&Setup { members: 3, agents: 0 });
+        let mut cluster = Cluster::start(&Setup { members: 3, agents: 0 });
         let leader = cluster.wait_for_leader();
+        let pids: Vec<u32> = cluster.members.iter_mut().map(|member| member.process().pid()).collect();
         let runtime = runtime()?;
         let apis = {
             let _inside = runtime.enter();
@@ -22,17 +24,29 @@ pub(crate) fn run() -> anyhow::Result<()> {
                 (0..connections(clients)).map(|_| Api::open(&cluster.context())).collect();
             Arc::new(all?)
         };
-        let before = counters(&cluster);
+        runtime.block_on(until_written(&apis[0], leader))?;
+        let before = counters(&cluster, &pids);
         let writing = apis.clone();
         let writes = runtime.block_on(closed_loop(clients, move |client, n| {
             write(writing[client % writing.len()].services(leader), format!("w-{client}-{n}"))
         }));
-        let after = counters(&cluster);
+        let after = counters(&cluster, &pids);
         println!("{}", row("write", clients, &writes, &per_fsync(&before, &after)));
         let reads = runtime.block_on(closed_loop(clients, move |client, _| {
             read(apis[client % apis.len()].services(leader), format!("w-{client}-1"))
         }));
         println!("{}", row("linearizable read", clients, &reads, ""));
+    }
+    Ok(())
+}
+
+/// A cluster that has just begun may put off its first write.
+async fn until_written(api: &Api, leader: usize) -> anyhow::Result<()> {
+    let mut tries = 0;
+    while let Err(status) = api.write(leader, "first", None).await {
+        tries += 1;
+        anyhow::ensure!(tries < 100, "no write is taken: {status}");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     Ok(())
 }
@@ -61,12 +75,19 @@ fn idle_manifest_named(name: String) -> pb::Manifest {
     pb::Manifest { name, ..shape.clone() }
 }
 
-/// Entries appended and fsyncs made so far, per member, from their `/metrics`.
-fn counters(cluster: &Cluster) -> Vec<(f64, f64)> {
-    (0..3u16).map(|k| scrape(cluster.base_port + 20 + k)).collect()
+/// Of one member, so far.
+struct Counters {
+    entries: f64,
+    fsyncs: f64,
+    cpu_seconds: f64,
 }
 
-fn scrape(port: u16) -> (f64, f64) {
+fn counters(cluster: &Cluster, pids: &[u32]) -> Vec<Counters> {
+    (0u16..).zip(pids).map(|(k, pid)| scrape(cluster.base_port + 20 + k, *pid)).collect()
+}
+
+/// Entries and fsyncs are from its `/metrics`.
+fn scrape(port: u16, pid: u32) -> Counters {
     use std::io::{Read as _, Write as _};
     let mut text = String::new();
     if let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) {
@@ -77,10 +98,16 @@ fn scrape(port: u16) -> (f64, f64) {
         let line = text.lines().find(|line| !line.starts_with('#') && line.contains(part));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
     };
-    (value("nave_log_entries_total"), value("nave_log_fsyncs_total"))
+    let cpu_seconds = cpu_seconds(pid);
+    Counters { entries: value("nave_log_entries_total"), fsyncs: value("nave_log_fsyncs_total"), cpu_seconds }
 }
 
-fn per_fsync(before: &[(f64, f64)], after: &[(f64, f64)]) -> String {
-    let each = before.iter().zip(after).map(|(b, a)| format!("{:.1}", (a.0 - b.0) / (a.1 - b.1).max(1.0)));
-    format!("entries per fsync by member: {}", each.collect::<Vec<_>>().join(" "))
+fn per_fsync(before: &[Counters], after: &[Counters]) -> String {
+    let each = |of: fn(&Counters, &Counters) -> f64| {
+        let all = before.iter().zip(after).map(|(before, after)| format!("{:.1}", of(before, after)));
+        all.collect::<Vec<_>>().join(" ")
+    };
+    let entries = each(|b, a| (a.entries - b.entries) / (a.fsyncs - b.fsyncs).max(1.0));
+    let cpu = each(|b, a| (a.cpu_seconds - b.cpu_seconds) * 1e6 / (a.entries - b.entries).max(1.0));
+    format!("by member: entries per fsync {entries}; CPU µs per write {cpu}")
 }
