@@ -4,6 +4,7 @@
 //! and must stay small, so they see neither tokio nor clap nor a logger. `main` alone ends the process, and prints
 //! an error once.
 
+mod allocator;
 mod args;
 mod client;
 mod clock;
@@ -29,8 +30,8 @@ use crate::args::{Cli, ClusterVerb, Verb};
 use crate::context::Context;
 use crate::failure::Failure;
 
-// The allocator is the system's: jemalloc adds its own arenas to a keeper that shall fit in 3 MiB, and measured no
-// faster for members (docs/performance.md).
+#[global_allocator]
+static ALLOCATOR: allocator::ByRole = allocator::ByRole;
 
 fn main() -> ExitCode {
     if let Some(code) = roles::before_everything() {
