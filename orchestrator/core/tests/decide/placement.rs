@@ -600,3 +600,48 @@ fn an_instance_whose_hosts_all_die_waits_longer_each_time() {
     }
     assert_eq!(waits, [0, 1, 2, 4, 8, 16]);
 }
+
+#[test]
+fn a_placement_for_an_epoch_that_is_over_is_skipped() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 1));
+    world.settle();
+    world.say(1, failed());
+    world.now += 30 * SECOND;
+    let stale = world.steps();
+    assert!(matches!(stale[..], [Step::Place(_)]));
+    world.commit(stale.clone());
+    assert_eq!(world.wanted("web")[0].epoch, 2);
+    world.say(1, failed());
+    world.now += 60 * SECOND;
+    world.commit(stale);
+    assert_eq!(world.wanted("web")[0].epoch, 2, "it gave up again, but this step is about the time before");
+    world.plan_all();
+    assert_eq!(world.wanted("web")[0].epoch, 3);
+}
+
+/// Each step of one command is held to the rules as those before it have left things.
+#[test]
+fn steps_of_one_command_count_together() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("web", 2));
+    let place = |version| {
+        move |ordinal| {
+            let (service, host_id) = ("web".to_owned(), 1);
+            Step::Place(pb::Place { service, version, host_id, ordinal, ..Default::default() })
+        }
+    };
+    world.commit((0..5).map(place(1)).collect());
+    assert_eq!(world.wanted("web").len(), 2, "two are wanted, whatever else is in the plan");
+    world.accept(scale("web", 4));
+    world.commit([7, 7].map(place(2)).into());
+    assert_eq!(world.wanted("web").len(), 3, "an ordinal is given away once");
+    world.settle();
+    world.accept(scale("web", 3));
+    let stop = |instance_id| Step::Stop(pb::StopInstance { instance_id, epoch: 1, reason: String::new() });
+    world.commit((1..=4).map(stop).collect());
+    assert_eq!(world.ready("web"), 3);
+    world.deploy(changed(&manifest("web", 3), "two"));
+    world.commit((1..=4).map(stop).collect());
+    assert_eq!(world.ready("web"), 3, "no new one stands for any of them");
+}

@@ -49,6 +49,8 @@ enum Op {
     Slice(usize),
     /// The plan made some time ago.
     Stale,
+    /// A fresh plan and an old one in one command.
+    Both,
     Wait(i64),
     Blank,
     Again,
@@ -131,6 +133,7 @@ fn ops() -> impl Strategy<Value = Op> {
         8 => Just(Op::Plan),
         3 => (1usize..4).prop_map(Op::Slice),
         2 => Just(Op::Stale),
+        2 => Just(Op::Both),
         3 => (1i64..40).prop_map(Op::Wait),
         1 => Just(Op::Blank),
         1 => Just(Op::Again),
@@ -220,6 +223,10 @@ impl History {
                 self.commit(slice.steps);
             }
             Op::Stale => self.commit(self.stale.clone()),
+            Op::Both => {
+                let fresh = plan(&self.world.state, self.world.now).steps;
+                self.commit([fresh, self.stale.clone()].concat());
+            }
             Op::Wait(seconds) => self.world.now += seconds * SECOND,
             Op::Blank => self.world.blank_entry(),
             Op::Again => {
