@@ -2,6 +2,7 @@
 //! plan has already given away; stops free nothing until their instance is gone. It holds only what the plan touched:
 //! the rest of the fleet is read where it is, so a plan that places nothing costs nothing here.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
@@ -189,10 +190,10 @@ impl<'a> Fleet<'a> {
         let state = self.state;
         let entry = state.hosts.get(host)?;
         let class = entry.ranked?.class;
-        if !self.touched.contains_key(&host) {
-            self.touched.insert(host, Room::of(entry)?);
-        }
-        let room = self.touched.get_mut(&host)?;
+        let room = match self.touched.entry(host) {
+            Entry::Vacant(vacant) => vacant.insert(Room::of(entry)?),
+            Entry::Occupied(occupied) => occupied.into_mut(),
+        };
         let before = room.rank();
         room.take(wanted);
         let after = room.rank();
