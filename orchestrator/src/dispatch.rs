@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use futures::Stream;
 use nave_proto::ids::HostId;
+use nave_proto::lease::TTL;
 use nave_proto::pb;
 use parking_lot::Mutex;
 use pb::agent_session_server::AgentSession;
@@ -31,7 +32,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use crate::api::{Hub, errors};
-use session::Session;
+use session::{End, Session};
 
 /// Messages to one agent that wait for its connection: a whole set, a delta and some acknowledgements. When they
 /// are full the session waits, and what is wanted gathers in the state, where it costs nothing.
@@ -51,7 +52,6 @@ pub(crate) struct Dispatch {
 #[derive(Debug)]
 struct OpenSession {
     number: u64,
-    run_id: String,
     replaced: CancellationToken,
 }
 
@@ -60,26 +60,13 @@ impl Dispatch {
         Self { hub, open: Arc::default() }
     }
 
-    /// Lets a session take the place of an older one of the same host, which ends. Two runs that take turns are
-    /// two agents with one identity: a copied data directory.
-    fn replace(
-        open: &Mutex<BTreeMap<HostId, OpenSession>>,
-        host: HostId,
-        number: u64,
-        run_id: &str,
-    ) -> CancellationToken {
+    /// Lets a session take the place of an older one of the same host, which ends. The leader has let it in by then, so
+    /// it is not another machine's.
+    fn replace(open: &Mutex<BTreeMap<HostId, OpenSession>>, host: HostId, number: u64) -> CancellationToken {
         let replaced = CancellationToken::new();
-        let new = OpenSession { number, run_id: run_id.to_owned(), replaced: replaced.clone() };
+        let new = OpenSession { number, replaced: replaced.clone() };
         if let Some(old) = open.lock().insert(host, new) {
-            if old.run_id == run_id {
-                info!(%host, "the agent has connected again, its older session ends");
-            } else {
-                warn!(
-                    %host, old_run = old.run_id, new_run = run_id,
-                    "another run of this host's agent has connected while the first was connected: if both keep \
-                     coming, two machines use one identity; remove the copied data directory"
-                );
-            }
+            info!(%host, "the agent has connected again, its older session ends");
             old.replaced.cancel();
         }
         replaced
@@ -97,7 +84,7 @@ pub(crate) async fn watch_leader(hub: Arc<Hub>, leaderless: watch::Sender<bool>)
             () = hub.stop.cancelled() => return,
         }
         let status = hub.raft.status();
-        let without = status.members.len() > 1 && status.last_quorum_contact > beats::TTL / 3;
+        let without = status.members.len() > 1 && status.last_quorum_contact > TTL / 3;
         let changed =
             leaderless.send_if_modified(|leaderless| std::mem::replace(leaderless, without) != without);
         if changed && without {
@@ -127,25 +114,28 @@ impl AgentSession for Dispatch {
         let mut incoming = request.into_inner();
         // The answer begins at once, so that the agent may wait for it before it says hello.
         self.hub.tasks.spawn(async move {
-            let greeted = tokio::select! {
-                greeted = session::greet(&hub, &identity, &mut incoming) => greeted,
-                () = hub.stop.cancelled() => Err(errors::stopping()),
+            let number = hub.metrics.next_session();
+            let begun = tokio::select! {
+                begun = session::begin(&hub, &identity, number, &mut incoming) => begun,
+                () = hub.stop.cancelled() => Err(End::Refused(errors::stopping())),
             };
-            let hello = match greeted {
-                Ok(hello) => hello,
-                Err(status) => {
-                    info!(agent = %identity.role, reason = status.message(), "session refused");
+            let greeted = match begun {
+                Ok(greeted) => greeted,
+                Err(end) => {
+                    info!(agent = %identity.role, %end, "no session");
                     // The agent may have gone meanwhile.
-                    sender.send(Err(status)).await.ok();
+                    if let Some(last) = end.last_word(&hub) {
+                        sender.send(last).await.ok();
+                    }
                     return;
                 }
             };
-            let number = hub.metrics.next_session();
-            let replaced = Self::replace(&open, hello.host, number, &hello.run_id);
-            let host = hello.host;
+            let host = greeted.host;
+            let replaced = Self::replace(&open, host, number);
             hub.metrics.sessions.inc();
-            Session::new(hub.clone(), hello, sender, replaced).run(incoming).await;
+            Session::new(hub.clone(), greeted, number, sender, replaced).run(incoming).await;
             hub.metrics.sessions.dec();
+            hub.beats.close(host, number);
             let mut open = open.lock();
             if open.get(&host).is_some_and(|current| current.number == number) {
                 open.remove(&host);
@@ -162,10 +152,10 @@ mod tests {
     #[test]
     fn the_newer_session_of_a_host_ends_the_older() {
         let open = Mutex::default();
-        let first = Dispatch::replace(&open, HostId(1), 1, "run-a");
-        let other = Dispatch::replace(&open, HostId(2), 2, "run-b");
+        let first = Dispatch::replace(&open, HostId(1), 1);
+        let other = Dispatch::replace(&open, HostId(2), 2);
         assert!(!first.is_cancelled());
-        let second = Dispatch::replace(&open, HostId(1), 3, "run-c");
+        let second = Dispatch::replace(&open, HostId(1), 3);
         assert!(first.is_cancelled() && !second.is_cancelled() && !other.is_cancelled());
         assert_eq!(open.lock().len(), 2);
     }

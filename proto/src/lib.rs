@@ -4,6 +4,7 @@
 
 pub mod constraint;
 pub mod ids;
+pub mod lease;
 pub mod manifest;
 pub mod signals;
 pub mod time;

@@ -3,6 +3,11 @@
 use crate::pb;
 use crate::signals;
 
+/// Reasons of `google.rpc.ErrorInfo` that an agent acts upon: what it runs is others' now, so it stops all of it.
+pub const HOST_FORGOTTEN: &str = "HOST_FORGOTTEN";
+/// Likewise: another machine acts for its host.
+pub const HOST_CLONED: &str = "HOST_CLONED";
+
 macro_rules! words {
     ($(#[$doc:meta])* $to:ident, $from:ident, $enum:ty, { $($variant:path => $word:literal),+ $(,)? }) => {
         $(#[$doc])*

@@ -57,7 +57,8 @@ pub fn unknown_command(command: &pb::Command) -> bool {
             | Body::RevokeToken(_)
             | Body::SetHostStatus(_)
             | Body::SetHostDraining(_)
-            | Body::ForgetHost(_),
+            | Body::ForgetHost(_)
+            | Body::NoteHost(_),
         ) => false,
     }
 }
@@ -148,6 +149,7 @@ impl Tx<'_> {
             Body::SetHostDraining(command) => self.set_host_draining(command),
             Body::ForgetHost(command) => self.forget_host(&command),
             Body::ChangeMember(command) => self.change_member(command),
+            Body::NoteHost(command) => self.note_host(command),
         }
     }
 

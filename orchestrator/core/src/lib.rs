@@ -10,7 +10,9 @@ mod apply;
 mod change;
 mod dedup;
 mod events;
+mod leases;
 pub mod limits;
+mod liveness;
 pub mod members;
 mod needs;
 mod plan;
@@ -21,6 +23,8 @@ mod wants;
 pub use apply::{Applied, unknown_command};
 pub use change::{Change, RowId};
 pub use events::EventFilter;
+pub use leases::{Beat, BeatAnswer, Leases};
+pub use liveness::{Judge, Verdict};
 pub use plan::{
     Leaving, Plan, PlanCursor, Unplaced, desired_count, explain, leaving, plan, plan_dirty, ready_count,
     running_count,

@@ -51,11 +51,6 @@ pub const ADDRESS_SUFFIXES: std::ops::RangeInclusive<u32> = 256..=65_534;
 /// 1879048191) nor useradd's subordinate ids (100000..) hand out.
 pub const UIDS: std::ops::RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
 
-/// After a host is lost, a service with `on_disconnect = "stop"` is placed again when its grace and this have
-/// passed. The agent's own lease ended no later than the verdict; this covers the kill and clocks that differ
-/// in rate by a percent over any grace up to ten minutes (6 s).
-pub const DISCONNECT_FENCE_NS: i64 = 10 * SECOND_NS;
-
 /// An instance that gave up on its host is placed again after this, doubled each time, at most
 /// [`RESCHEDULE_DELAY_MAX_NS`].
 pub const RESCHEDULE_DELAY_NS: i64 = 30 * SECOND_NS;

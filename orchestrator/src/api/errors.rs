@@ -4,7 +4,9 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::time::Duration;
 
+use nave_proto::ids::HostId;
 use nave_proto::manifest::{MANIFEST_BYTES_MAX, Violation};
 use nave_proto::pb;
 use tonic::{Code, Status};
@@ -183,6 +185,43 @@ pub(crate) fn not_registered(what: &str) -> Status {
         Code::PermissionDenied,
         "HOST_NOT_REGISTERED",
         format!("{what}; move the agent's data directory away and join again with a token"),
+    )
+}
+
+/// An agent whose host was given up for good: what it ran is others' now.
+pub(crate) fn forgotten(host: HostId) -> Status {
+    with_reason(
+        Code::PermissionDenied,
+        nave_proto::words::HOST_FORGOTTEN,
+        format!(
+            "{host} was given up for good with `nave hosts forget`; to use this machine again, stop the agent, remove \
+             its data directory, and join again with a new token"
+        ),
+    )
+}
+
+/// A second machine with one identity.
+pub(crate) fn cloned(host: HostId) -> Status {
+    with_reason(
+        Code::PermissionDenied,
+        nave_proto::words::HOST_CLONED,
+        format!(
+            "another machine acts for {host} with the same identity: a data directory was copied; stop one of the two, \
+             remove its data directory, and let it join again with a token of its own"
+        ),
+    )
+}
+
+/// Another place acted for the host until a moment ago.
+pub(crate) fn held(host: HostId, after: Duration) -> Status {
+    with_reason(
+        Code::Unavailable,
+        "HOST_HELD",
+        format!(
+            "the agent of {host} was heard from another boot or directory a moment ago; if it stays silent, this one may \
+             take its place in {} s",
+            after.as_secs() + 1
+        ),
     )
 }
 

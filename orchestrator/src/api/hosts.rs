@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nave_proto::ids::HostId;
+use nave_proto::lease::TTL;
 use nave_proto::pb;
 use pb::host_service_server::HostService;
 use tonic::{Request, Response, Status};
 
 use crate::api::{Hub, convert};
 use crate::clock;
-use crate::dispatch::beats::{Heard, TTL};
+use crate::dispatch::beats::Heard;
 
 /// A listing is worth little waiting for a leader that does not answer.
 const LEADER_TIMEOUT: Duration = Duration::from_millis(500);

@@ -8,7 +8,6 @@ use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use http::{Request as HttpRequest, Response as HttpResponse};
-use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_tls::PeerIdentity;
 use pb::member_service_server::{MemberService, MemberServiceServer};
@@ -18,6 +17,7 @@ use tonic::server::NamedService;
 use tonic::{Request, Response, Status};
 
 use crate::api::Hub;
+use crate::dispatch::beats;
 
 const GET_MEMBER_INFO: &str = "/nave.v1.MemberService/GetMemberInfo";
 const FORWARD_BEATS: &str = "/nave.v1.MemberService/ForwardBeats";
@@ -115,11 +115,7 @@ impl MemberService for Own {
         &self,
         request: Request<pb::ForwardBeatsRequest>,
     ) -> Result<Response<pb::ForwardBeatsResponse>, Status> {
-        let leader = self.hub.raft.status().leader == Some(self.hub.id);
-        if leader {
-            self.hub.beats.mark(request.get_ref().host_ids.iter().copied().map(HostId));
-        }
-        Ok(Response::new(pb::ForwardBeatsResponse { leader }))
+        Ok(Response::new(self.hub.beats.take(&self.hub, beats::in_request(request.get_ref()))))
     }
 
     async fn propose(&self, _: Request<pb::ProposeRequest>) -> Result<Response<pb::ProposeResponse>, Status> {

@@ -1,100 +1,295 @@
-//! Who was heard when. Beats never enter the log: each member keeps a table of the hosts whose sessions it has, and
-//! hands what it heard to the leader twice a second. The leader's table is the one that counts (`controllers/liveness`).
+//! Signs of life. Beats never enter the log: each member notes the newest of each of its sessions and hands what is
+//! new to the leader four times a second, at once for a session that begins. The leader's table is the one that counts
+//! (`nave_orchestrator_core::Leases`, judged by `controllers/liveness`); its answer goes back to the session, which tells
+//! the agent until when it has a lease, or ends.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nave_orchestrator_core::{Beat, BeatAnswer, ClusterState, Leases};
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 use parking_lot::Mutex;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use pb::BeatRefusal;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::debug;
 
 use crate::api::Hub;
 use crate::clock;
+use crate::raft::RaftStatus;
 
-/// A host that is not heard for this long has lost its lease.
-pub(crate) const TTL: Duration = Duration::from_secs(3);
-/// How often beats are handed to the leader: a sixth of the lease, so one lost call does no harm.
-const FORWARD: Duration = Duration::from_millis(500);
+/// How often beats are handed to the leader: a lost host is said within the lease + this + the judge's tick.
+const FORWARD: Duration = Duration::from_millis(250);
+/// A beat older than this is not handed on, else a host long silent would seem to speak after an outage.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long one call to the leader may take; the beats that come meanwhile wait.
+const CALL_TIMEOUT: Duration = Duration::from_millis(500);
+/// Sessions that begin together are handed on together.
+const GATHER: Duration = Duration::from_millis(10);
 
 /// When each host was last heard, unix nanoseconds.
 pub(crate) type Heard = BTreeMap<HostId, i64>;
 
-/// When each host was last heard by this member, of itself or through another.
-#[derive(Debug, Default)]
+/// What the leader has answered to the newest beat of a session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Answer {
+    /// The leader has heard the session at least once.
+    pub(crate) heard: bool,
+    pub(crate) lease: Option<Given>,
+    pub(crate) refused: Option<(BeatRefusal, Duration)>,
+}
+
+/// A lease, counted from the beat of this number. The agent may hear of it once it knows all up to the revision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Given {
+    pub(crate) sequence: u64,
+    pub(crate) revision: u64,
+}
+
+/// The beats of one member's sessions, and on the leader the table of all.
+#[derive(Debug)]
 pub(crate) struct Beats {
-    heard: Mutex<BTreeMap<HostId, Instant>>,
+    origin: Instant,
+    own: Mutex<BTreeMap<HostId, Own>>,
+    table: Mutex<Option<Table>>,
+    begun: Notify,
+}
+
+/// One session of this member.
+#[derive(Debug)]
+struct Own {
+    session: u64,
+    place: u64,
+    sequence: u64,
+    at: Instant,
+    fresh: bool,
+    answers: watch::Sender<Answer>,
+}
+
+/// One leadership of this member.
+#[derive(Debug)]
+struct Table {
+    term: u64,
+    leases: Leases,
+    /// This leader has applied all that was committed before its term.
+    settled: bool,
+}
+
+impl Default for Beats {
+    fn default() -> Self {
+        let (own, table, begun) = Default::default();
+        Self { origin: Instant::now(), own, table, begun }
+    }
+}
+
+/// A beat on its way to the leader.
+#[derive(Debug, Clone, Copy)]
+struct Sent {
+    host: HostId,
+    place: u64,
+    sequence: u64,
 }
 
 impl Beats {
-    /// These were heard now.
-    pub(crate) fn mark(&self, hosts: impl IntoIterator<Item = HostId>) {
-        let now = Instant::now();
-        let mut heard = self.heard.lock();
-        for host in hosts {
-            heard.insert(host, now);
+    /// Elapsed time as the leader's table has it.
+    pub(crate) fn now(&self) -> Duration {
+        Instant::now() - self.origin
+    }
+
+    /// A session begins: it is announced to the leader at once. What the leader says of it comes through the receiver.
+    pub(crate) fn open(&self, host: HostId, session: u64, place: u64) -> watch::Receiver<Answer> {
+        let (answers, receiver) = watch::channel(Answer::default());
+        let own = Own { session, place, sequence: 0, at: Instant::now(), fresh: true, answers };
+        self.own.lock().insert(host, own);
+        self.begun.notify_one();
+        receiver
+    }
+
+    /// The agent of this session was heard.
+    pub(crate) fn beat(&self, host: HostId, session: u64, sequence: u64) {
+        if let Some(own) = self.own.lock().get_mut(&host).filter(|own| own.session == session) {
+            own.sequence = own.sequence.max(sequence);
+            (own.at, own.fresh) = (Instant::now(), true);
         }
     }
 
-    /// When a host was last heard; nothing when never by this process.
-    pub(crate) fn last(&self, host: HostId) -> Option<Instant> {
-        self.heard.lock().get(&host).copied()
+    /// The session has ended.
+    pub(crate) fn close(&self, host: HostId, session: u64) {
+        let mut own = self.own.lock();
+        if own.get(&host).is_some_and(|own| own.session == session) {
+            own.remove(&host);
+        }
     }
 
-    /// All that is known, as wall time.
+    /// This member leads since a moment ago.
+    pub(crate) fn lead(&self, term: u64) {
+        *self.table.lock() = Some(Table { term, leases: Leases::new(self.now()), settled: false });
+        self.begun.notify_one();
+    }
+
+    /// The leader has applied all that was committed before its term.
+    pub(crate) fn settle(&self, term: u64) {
+        if let Some(table) = self.table.lock().as_mut().filter(|table| table.term == term) {
+            table.settled = true;
+        }
+    }
+
+    /// It leads no longer.
+    pub(crate) fn follow(&self) {
+        *self.table.lock() = None;
+    }
+
+    /// Looks at the leader's table; nothing on a follower.
+    pub(crate) fn with_leases<T>(&self, look: impl FnOnce(&mut Leases) -> T) -> Option<T> {
+        self.table.lock().as_mut().map(|table| look(&mut table.leases))
+    }
+
+    /// When each host was last heard by this leader, as wall time; empty on a follower.
     pub(crate) fn heard(&self) -> Heard {
-        let (now, now_ns) = (Instant::now(), clock::unix_now_ns());
-        let ago = |at: Instant| i64::try_from((now - at).as_nanos()).unwrap_or(i64::MAX);
-        self.heard.lock().iter().map(|(host, at)| (*host, now_ns.saturating_sub(ago(*at)))).collect()
+        let (now, now_ns) = (self.now(), clock::unix_now_ns());
+        let ago = |at: Duration| i64::try_from(now.saturating_sub(at).as_nanos()).unwrap_or(i64::MAX);
+        let wall = |(host, at): (HostId, Duration)| (host, now_ns.saturating_sub(ago(at)));
+        self.with_leases(|leases| leases.all_heard().map(wall).collect()).unwrap_or_default()
     }
 
-    /// The hosts heard since a moment.
-    fn since(&self, moment: Instant) -> Vec<HostId> {
-        self.heard.lock().iter().filter(|(_, at)| **at >= moment).map(|(host, _)| *host).collect()
+    /// Takes beats as the leader.
+    pub(crate) fn take(&self, hub: &Hub, beats: impl IntoIterator<Item = Beat>) -> pb::ForwardBeatsResponse {
+        let status = hub.raft.status();
+        let (state, mut table) = (hub.raft.state(), self.table.lock());
+        let leads = status.leader == Some(hub.id);
+        let Some(table) = table.as_mut().filter(|table| leads && table.term == status.term) else {
+            return pb::ForwardBeatsResponse::default();
+        };
+        let may_give = table.settled && status.leader_proven;
+        taken(&mut table.leases, &state, beats, may_give, self.now())
     }
 
-    /// Drops hosts that are no more, so that the table is as large as the fleet.
-    pub(crate) fn retain(&self, known: impl Fn(HostId) -> bool) {
-        self.heard.lock().retain(|host, _| known(*host));
+    /// What is new since it was last handed on.
+    fn fresh(&self) -> Vec<Sent> {
+        let now = Instant::now();
+        let mut sent = Vec::new();
+        for (host, own) in self.own.lock().iter_mut().filter(|(_, own)| own.fresh) {
+            // A session that waits for its first answer is there as long as it waits.
+            let waits = !own.answers.borrow().heard;
+            if !waits && now - own.at > FRESH {
+                own.fresh = false;
+                continue;
+            }
+            sent.push(Sent { host: *host, place: own.place, sequence: own.sequence });
+        }
+        sent
     }
+
+    /// Tells the sessions what the leader has answered.
+    fn answered(&self, sent: &[Sent], response: &pb::ForwardBeatsResponse) {
+        let refused: BTreeMap<u64, _> =
+            response.refused.iter().map(|refused| (refused.host_id, refused)).collect();
+        let mut own = self.own.lock();
+        for beat in sent {
+            let Some(own) = own.get_mut(&beat.host).filter(|own| own.place == beat.place) else { continue };
+            own.fresh = own.sequence > beat.sequence;
+            own.answers.send_if_modified(|answer| match refused.get(&beat.host.0) {
+                Some(refused) => {
+                    answer.refused = Some((refused.why(), Duration::from_millis(refused.after_ms)));
+                    true
+                }
+                None => {
+                    let without =
+                        response.lease_revision == 0 || response.without_lease.contains(&beat.host.0);
+                    let given = Given { sequence: beat.sequence, revision: response.lease_revision };
+                    let news = !answer.heard || !without;
+                    answer.heard = true;
+                    if !without {
+                        answer.lease = Some(given);
+                    }
+                    news
+                }
+            });
+        }
+    }
+}
+
+fn taken(
+    leases: &mut Leases,
+    state: &ClusterState,
+    beats: impl IntoIterator<Item = Beat>,
+    may_give: bool,
+    now: Duration,
+) -> pb::ForwardBeatsResponse {
+    let lease_revision = if may_give { state.revision() } else { 0 };
+    let mut response = pb::ForwardBeatsResponse { leader: true, lease_revision, ..Default::default() };
+    for beat in beats {
+        match leases.take(state, beat, may_give, now) {
+            BeatAnswer::Lease => {}
+            BeatAnswer::Heard => response.without_lease.push(beat.host.0),
+            BeatAnswer::Refused { why, after } => response.refused.push(pb::BeatRefused {
+                host_id: beat.host.0,
+                why: why.into(),
+                after_ms: u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
+            }),
+        }
+    }
+    response
+}
+
+/// The beats in a request; one of an older build has hosts alone.
+pub(crate) fn in_request(request: &pb::ForwardBeatsRequest) -> Vec<Beat> {
+    if request.beats.is_empty() {
+        return request.host_ids.iter().map(|id| Beat { host: HostId(*id), place: 0 }).collect();
+    }
+    request.beats.iter().map(|beat| Beat { host: HostId(beat.host_id), place: beat.place }).collect()
 }
 
 /// Hands this member's beats to the leader until the member stops.
 pub(crate) async fn forward(hub: Arc<Hub>) {
     let mut ticks = interval(FORWARD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut handed_on = Instant::now();
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
+            () = hub.beats.begun.notified() => sleep(GATHER).await,
             () = hub.stop.cancelled() => return,
         }
-        let begun = Instant::now();
-        let status = hub.raft.status();
-        let leader = status.leader.filter(|leader| *leader != hub.id);
-        let leader = leader.and_then(|leader| status.members.into_iter().find(|(id, _, _)| *id == leader));
-        let Some((id, node, _)) = leader else {
-            handed_on = begun;
-            continue;
-        };
-        // After an outage only what is recent is handed on, else a host long silent would seem to speak.
-        let heard = hub.beats.since(handed_on.max(begun - 2 * FORWARD));
-        if heard.is_empty() {
-            handed_on = begun;
+        let sent = hub.beats.fresh();
+        if sent.is_empty() {
             continue;
         }
-        let request = pb::ForwardBeatsRequest {
-            host_ids: heard.into_iter().map(|host| host.0).collect(),
-            from_member: hub.id.0,
+        let status = hub.raft.status();
+        let response = match status.leader {
+            Some(leader) if leader == hub.id => {
+                let beats = sent.iter().map(|sent| Beat { host: sent.host, place: sent.place });
+                Some(hub.beats.take(&hub, beats))
+            }
+            Some(_) => hand_on(&hub, status, &sent).await,
+            None => None,
         };
-        let mut client = hub.peers.member(id, &node.address);
-        match timeout(FORWARD, client.forward_beats(request)).await {
-            // Taken, or the other no longer leads: what was heard up to now is told, or will be heard again.
-            Ok(Ok(_)) => handed_on = begun,
-            Ok(Err(status)) => debug!(leader = %id, error = status.message(), "beats not handed on"),
-            Err(_) => debug!(leader = %id, "beats not handed on in time"),
+        // Not taken: what is still fresh is handed on with the next.
+        if let Some(response) = response.filter(|response| response.leader) {
+            hub.beats.answered(&sent, &response);
+        }
+    }
+}
+
+async fn hand_on(hub: &Hub, status: RaftStatus, sent: &[Sent]) -> Option<pb::ForwardBeatsResponse> {
+    let leader = status.leader?;
+    let (id, node, _) = status.members.into_iter().find(|(id, _, _)| *id == leader)?;
+    let request = pb::ForwardBeatsRequest {
+        host_ids: sent.iter().map(|sent| sent.host.0).collect(),
+        from_member: hub.id.0,
+        beats: sent.iter().map(|sent| pb::HostBeat { host_id: sent.host.0, place: sent.place }).collect(),
+    };
+    let mut client = hub.peers.member(id, &node.address);
+    match timeout(CALL_TIMEOUT, client.forward_beats(request)).await {
+        Ok(Ok(response)) => Some(response.into_inner()),
+        Ok(Err(status)) => {
+            debug!(leader = %id, error = status.message(), "beats not handed on");
+            None
+        }
+        Err(_) => {
+            debug!(leader = %id, "beats not handed on in time");
+            None
         }
     }
 }
@@ -103,16 +298,59 @@ pub(crate) async fn forward(hub: Arc<Hub>) {
 mod tests {
     use super::*;
 
+    const HOST: HostId = HostId(1);
+
+    fn sequences(beats: &Beats) -> Vec<(u64, u64)> {
+        beats.fresh().iter().map(|sent| (sent.host.0, sent.sequence)).collect()
+    }
+
+    fn given(revision: u64) -> pb::ForwardBeatsResponse {
+        pb::ForwardBeatsResponse { leader: true, lease_revision: revision, ..Default::default() }
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn only_what_was_heard_since_is_handed_on() {
+    async fn a_beat_is_handed_on_once_and_never_when_it_is_old() {
         let beats = Beats::default();
-        beats.mark([HostId(1)]);
-        tokio::time::advance(Duration::from_secs(1)).await;
-        let moment = Instant::now();
-        beats.mark([HostId(2)]);
-        assert_eq!(beats.since(moment), [HostId(2)]);
-        assert_eq!(beats.last(HostId(1)), Some(moment - Duration::from_secs(1)));
-        beats.retain(|host| host == HostId(2));
-        assert_eq!(beats.last(HostId(1)), None);
+        beats.open(HOST, 1, 7);
+        tokio::time::advance(Duration::from_secs(9)).await;
+        assert_eq!(sequences(&beats), [(1, 0)], "a session that begins waits for its answer");
+        beats.answered(&beats.fresh(), &given(5));
+        assert_eq!(sequences(&beats), []);
+        beats.beat(HOST, 1, 4);
+        assert_eq!(sequences(&beats), [(1, 4)]);
+        tokio::time::advance(FRESH + Duration::from_millis(1)).await;
+        assert_eq!(sequences(&beats), [], "the agent may have died since");
+        beats.beat(HOST, 9, 5);
+        assert_eq!(sequences(&beats), [], "of a session that is over");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_for_the_beat_that_was_sent() {
+        let beats = Beats::default();
+        let mut answers = beats.open(HOST, 1, 7);
+        beats.beat(HOST, 1, 1);
+        let sent = beats.fresh();
+        beats.beat(HOST, 1, 2);
+        beats.answered(&sent, &given(5));
+        assert_eq!(answers.borrow_and_update().lease, Some(Given { sequence: 1, revision: 5 }));
+        assert_eq!(sequences(&beats), [(1, 2)], "the newer one has yet to go");
+        let without = pb::ForwardBeatsResponse { without_lease: vec![1], ..given(6) };
+        beats.answered(&beats.fresh(), &without);
+        assert!(!answers.has_changed().unwrap(), "no news");
+        let refused = pb::BeatRefused { host_id: 1, why: BeatRefusal::Held.into(), after_ms: 5 };
+        let refused = pb::ForwardBeatsResponse { refused: vec![refused], ..given(7) };
+        beats.answered(&[Sent { host: HOST, place: 8, sequence: 9 }], &refused);
+        assert!(!answers.has_changed().unwrap(), "of another place");
+        beats.answered(&[Sent { host: HOST, place: 7, sequence: 9 }], &refused);
+        assert_eq!(answers.borrow().refused, Some((BeatRefusal::Held, Duration::from_millis(5))));
+    }
+
+    #[test]
+    fn a_request_of_an_older_build_names_hosts_alone() {
+        let older = pb::ForwardBeatsRequest { host_ids: vec![3], ..Default::default() };
+        assert_eq!(in_request(&older), [Beat { host: HostId(3), place: 0 }]);
+        let beat = pb::HostBeat { host_id: 3, place: 9 };
+        let newer = pb::ForwardBeatsRequest { beats: vec![beat], ..older };
+        assert_eq!(in_request(&newer), [Beat { host: HostId(3), place: 9 }]);
     }
 }

@@ -193,6 +193,10 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
             warn!(%host, reason = rejected.message, "the host's facts were refused");
             Ok(())
         }
+        // The host is lost and about to be called back.
+        Some(pb::reply::Result::Rejected(rejected)) if rejected.code() == pb::RejectedCode::Conflict => {
+            Err(Failure::Again)
+        }
         Some(pb::reply::Result::Rejected(rejected)) => {
             Err(Failure::Never(Box::new(refused(host, &rejected))))
         }
@@ -203,7 +207,7 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
 /// A host that was forgotten has to join again; anything else is told as it is.
 fn refused(host: HostId, rejected: &pb::Rejected) -> Status {
     match rejected.code() {
-        pb::RejectedCode::NotFound => errors::not_registered(&format!("the hub no longer knows {host}")),
+        pb::RejectedCode::NotFound => errors::forgotten(host),
         _ => errors::rejected(rejected),
     }
 }

@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use nave_orchestrator_core::ClusterState;
 use nave_proto::ids::HostId;
+use nave_proto::lease::HOLD;
 use nave_proto::pb;
 use nave_tls::PeerIdentity;
+use pb::BeatRefusal;
 use pb::agent_message::Message as FromAgent;
+use pb::command::Body;
 use pb::hub_message::Message as ToAgent;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -16,34 +19,118 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
+use super::beats::{Answer, Given};
 use super::reports::{Progress, Reports};
 use super::wanted::Told;
 use crate::api::enroll::check_facts;
-use crate::api::{Hub, errors};
+use crate::api::errors::{self, Reach};
+use crate::api::{self, Hub};
 use crate::clock;
 use crate::watch::{Route, Touched};
 
 /// A connection that says nothing is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the leader, or the log, may take to let a session in.
+const ADMISSION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Changes of this time travel together.
 const COALESCE: Duration = Duration::from_millis(10);
 /// How long a last word may take to leave.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
+const NO_LEADER: &str = "this member knows no leader";
 
-/// A session whose agent has proved to be the host's.
+/// A session whose agent has proved to be the host's, and that the leader has let in.
 #[derive(Debug)]
 pub(super) struct Greeted {
     pub(super) host: HostId,
-    pub(super) run_id: String,
+    answers: watch::Receiver<Answer>,
+    facts: Option<pb::HostFacts>,
+}
+
+/// Hello, then the leader's word that no other machine acts for this host. Before that the agent is told nothing, for
+/// what is wanted would be started twice.
+pub(super) async fn begin(
+    hub: &Arc<Hub>,
+    identity: &PeerIdentity,
+    number: u64,
+    incoming: &mut Streaming<pb::AgentMessage>,
+) -> Result<Greeted, End> {
+    let hello = greet(hub, identity, incoming).await.map_err(End::Refused)?;
+    let host = hello.host;
+    let place = hello.facts.as_ref().map_or(0, |facts| facts.place);
+    let mut answers = hub.beats.open(host, number, place);
+    let mut leaderless = hub.leaderless.clone();
+    let let_in = tokio::select! {
+        let_in = admission(hub, host, &mut answers) => let_in,
+        () = until_leaderless(&mut leaderless) => Err(End::Elsewhere(NO_LEADER.to_owned())),
+        () = tokio::time::sleep(ADMISSION_TIMEOUT) => Err(End::Elsewhere(NO_LEADER.to_owned())),
+    };
+    let settled = match let_in {
+        Ok(()) => settle(hub, host, place).await,
+        Err(end) => Err(end),
+    };
+    if let Err(end) = settled {
+        hub.beats.close(host, number);
+        return Err(end);
+    }
+    Ok(Greeted { host, answers, facts: hello.facts })
+}
+
+/// The leader's first answer.
+async fn admission(hub: &Hub, host: HostId, answers: &mut watch::Receiver<Answer>) -> Result<(), End> {
+    let answer = answers.wait_for(|answer| answer.heard || answer.refused.is_some()).await;
+    match answer.map(|answer| answer.refused) {
+        Ok(None) => Ok(()),
+        Ok(Some(refused)) => Err(End::Refused(refusal(hub, host, refused))),
+        Err(_) => Err(End::Gone("the agent has a newer session")),
+    }
+}
+
+/// The log has to know which place acts for the host before that place is told what to run: a leader that does not
+/// remember it would let another one in.
+async fn settle(hub: &Hub, host: HostId, place: u64) -> Result<(), End> {
+    let known = hub.raft.state().host(host).and_then(|record| record.facts.clone()).unwrap_or_default();
+    if place == 0 || known.place == place {
+        return Ok(());
+    }
+    let body =
+        Body::UpdateHost(pb::UpdateHost { host_id: host.0, facts: Some(pb::HostFacts { place, ..known }) });
+    let command = api::command(format!("agent/{host}"), None, body);
+    match hub.raft.propose(command, Instant::now() + ADMISSION_TIMEOUT).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(End::Refused(errors::propose(&error, Reach::default()))),
+    }
+}
+
+fn refusal(hub: &Hub, host: HostId, (why, after): (BeatRefusal, Duration)) -> Status {
+    match why {
+        BeatRefusal::Unknown => unknown(&hub.raft.state(), host),
+        BeatRefusal::Cloned => errors::cloned(host),
+        BeatRefusal::Held | BeatRefusal::Unspecified => errors::held(host, after),
+    }
+}
+
+/// A host that was given up is told so; one that this cluster has never seen may belong to a later state of it.
+fn unknown(state: &ClusterState, host: HostId) -> Status {
+    let allotted = state.cluster().is_some_and(|cluster| host.0 < cluster.next_host_id);
+    match state.host(host) {
+        Some(record) if !record.forgotten => errors::not_registered(&format!("{host} has another key")),
+        None if !allotted => errors::not_registered(&format!("the hub does not know {host}")),
+        Some(_) | None => errors::forgotten(host),
+    }
+}
+
+/// What an agent says first.
+struct Hello {
+    host: HostId,
     facts: Option<pb::HostFacts>,
 }
 
 /// Reads the hello and checks that it speaks for the certificate's host, in this cluster, with the registered key.
-pub(super) async fn greet(
+async fn greet(
     hub: &Hub,
     identity: &PeerIdentity,
     incoming: &mut Streaming<pb::AgentMessage>,
-) -> Result<Greeted, Status> {
+) -> Result<Hello, Status> {
     let first = timeout(HELLO_TIMEOUT, incoming.message()).await.map_err(|_| super::hello_first())??;
     let Some(FromAgent::Hello(hello)) = first.and_then(|first| first.message) else {
         return Err(super::hello_first());
@@ -70,27 +157,52 @@ pub(super) async fn greet(
             return Err(errors::read(&error, hub.reach().await));
         }
         if !is_registered(&hub.raft.state(), claimed, identity) {
-            return Err(errors::not_registered(&format!("{claimed} is not registered with this key")));
+            return Err(unknown(&hub.raft.state(), claimed));
         }
     }
     if let Some(facts) = &hello.facts {
         check_facts(facts)?;
     }
-    Ok(Greeted { host: claimed, run_id: hello.agent_run_id, facts: hello.facts })
+    debug!(host = %claimed, run = hello.agent_run_id, "hello");
+    Ok(Hello { host: claimed, facts: hello.facts })
 }
 
 fn is_registered(state: &ClusterState, host: HostId, identity: &PeerIdentity) -> bool {
     state.host(host).is_some_and(|record| record.public_key_sha256 == identity.public_key_sha256)
 }
 
-/// Why a session ends.
-enum End {
+/// Why a session ends, or does not begin.
+#[derive(Debug)]
+pub(super) enum End {
     /// The agent has gone, or a newer session took over: nobody is left to tell.
     Gone(&'static str),
     /// The agent should go to another member.
     Elsewhere(String),
-    /// The agent did what it may not.
+    /// The agent did what it may not, or is not wanted.
     Refused(Status),
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Gone(why) => f.write_str(why),
+            Self::Elsewhere(why) => write!(f, "{why}: the agent is sent elsewhere"),
+            Self::Refused(status) => write!(f, "refused: {}", status.message()),
+        }
+    }
+}
+
+impl End {
+    /// What the agent is told, if anybody is there to hear it.
+    pub(super) fn last_word(self, hub: &Hub) -> Option<Result<pb::HubMessage, Status>> {
+        match self {
+            Self::Gone(_) => None,
+            Self::Elsewhere(reason) => {
+                Some(Ok(message(ToAgent::Goodbye(pb::Goodbye { reason, members: others(hub) }))))
+            }
+            Self::Refused(status) => Some(Err(status)),
+        }
+    }
 }
 
 pub(super) struct Session {
@@ -110,12 +222,21 @@ pub(super) struct Session {
     /// When the state is looked at for news, once something has changed.
     look_at: Option<Instant>,
     acknowledge: Option<u64>,
+    number: u64,
+    answers: watch::Receiver<Answer>,
+    /// The agent has been told all that concerns it up to this revision.
+    seen: u64,
+    /// A lease that the agent has not been told of.
+    lease: Option<Given>,
+    /// The state no longer has this host.
+    forgotten: bool,
 }
 
 impl Session {
     pub(super) fn new(
         hub: Arc<Hub>,
         greeted: Greeted,
+        number: u64,
         sender: mpsc::Sender<Result<pb::HubMessage, Status>>,
         replaced: CancellationToken,
     ) -> Self {
@@ -130,6 +251,11 @@ impl Session {
             welcomed: false,
             look_at: Some(Instant::now()),
             acknowledge: None,
+            number,
+            answers: greeted.answers,
+            seen: 0,
+            lease: None,
+            forgotten: false,
             hub,
             host,
             sender,
@@ -140,25 +266,16 @@ impl Session {
     /// Lives as long as the stream.
     pub(super) async fn run(mut self, incoming: Streaming<pb::AgentMessage>) {
         let span = info_span!("session", host = %self.host);
-        self.hub.beats.mark([self.host]);
         info!(parent: &span, "agent connected");
         let end = self.serve(incoming).instrument(span.clone()).await;
-        let last = match end {
-            End::Gone(why) => {
-                info!(parent: &span, why, "session ended");
-                return;
-            }
-            End::Elsewhere(reason) => {
-                info!(parent: &span, reason, "agent sent elsewhere");
-                Ok(message(ToAgent::Goodbye(pb::Goodbye { reason, members: self.others() })))
-            }
-            End::Refused(status) => {
-                warn!(parent: &span, reason = status.message(), "session refused");
-                Err(status)
-            }
-        };
-        // A connection that takes no more gets no last word.
-        timeout(GOODBYE_TIMEOUT, self.sender.send(last)).await.ok();
+        match &end {
+            End::Refused(_) => warn!(parent: &span, %end, "session ended"),
+            End::Gone(_) | End::Elsewhere(_) => info!(parent: &span, %end, "session ended"),
+        }
+        if let Some(last) = end.last_word(&self.hub) {
+            // A connection that takes no more gets no last word.
+            timeout(GOODBYE_TIMEOUT, self.sender.send(last)).await.ok();
+        }
     }
 
     async fn serve(&mut self, mut incoming: Streaming<pb::AgentMessage>) -> End {
@@ -168,8 +285,12 @@ impl Session {
                 biased;
                 () = self.hub.stop.cancelled() => return End::Elsewhere("this member is stopping".to_owned()),
                 () = self.replaced.cancelled() => return End::Gone("the agent has a newer session"),
-                () = until_leaderless(&mut self.leaderless) => {
-                    return End::Elsewhere("this member knows no leader".to_owned());
+                () = until_leaderless(&mut self.leaderless) => return End::Elsewhere(NO_LEADER.to_owned()),
+                answered = self.answers.changed() => {
+                    if answered.is_err() {
+                        return End::Gone("the agent has a newer session");
+                    }
+                    if let Some(end) = self.answered() { return end }
                 }
                 heard = incoming.message() => match heard {
                     Ok(Some(heard)) => if let Some(end) = self.hear(heard) { return end },
@@ -193,6 +314,9 @@ impl Session {
                     if let Some(words) = self.words() {
                         permit.send(Ok(message(words)));
                     }
+                    if self.forgotten {
+                        return End::Refused(unknown(&self.hub.raft.state(), self.host));
+                    }
                 }
                 () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() && !self.has_words() => {
                     // Now it is time to look; the branch above does it once there is room.
@@ -202,9 +326,12 @@ impl Session {
     }
 
     fn hear(&mut self, heard: pb::AgentMessage) -> Option<End> {
-        self.hub.beats.mark([self.host]);
         match heard.message {
-            Some(FromAgent::Beat(_) | FromAgent::Acknowledge(_)) => None,
+            Some(FromAgent::Beat(beat)) => {
+                self.hub.beats.beat(self.host, self.number, beat.sequence);
+                None
+            }
+            Some(FromAgent::Acknowledge(_)) => None,
             Some(FromAgent::Report(report)) => {
                 if let Some(facts) = &report.facts
                     && let Err(status) = check_facts(facts)
@@ -222,6 +349,18 @@ impl Session {
         }
     }
 
+    /// What the leader says of the newest beat.
+    fn answered(&mut self) -> Option<End> {
+        let answer = *self.answers.borrow_and_update();
+        if let Some(refused) = answer.refused {
+            return Some(End::Refused(refusal(&self.hub, self.host, refused)));
+        }
+        self.lease = answer.lease.filter(|given| given.sequence > 0);
+        // The agent hears of it after all that the leader knew.
+        self.look_at.get_or_insert_with(Instant::now);
+        None
+    }
+
     fn has_words(&self) -> bool {
         !self.welcomed || self.acknowledge.is_some() || self.look_at.is_some_and(|at| at <= Instant::now())
     }
@@ -236,7 +375,16 @@ impl Session {
             return Some(ToAgent::ReportAcknowledged(pb::ReportAcknowledged { sequence }));
         }
         self.look_at = None;
-        self.look()
+        let news = self.look();
+        let Some(given) = self.lease else { return news };
+        if news.is_some() || self.seen < given.revision {
+            // After the news, or once this member has applied what the leader had.
+            self.look_at = Some(Instant::now() + if news.is_some() { Duration::ZERO } else { COALESCE });
+            return news;
+        }
+        self.lease = None;
+        let hold_ms = u64::try_from(HOLD.as_millis()).unwrap_or_default();
+        Some(ToAgent::Lease(pb::Lease { sequence: given.sequence, hold_ms }))
     }
 
     fn welcome(&self) -> pb::Welcome {
@@ -257,6 +405,11 @@ impl Session {
         let touched = self.route.bell.take();
         let state = hub.raft.state();
         let incarnation = state.cluster().map_or(0, |cluster| cluster.incarnation);
+        self.forgotten = state.host(self.host).is_none_or(|record| record.forgotten);
+        if self.forgotten {
+            return None;
+        }
+        self.seen = state.revision();
         match (self.generation, touched) {
             (Some(generation), Touched::Instances(touched)) => {
                 let delta = self.told.delta(&state, incarnation, generation, touched)?;
@@ -271,12 +424,12 @@ impl Session {
         self.generation = Some(state.revision());
         ToAgent::Wanted(self.told.whole(state, incarnation))
     }
+}
 
-    /// The members but this one.
-    fn others(&self) -> Vec<String> {
-        let members = self.hub.raft.status().members;
-        members.into_iter().filter(|(id, _, _)| *id != self.hub.id).map(|(_, node, _)| node.address).collect()
-    }
+/// The members but this one.
+fn others(hub: &Hub) -> Vec<String> {
+    let members = hub.raft.status().members;
+    members.into_iter().filter(|(id, _, _)| *id != hub.id).map(|(_, node, _)| node.address).collect()
 }
 
 async fn until_leaderless(leaderless: &mut watch::Receiver<bool>) {

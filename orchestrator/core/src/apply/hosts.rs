@@ -63,6 +63,7 @@ impl Tx<'_> {
             forgotten: false,
             drain_reason: String::new(),
             lost_unix_ns: 0,
+            lease_over_ms: 0,
         });
         self.event("host_joined", Subject::host(HostId(id)), message);
         if let Some(lost) = superseded {
@@ -139,8 +140,11 @@ impl Tx<'_> {
     /// The verdict of the leader: lost, or back. What runs on a lost host is lost with it, until it reports again.
     pub(super) fn set_host_status(&mut self, command: &pb::SetHostStatus) -> Outcome {
         let id = HostId(command.host_id);
-        let record = self.known_host(id)?;
         let status = command.status();
+        if status == HostStatus::Lost && command.lease_over_ms > 0 {
+            return self.set_lease_over(id, command.lease_over_ms);
+        }
+        let record = self.known_host(id)?;
         if status == HostStatus::Unspecified {
             return Err(rejected(RejectedCode::Invalid, "a host's status is connected, silent or lost"));
         }
@@ -160,6 +164,7 @@ impl Tx<'_> {
             status: status.into(),
             status_reason: reason,
             lost_unix_ns,
+            lease_over_ms: 0,
             ..record.as_ref().clone()
         });
         let affected = match status {
@@ -175,6 +180,25 @@ impl Tx<'_> {
             self.event(kind, Subject::host(id), format!("{} ({id}) {what}{why}", record.shown()));
         }
         Ok(accepted)
+    }
+
+    /// A lost host, given up or not, has been without a lease for so long: what waits for that may go on.
+    fn set_lease_over(&mut self, id: HostId, lease_over_ms: u64) -> Outcome {
+        let record = self.state.host(id).cloned().ok_or_else(|| no_host(id))?;
+        if !record.is_lost() {
+            return Err(rejected(RejectedCode::Conflict, format!("{id} is not lost")));
+        }
+        if record.lease_over_ms < lease_over_ms {
+            self.put_host(pb::HostRecord { lease_over_ms, ..record.as_ref().clone() });
+            self.touch_services_on(id);
+        }
+        Ok(pb::Accepted { host_id: id.0, ..Default::default() })
+    }
+
+    pub(super) fn note_host(&mut self, command: pb::NoteHost) -> Outcome {
+        let record = self.known_host(HostId(command.host_id))?;
+        self.event(&command.kind, Subject::host(HostId(record.id)), command.message);
+        Ok(pb::Accepted { host_id: record.id, ..Default::default() })
     }
 
     /// Writes the hub's own word on every instance of a host; returns how many are wanted there.

@@ -33,7 +33,7 @@ pub fn leaving(state: &ClusterState, host: HostId) -> Vec<Leaving> {
     for instance in state.instances_on(host) {
         let look = looks.entry(&instance.service).or_insert_with(|| Look::at(state, &instance.service, now));
         let (id, service) = (instance.id(), instance.service.clone());
-        list.push(Leaving { instance: id, service, waits_for: look.waits_for(instance, now) });
+        list.push(Leaving { instance: id, service, waits_for: look.waits_for(instance) });
     }
     list
 }
@@ -53,14 +53,16 @@ impl<'a> Look<'a> {
         Self { rollout: Rollout::of(state, entry, now), plan }
     }
 
-    fn waits_for(&self, instance: &Arc<pb::InstanceRecord>, now: i64) -> String {
+    fn waits_for(&self, instance: &Arc<pb::InstanceRecord>) -> String {
         let who = called(instance);
         let Some(rollout) = &self.rollout else { return format!("{who} belongs to no service") };
         if rollout.is_adrift(instance) {
-            let seconds = (rollout.times.fenced_until(instance) - now).max(0) / crate::limits::SECOND_NS;
-            return match seconds {
-                0 => format!("{who} is placed again elsewhere"),
-                _ => format!("{who} must have been ended by its agent first, in {seconds} s at the latest"),
+            return match rollout.times.is_fenced(rollout.state, instance) {
+                false => format!("{who} is placed again elsewhere"),
+                true => format!(
+                    "{who} must have been ended by its agent first, {} s after its host was last heard",
+                    rollout.times.fence_ms(instance).div_ceil(1000)
+                ),
             };
         }
         if !instance.wanted() {

@@ -88,14 +88,12 @@ impl<'a> Planner<'_, 'a> {
             if !self.rollout.is_adrift(instance) {
                 continue;
             }
-            match self.rollout.times.fenced_until(instance) {
-                until if until > self.now => self.wake_at(until),
-                _ => {
-                    let forget = pb::ForgetInstance { instance_id: instance.id, epoch: instance.epoch };
-                    if !self.push(Step::Forget(forget)) {
-                        return;
-                    }
-                }
+            if self.rollout.times.is_fenced(self.rollout.state, instance) {
+                continue;
+            }
+            let forget = pb::ForgetInstance { instance_id: instance.id, epoch: instance.epoch };
+            if !self.push(Step::Forget(forget)) {
+                return;
             }
         }
     }
@@ -187,7 +185,7 @@ impl<'a> Planner<'_, 'a> {
             if leaving.contains(&instance.id) {
                 continue;
             }
-            match rollout.times.again_at(instance, rollout.is_adrift(instance)) {
+            match rollout.times.again_at(rollout.state, instance, rollout.is_adrift(instance)) {
                 Some(at) if at <= self.now => due.push(instance),
                 Some(at) => self.wake_at(at),
                 None => {}

@@ -171,7 +171,7 @@ impl Standing {
             Kind::Surplus | Kind::Away | Kind::Stopping => return false,
         }
         let times = Times::of(entry, self.now);
-        let due = times.again_at(instance, self.meant.is_adrift(state, instance));
+        let due = times.again_at(state, instance, self.meant.is_adrift(state, instance));
         let keeps = (instance.template_version, instance.ordinal) == (template, step.ordinal);
         let stays = !self.meant.per_host || instance.host_id == step.host_id;
         instance.epoch == step.expected_epoch

@@ -1,13 +1,14 @@
 //! From when on: an instance counts as healthy, may be placed again after its host was lost or after it gave up.
 
+use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
 
+use crate::leases::fence_ms;
 use crate::limits::{
-    DISCONNECT_FENCE_NS, LOSS_DELAY_MAX_NS, LOSS_DELAY_NS, LOSS_MEMORY_NS, RESCHEDULE_DELAY_MAX_NS,
-    RESCHEDULE_DELAY_NS,
+    LOSS_DELAY_MAX_NS, LOSS_DELAY_NS, LOSS_MEMORY_NS, RESCHEDULE_DELAY_MAX_NS, RESCHEDULE_DELAY_NS,
 };
-use crate::state::ServiceEntry;
+use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::{InstanceExt as _, ManifestExt as _};
 
 /// The times of one service's instances.
@@ -36,18 +37,30 @@ impl<'a> Times<'a> {
     }
 
     /// From when on an instance may be placed again; None: it is left where it is. `adrift`: its host is lost.
-    pub(crate) fn again_at(&self, instance: &pb::InstanceRecord, adrift: bool) -> Option<i64> {
+    pub(crate) fn again_at(
+        &self,
+        state: &ClusterState,
+        instance: &pb::InstanceRecord,
+        adrift: bool,
+    ) -> Option<i64> {
         match adrift {
-            true => Some(self.fenced_until(instance).max(rested_at(instance))),
+            true => (!self.is_fenced(state, instance)).then(|| rested_at(instance)),
             false => self.rescheduled_at(instance),
         }
     }
 
-    /// From when on an instance on a lost host must have ended there. Always, unless it must never run twice.
-    pub(crate) fn fenced_until(&self, instance: &pb::InstanceRecord) -> i64 {
+    /// It may still run on its lost host, and must never run twice: the log has yet to say that the host has been
+    /// without a lease for long enough. Wall time has no part in that, as it may jump.
+    pub(crate) fn is_fenced(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+        // Without a row the host was empty, so nothing is left there.
+        let over_ms = state.host(HostId(instance.host_id)).map_or(u64::MAX, |host| host.lease_over_ms);
+        over_ms < self.fence_ms(instance)
+    }
+
+    /// For how long the host of an instance has to have been without a lease; 0 for one that needs none.
+    pub(crate) fn fence_ms(&self, instance: &pb::InstanceRecord) -> u64 {
         let manifest = self.entry.manifest(instance.version).or_else(|| self.entry.current());
-        let Some(manifest) = manifest.filter(|manifest| manifest.stops_on_disconnect()) else { return 0 };
-        instance.since_unix_ns.saturating_add(manifest.stop_grace_ns()).saturating_add(DISCONNECT_FENCE_NS)
+        manifest.filter(|manifest| manifest.stops_on_disconnect()).map_or(0, fence_ms)
     }
 
     /// When an instance that gave up may be placed again; None: it is left as it is, for the deployment that

@@ -1,14 +1,18 @@
 //! Enrolment, facts, and what losing a host does.
 
+use std::time::Duration;
+
 use nave_orchestrator_core::leaving;
 use nave_proto::ids::HostId;
+use nave_proto::lease;
 use nave_proto::pb;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::State;
 use nave_proto::pb::{HostStatus, RejectedCode};
 
 use crate::world::{
-    SECOND, World, changed, facts, failed, forget, manifest, running, with_cpu, with_port, with_update,
+    SECOND, World, changed, facts, failed, forget, manifest, running, status_of, with_cpu, with_port,
+    with_update,
 };
 
 fn register(token: &str, key: u8, name: &str) -> Body {
@@ -75,8 +79,9 @@ fn a_lost_host_gives_its_name_up_and_is_forgotten_once_empty() {
     world.lose("alpha");
     assert_eq!(world.accept(register("t", 9, "alpha")).host_id, 2);
     assert_eq!(world.host_id("alpha"), HostId(2));
-    let back = pb::SetHostStatus { host_id: 1, status: HostStatus::Connected.into(), reason: String::new() };
-    assert!(world.refuse(Body::SetHostStatus(back)).1.contains("its name alpha is another host's"));
+    assert!(
+        world.refuse(status_of(1, HostStatus::Connected, "")).1.contains("its name alpha is another host's")
+    );
     assert!(world.state.host(HostId(1)).is_some(), "it still has an instance");
     world.settle();
     assert_eq!(world.wanted("web")[0].host_id, 2);
@@ -95,8 +100,7 @@ fn what_a_host_says_of_itself_must_have_a_name_and_a_key() {
     }
     let update = pb::UpdateHost { host_id: 7, facts: Some(facts("a")) };
     assert_eq!(world.refuse(Body::UpdateHost(update)).0, RejectedCode::NotFound);
-    let status = pb::SetHostStatus { host_id: 7, status: HostStatus::Lost.into(), reason: String::new() };
-    assert_eq!(world.refuse(Body::SetHostStatus(status)).0, RejectedCode::NotFound);
+    assert_eq!(world.refuse(status_of(7, HostStatus::Lost, "")).0, RejectedCode::NotFound);
 }
 
 #[test]
@@ -180,11 +184,7 @@ fn a_host_that_is_given_up_is_replaced_and_its_key_opens_nothing() {
             forget(1),
             Body::SetHostDraining(pb::SetHostDraining { host_id: 1, draining: true, ..Default::default() }),
             Body::UpdateHost(pb::UpdateHost { host_id: 1, facts: Some(facts("alpha")) }),
-            Body::SetHostStatus(pb::SetHostStatus {
-                host_id: 1,
-                status: HostStatus::Connected.into(),
-                reason: String::new(),
-            }),
+            status_of(1, HostStatus::Connected, ""),
         ] {
             assert_eq!(world.refuse(body).0, RejectedCode::NotFound);
         }
@@ -205,17 +205,16 @@ fn what_must_never_run_twice_outlives_its_host_until_it_must_have_ended() {
     let host = world.hosts_of("db").remove(0);
     world.set_status(&host, HostStatus::Silent);
     world.now += 100 * SECOND;
-    let given_up = world.now;
     let id = world.host_id(&host);
     world.forget(&host);
     world.settle();
     assert_eq!(world.wanted("db")[0].epoch, 1);
     assert!(world.state.host(id).unwrap().forgotten);
-    // Grace and fence, counted from the moment at which the hub gave the host up.
-    world.now = given_up + 20 * SECOND - 1;
+    let grace = Duration::from_secs(10);
+    world.lease_over(id, lease::fence(grace) - Duration::from_millis(1));
     world.settle();
     assert_eq!(world.wanted("db")[0].epoch, 1);
-    world.now += 1;
+    world.lease_over(id, lease::fence(grace) + Duration::from_millis(1));
     world.settle();
     assert_eq!((world.wanted("db")[0].epoch, world.ready("db")), (2, 1));
     assert!(world.state.host(id).is_none());

@@ -3,6 +3,7 @@
 //! below the update rules, and in the end everything converges.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nave_orchestrator_core::{ClusterState, PlanCursor, desired_count, plan, plan_dirty, ready_count};
 use nave_proto::constraint::Constraint;
@@ -15,7 +16,7 @@ use proptest::prelude::*;
 
 use crate::world::{
     MIB, SECOND, World, apply, delete, exited, facts, failed, forget, manifest, report, restart, rollback,
-    running, scale, seconds,
+    running, scale, seconds, status_of,
 };
 
 const SERVICES: [&str; 4] = ["api", "db", "web", "zoo"];
@@ -32,6 +33,8 @@ enum Op {
     Status(usize, HostStatus),
     /// Lost, and back a moment later.
     Flap(usize),
+    /// Lost hosts have been without a lease for so many seconds.
+    LeaseOver(u64),
     Drain(usize, bool),
     Forget(usize),
     Facts(usize, u64, bool),
@@ -123,6 +126,7 @@ fn ops() -> impl Strategy<Value = Op> {
         2 => host.clone().prop_map(Op::Join),
         2 => (host.clone(), status).prop_map(|(h, status)| Op::Status(h, status)),
         2 => host.clone().prop_map(Op::Flap),
+        1 => (1u64..60).prop_map(Op::LeaseOver),
         2 => (host.clone(), prop::bool::weighted(0.6)).prop_map(|(h, draining)| Op::Drain(h, draining)),
         1 => host.clone().prop_map(Op::Forget),
         1 => (host.clone(), 1u64..5, any::<bool>()).prop_map(|(h, cores, b)| Op::Facts(h, cores, b)),
@@ -175,15 +179,14 @@ impl History {
             Op::Join(host) => self.join(HOSTS[host]),
             Op::Status(host, status) => {
                 if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
-                    let host_id = record.id;
-                    let set = pb::SetHostStatus { host_id, status: status.into(), reason: String::new() };
-                    self.send(Body::SetHostStatus(set));
+                    self.send(status_of(record.id, status, ""));
                 }
             }
             Op::Flap(host) => {
                 self.step(Op::Status(host, HostStatus::Lost));
                 self.step(Op::Status(host, HostStatus::Connected));
             }
+            Op::LeaseOver(seconds) => self.lease_over(seconds * 1000),
             Op::Drain(host, draining) => {
                 if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
                     let (host_id, reason) = (record.id, String::new());
@@ -234,6 +237,16 @@ impl History {
                     assert!(self.world.apply(command).changes.is_empty(), "a retry changed something");
                 }
             }
+        }
+    }
+
+    /// All lost hosts have been without a lease for so long.
+    fn lease_over(&mut self, lease_over_ms: u64) {
+        let lost = self.world.state.hosts().filter(|host| host.status() == HostStatus::Lost);
+        for host_id in lost.map(|host| host.id).collect::<Vec<_>>() {
+            let status = HostStatus::Lost.into();
+            let set = pb::SetHostStatus { host_id, status, lease_over_ms, ..Default::default() };
+            self.send(Body::SetHostStatus(set));
         }
     }
 
@@ -462,6 +475,12 @@ fn converges(mut world: World) {
             facts.memory_bytes = 100_000 * MIB;
             facts.labels.insert("zone".into(), "a".into());
         });
+    }
+    // Those that never come back have been without a lease for long.
+    for host in world.state.hosts().cloned().collect::<Vec<_>>() {
+        if host.status() == HostStatus::Lost {
+            world.lease_over(HostId(host.id), Duration::from_secs(3600));
+        }
     }
     // What a report of an old process has left: agents start anew what they do not run.
     for name in HOSTS {

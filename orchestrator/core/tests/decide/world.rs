@@ -2,6 +2,7 @@
 //! and a planner. After every command everything that must always hold is checked.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nave_orchestrator_core::{Applied, Change, ClusterState, PlanCursor, plan, plan_dirty};
 use nave_proto::ids::{HostId, InstanceId};
@@ -162,7 +163,19 @@ impl World {
     pub(crate) fn set_status(&mut self, name: &str, status: pb::HostStatus) {
         let host_id = self.host_id(name).0;
         let reason = "in a test".to_owned();
-        self.accept(Body::SetHostStatus(pb::SetHostStatus { host_id, status: status.into(), reason }));
+        self.accept(status_of(host_id, status, &reason));
+    }
+
+    /// The leader has seen this lost host without a lease for so long.
+    pub(crate) fn lease_over(&mut self, host: HostId, for_how_long: Duration) {
+        let lease_over_ms = u64::try_from(for_how_long.as_millis()).unwrap();
+        let status = pb::HostStatus::Lost.into();
+        self.accept(Body::SetHostStatus(pb::SetHostStatus {
+            host_id: host.0,
+            status,
+            lease_over_ms,
+            ..Default::default()
+        }));
     }
 
     pub(crate) fn lose(&mut self, name: &str) {
@@ -354,6 +367,12 @@ pub(crate) fn restart(name: &str) -> Body {
 
 pub(crate) fn rollback(name: &str, to_version: u64) -> Body {
     Body::RollbackService(pb::RollbackService { name: name.into(), to_version })
+}
+
+/// A verdict of the leader.
+pub(crate) fn status_of(host_id: u64, status: pb::HostStatus, reason: &str) -> Body {
+    let reason = reason.to_owned();
+    Body::SetHostStatus(pb::SetHostStatus { host_id, status: status.into(), reason, lease_over_ms: 0 })
 }
 
 pub(crate) fn forget(host_id: u64) -> Body {
