@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 #[derive(Debug)]
 pub(crate) struct DataDir {
     path: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +55,22 @@ impl DataDir {
         check_format(path)?;
         let pid = path.join("nave.pid");
         write_atomically(&pid, format!("{}\n", std::process::id()).as_bytes(), 0o644).map_err(io(&pid))?;
-        Ok(Self { path: path.clone(), _lock: lock })
+        Ok(Self { path: path.clone(), lock })
+    }
+
+    /// Names this directory as long as the machine runs: two agents at one place would need one lock. A copy of the
+    /// directory is another place, and so is the same one after a reboot. Never 0.
+    ///
+    /// # Errors
+    /// When the lock file cannot be looked at.
+    pub(crate) fn place(&self, boot_id: &str) -> std::io::Result<u64> {
+        use std::os::unix::fs::MetadataExt as _;
+        let lock = self.lock.metadata()?;
+        // FNV-1a: the same in every build, which a hasher of the standard library need not be.
+        let (device, inode) = (lock.dev().to_le_bytes(), lock.ino().to_le_bytes());
+        let bytes = boot_id.bytes().chain(device).chain(inode);
+        let hash = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        Ok(bytes.fold(0xcbf2_9ce4_8422_2325, hash).max(1))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -129,6 +144,18 @@ mod tests {
         assert!(matches!(error, DataDirError::Locked { .. }), "{error}");
         drop(first);
         DataDir::open(&dir.path().join("data")).unwrap();
+    }
+
+    #[test]
+    fn a_copy_of_a_directory_and_another_boot_are_another_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let place =
+            |name: &str, boot: &str| DataDir::open(&dir.path().join(name)).unwrap().place(boot).unwrap();
+        assert_eq!(place("a", "boot-1"), place("a", "boot-1"), "a restart");
+        assert_ne!(place("a", "boot-1"), place("b", "boot-1"));
+        assert_ne!(place("a", "boot-1"), place("a", "boot-2"));
+        std::fs::rename(dir.path().join("a"), dir.path().join("c")).unwrap();
+        assert_ne!(place("a", "boot-1"), place("c", "boot-1"));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nave_agent_core::ports::{PickPortsError, pick};
-use nave_agent_core::supervisor::{ProbeOrder, SpawnOrder};
+use nave_agent_core::supervisor::{Deadline, ProbeOrder, SpawnOrder};
 use nave_agent_core::{Input, ProcessKey, Supervisor};
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
@@ -93,6 +93,16 @@ impl Executor {
 
     pub(crate) fn signal(&mut self, instance: InstanceId, signal: pb::Signal) {
         self.enqueue(instance, Job::Signal(signal));
+    }
+
+    /// Beside the queue: it must not wait behind a job that hangs, and the start itself carries its first deadline.
+    pub(crate) fn set_deadline(&mut self, instance: InstanceId, key: ProcessKey, deadline: Deadline) {
+        let keeper = self.keeper.clone();
+        let request = spawn::deadline(instance, key, deadline);
+        self.running.spawn(async move {
+            keeper.tell(Request::SetDeadline(request)).await;
+            None
+        });
     }
 
     pub(crate) fn sweep(&mut self, instance: InstanceId, key: ProcessKey) {

@@ -38,6 +38,8 @@ pub(crate) fn facts(config: &AgentConfig, cgroups: &Cgroups, address: String) ->
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         address_prefix: config.address_prefix.clone(),
         boot_id: clock::boot_id().unwrap_or_default(),
+        // The directory's, which `run` knows.
+        place: 0,
     }
 }
 

@@ -229,6 +229,20 @@ impl HostTask {
             HubEvent::Opening { outgoing, close } => {
                 self.uplink.opening(outgoing, close, self.reconciler.generation());
             }
+            HubEvent::Lease { until } if self.uplink.is_followed() => {
+                let orders = self.reconciler.lease(clock::monotonic(), &mut rand::rng(), until);
+                work.orders.extend(orders);
+            }
+            // What was wanted could not be taken, so the lease may be for something else.
+            HubEvent::Lease { .. } => {}
+            HubEvent::GivenUp => {
+                let (nothing, orders) = self.reconciler.given_up(clock::monotonic(), &mut rand::rng());
+                if self.reconciler.supervisors().any(|one| !one.is_gone()) {
+                    warn!("this host was given up: all that it runs is stopped, since it runs elsewhere now");
+                }
+                work.records.push(Record::Wanted(nothing));
+                work.orders.extend(orders);
+            }
             HubEvent::Closed => {
                 self.uplink.closed();
                 self.metrics.session_connected.set(0);
@@ -246,7 +260,7 @@ impl HostTask {
                     work.orders.extend(self.reconciler.acknowledge_gone(&gone));
                 }
                 FromHub::Endpoints(update) => self.uplink.endpoints(update.revision),
-                FromHub::Goodbye(_) => {} // the session's affair
+                FromHub::Goodbye(_) | FromHub::Lease(_) => {} // the session's affair
             },
         }
     }
@@ -346,6 +360,7 @@ impl HostTask {
                     cause: cause.into(),
                 },
             ),
+            Action::SetDeadline { key, deadline } => self.executor.set_deadline(instance, key, deadline),
             Action::SweepCgroup { key } => self.executor.sweep(instance, key),
             Action::StartProbe(order) => {
                 if let Some(supervisor) = self.reconciler.supervisor(instance) {

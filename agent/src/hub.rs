@@ -9,11 +9,14 @@ mod session;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nave_agent_core::Monotonic;
 use nave_proto::pb;
+use nave_proto::words::HOST_FORGOTTEN;
 use rand::seq::SliceRandom as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 use tracing::{error, info, warn};
 
 use crate::backoff::Backoff;
@@ -25,6 +28,8 @@ use session::{Ended, Session};
 const GOOD_SESSION: Duration = Duration::from_secs(10);
 /// The hub has said no, which only a person changes.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+/// The hub has given this host up, which is for ever; asked again only to go on saying so.
+const GIVEN_UP_PAUSE: Duration = Duration::from_secs(60);
 
 /// Whom to dial.
 #[derive(Debug, Clone)]
@@ -60,6 +65,12 @@ pub(crate) enum HubEvent {
         close: CancellationToken,
     },
     Message(Box<pb::hub_message::Message>),
+    /// A beat was answered: this host has a lease until then.
+    Lease {
+        until: Monotonic,
+    },
+    /// What this host runs is others' now.
+    GivenUp,
     Closed,
 }
 
@@ -118,6 +129,17 @@ impl HubTask {
                             said = why;
                         }
                     }
+                    Ended::GivenUp { why } => {
+                        if why != said {
+                            error!(address, why, "this host is no longer the hub's; what it runs is stopped");
+                            said = why;
+                        }
+                        if self.events.send(HubEvent::GivenUp).await.is_err() {
+                            return; // the agent is ending
+                        }
+                        refused = Some(GIVEN_UP_PAUSE);
+                        break;
+                    }
                     Ended::Refused { why } => {
                         if why != said {
                             error!(address, why, "the hub refuses this host; services go on as they are");
@@ -131,6 +153,12 @@ impl HubTask {
             tokio::time::sleep(refused.map_or(pause, |refused| refused + pause)).await;
         }
     }
+}
+
+/// Whether the hub says that another host has what this one runs.
+fn is_given_up(status: &Status) -> bool {
+    let details = status.get_error_details();
+    details.error_info().is_some_and(|info| info.reason == HOST_FORGOTTEN)
 }
 
 /// A failed call to a member, for people.

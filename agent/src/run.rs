@@ -64,6 +64,8 @@ pub enum RunError {
     KeeperList { message: String },
     #[error("cannot read the machine's boot id")]
     BootId(#[source] std::io::Error),
+    #[error("cannot look at the lock of the data directory")]
+    Place(#[source] std::io::Error),
     #[error("the agent's API failed")]
     Api(#[source] tonic::transport::Error),
     #[error("the metrics listener failed")]
@@ -88,6 +90,7 @@ impl RunError {
             | Self::KeeperLost
             | Self::KeeperList { .. }
             | Self::BootId(_)
+            | Self::Place(_)
             | Self::Api(_)
             | Self::Metrics(_)
             | Self::Task(_)
@@ -117,6 +120,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
 
     let cgroups = Cgroups::detect(&[welcome.keeper_pid, std::process::id()]);
     let mut facts = facts::facts(&config, &cgroups, advertised(&config, &listener).await);
+    facts.place = data.place(&boot_id).map_err(RunError::Place)?;
     let closed = closed_to_services(data.path());
     facts.lacks.extend(closed.map(|dir| {
         format!(

@@ -107,6 +107,11 @@ impl Uplink {
         }
     }
 
+    /// All that the session has said was taken.
+    pub(crate) fn is_followed(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| !open.close.is_cancelled())
+    }
+
     /// Nobody here routes to other hosts' instances yet, so whoever drains has been left already.
     pub(crate) fn endpoints(&mut self, revision: u64) {
         if let Some(open) = &mut self.open {

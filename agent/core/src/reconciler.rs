@@ -52,6 +52,8 @@ pub struct Reconciler {
     exits_taken: u64,
     exits_acknowledged: u64,
     changed: BTreeSet<InstanceId>,
+    /// Until when this host has a lease, as far as it has been told since the agent began.
+    lease: Option<Monotonic>,
 }
 
 impl Reconciler {
@@ -67,6 +69,7 @@ impl Reconciler {
             exits_taken: 0,
             exits_acknowledged: 0,
             changed: BTreeSet::new(),
+            lease: None,
         }
     }
 
@@ -146,12 +149,43 @@ impl Reconciler {
             Some(known) if !known.is_forgotten() && *known.wanted() == wanted => {}
             Some(_) => self.step(now, rng, instance, Input::Wanted(Box::new(wanted)), orders),
             None => {
-                self.supervisors.insert(instance, Supervisor::new(wanted, &self.boot_id, now));
+                let mut supervisor = Supervisor::new(wanted, &self.boot_id, now);
+                if let Some(until) = self.lease {
+                    supervisor.note_lease(until);
+                }
+                self.supervisors.insert(instance, supervisor);
                 // It is new here, so a keeper that has listed what it runs does not run it.
                 let input = if self.keeper_known { Input::Absent { fresh: true } } else { Input::Tick };
                 self.step(now, rng, instance, input, orders);
             }
         }
+    }
+
+    /// The hub has answered a beat: this host has a lease until then. It is told only after all that was wanted when the
+    /// lease was given, so what starts under it is still this host's.
+    pub fn lease<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, until: Monotonic) -> Vec<Order> {
+        self.lease = self.lease.max(Some(until));
+        let mut needing = Vec::new();
+        for (id, supervisor) in &mut self.supervisors {
+            match supervisor.needs_lease() {
+                true => needing.push(*id),
+                false => supervisor.note_lease(until),
+            }
+        }
+        let mut orders = Vec::new();
+        for instance in needing {
+            self.step(now, rng, instance, Input::Lease { until }, &mut orders);
+        }
+        orders
+    }
+
+    /// The hub has given this host up, and what it runs to others: all of it is stopped and forgotten. Returns the set
+    /// to be made durable as for [`Reconciler::apply_wanted`].
+    pub fn given_up<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R) -> (pb::WantedSet, Vec<Order>) {
+        let (incarnation, generation) = self.generation();
+        let nothing = pb::WantedSet { incarnation, generation, instances: Vec::new() };
+        let orders = self.apply_wanted(now, rng, nothing.clone()).unwrap_or_default();
+        (nothing, orders)
     }
 
     /// One input for one instance; ignored when there is no such instance (an exit is acknowledged all the same).
@@ -270,6 +304,7 @@ impl Reconciler {
                 Action::PickPorts { .. }
                 | Action::Spawn(_)
                 | Action::Signal { .. }
+                | Action::SetDeadline { .. }
                 | Action::SweepCgroup { .. }
                 | Action::StartProbe(_)
                 | Action::StopProbes

@@ -12,6 +12,7 @@ mod advance;
 mod events;
 mod health;
 mod input;
+mod lease;
 mod ledger;
 mod report;
 mod restart;
@@ -25,7 +26,7 @@ use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 use rand::Rng;
 
-pub use action::{Action, Level, ProbeOrder, SignalScope, SpawnOrder};
+pub use action::{Action, Deadline, Level, ProbeOrder, SignalScope, SpawnOrder};
 pub use health::{Health, LIVE_FAILURES_MAX, LIVE_GRACE, READY_FAILURES_MAX};
 pub use input::{
     Input, Notification, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
@@ -72,6 +73,10 @@ pub struct Supervisor {
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
     /// have been made before the order and be read after it.
     keeper_known: bool,
+    /// Until when the host has a lease; nothing: not known, as after a start of the agent.
+    lease: Option<Monotonic>,
+    /// It is due and waits for a lease.
+    waits_for_lease: bool,
     persisted: Option<pb::InstanceLedger>,
     reported: Option<pb::InstanceReport>,
     wake: Option<Monotonic>,
@@ -104,6 +109,8 @@ impl Supervisor {
             sweeps: BTreeMap::new(),
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
             keeper_known: false,
+            lease: None,
+            waits_for_lease: false,
             persisted: None,
             reported: None,
             wake: None,
@@ -144,6 +151,7 @@ impl Supervisor {
         match input {
             Input::Wanted(wanted) => self.want(now, *wanted, out),
             Input::Forget => self.forget = true,
+            Input::Lease { until } => self.leased(until, out),
             Input::PortsPicked { ports } => self.ports_picked(now, rng, ports, out),
             Input::PortClash { message } => self.port_clash(now, rng, message, out),
             Input::Spawned { key, process, started_unix_ns } => {

@@ -110,7 +110,8 @@ impl Content {
             Record::Started(started) => {
                 let Some(spawn) = &started.spawn else { return };
                 let key = Key { instance_id: spawn.instance_id, epoch: spawn.epoch };
-                let deadline = self.kept.remove(&key).and_then(|before| before.deadline);
+                let before = self.kept.remove(&key).and_then(|before| before.deadline);
+                let deadline = spawn.deadline.or(before);
                 self.kept.insert(key, Noted { started, deadline, ..Noted::default() });
             }
             Record::Exited(exit) => {

@@ -52,7 +52,7 @@ impl Keeper {
         let started = self.fork_stub(&spawn);
         strip(&mut spawn);
         let before = self.table.remove(&key);
-        let deadline = before.and_then(|before| before.deadline);
+        let deadline = spawn.deadline.or_else(|| before.and_then(|before| before.deadline));
         let kept = |phase| Kept {
             spawn: spawn.clone(),
             phase,
@@ -114,6 +114,10 @@ impl Keeper {
         if self.is_stopping() {
             return invalid("the keeper is being shut down");
         }
+        let has_passed = |deadline: pb::SetDeadline| deadline.boottime_ns <= boottime_ns();
+        if spawn.deadline.is_some_and(has_passed) {
+            return invalid("its deadline has passed");
+        }
         let (instance, epoch, attempt) = (spawn.instance_id, spawn.epoch, spawn.attempt);
         for (key, kept) in self.table.iter().filter(|(key, _)| key.instance_id == instance) {
             if let Some(process) = kept.process() {
@@ -131,7 +135,7 @@ impl Keeper {
             if kept.forgetting.is_some() {
                 return busy(format!("instance {instance} is being forgotten"));
             }
-            if kept.deadline.is_some_and(|deadline| deadline.boottime_ns <= boottime_ns()) {
+            if spawn.deadline.is_none() && kept.deadline.is_some_and(has_passed) {
                 return invalid("its deadline has passed");
             }
         }

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use nave_agent_core::ProcessKey;
+use nave_agent_core::supervisor::Deadline;
 use nave_agent_core::env::{EnvironmentInput, arguments, environment};
 use nave_agent_core::supervisor::{SpawnError, SpawnErrorKind, SpawnOrder};
 use nave_proto::ids::{ClusterId, InstanceId};
@@ -41,6 +43,17 @@ struct Surroundings {
     env: BTreeMap<String, String>,
     unknown: BTreeSet<String>,
     working_dir: String,
+}
+
+/// As the keeper is told.
+pub(super) fn deadline(instance: InstanceId, key: ProcessKey, deadline: Deadline) -> pb::SetDeadline {
+    pb::SetDeadline {
+        instance_id: instance.0,
+        epoch: key.epoch,
+        boottime_ns: deadline.at.as_nanos(),
+        grace_ms: u64::try_from(deadline.grace.as_millis()).unwrap_or(u64::MAX),
+        signal: deadline.signal,
+    }
 }
 
 impl SpawnContext {
@@ -107,6 +120,7 @@ impl SpawnContext {
             rlimits: open_files().into_iter().collect(),
             // A service with a user of its own has no business gaining another one's rights.
             no_new_privileges: run_as.ids.is_some(),
+            deadline: order.deadline.map(|at| deadline(instance, order.key, at)),
             ..pb::Spawn::default()
         })
     }
@@ -200,6 +214,7 @@ mod tests {
         let manifest = pb::Manifest { name: "web".into(), ..manifest };
         SpawnOrder {
             key: ProcessKey { epoch: 3, attempt: 2 },
+            deadline: None,
             wanted: pb::WantedInstance {
                 instance_id: 42,
                 epoch: 3,

@@ -1,8 +1,11 @@
 //! One stream with one member: hello first (the main loop writes it), a beat each second, and everything that comes
 //! handed on. A member that has died without a word is noticed by HTTP/2 pings within three seconds.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
+use nave_agent_core::Monotonic;
+use nave_proto::lease::BEAT;
 use nave_proto::pb;
 use nave_tls::{ChannelOptions, Expect};
 use pb::agent_message::Message as ToHub;
@@ -15,10 +18,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use tracing::info;
 
-use super::{HubEvent, Members, explain, is_refusal};
+use super::{HubEvent, Members, explain, is_given_up, is_refusal};
+use crate::clock;
 
-/// The lease is three beats.
-const BEAT: Duration = Duration::from_secs(1);
+/// Beats that wait for an answer: more than a lease of them are of no use.
+const UNANSWERED_MAX: usize = 32;
 const PING: Duration = Duration::from_secs(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// Until the member has taken the hello and said welcome.
@@ -33,17 +37,29 @@ const WINDOW_BYTES: u32 = 256 * 1024;
 /// How a session ended.
 #[derive(Debug)]
 pub(super) enum Ended {
-    Goodbye { reason: String, members: Vec<String> },
-    Lost { why: String },
-    Refused { why: String },
+    Goodbye {
+        reason: String,
+        members: Vec<String>,
+    },
+    Lost {
+        why: String,
+    },
+    Refused {
+        why: String,
+    },
+    /// What this host runs is others' now.
+    GivenUp {
+        why: String,
+    },
 }
 
 impl From<Status> for Ended {
     fn from(status: Status) -> Self {
         let why = explain(&status);
-        match is_refusal(&status) {
-            true => Self::Refused { why },
-            false => Self::Lost { why },
+        match (is_given_up(&status), is_refusal(&status)) {
+            (true, _) => Self::GivenUp { why },
+            (false, true) => Self::Refused { why },
+            (false, false) => Self::Lost { why },
         }
     }
 }
@@ -102,9 +118,17 @@ impl Session<'_> {
         let mut beats = tokio::time::interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sequence = 0;
+        let mut unanswered: VecDeque<(u64, Monotonic)> = VecDeque::new();
         loop {
             tokio::select! {
                 message = incoming.message() => match message {
+                    Ok(Some(pb::HubMessage { message: Some(FromHub::Lease(lease)) })) => {
+                        if let Some(until) = lease_until(&mut unanswered, lease)
+                            && self.events.send(HubEvent::Lease { until }).await.is_err()
+                        {
+                            return Ended::Lost { why: "the agent is ending".to_owned() };
+                        }
+                    }
                     Ok(Some(pb::HubMessage { message: Some(message) })) => {
                         if let Some(ended) = self.take(address, message).await {
                             return ended;
@@ -117,8 +141,15 @@ impl Session<'_> {
                 _ = beats.tick() => {
                     sequence += 1;
                     let beat = ToHub::Beat(pb::Beat { sequence, endpoints_revision: 0 });
+                    // The lease is counted from before the beat leaves, whenever it does.
+                    let sent = clock::monotonic();
                     // When older messages still wait for the network, a beat would only wait behind them.
-                    let _skipped = outgoing.try_send(pb::AgentMessage { message: Some(beat) });
+                    if outgoing.try_send(pb::AgentMessage { message: Some(beat) }).is_ok() {
+                        unanswered.push_back((sequence, sent));
+                        if unanswered.len() > UNANSWERED_MAX {
+                            unanswered.pop_front();
+                        }
+                    }
                 }
             }
         }
@@ -152,11 +183,47 @@ impl Session<'_> {
             FromHub::Wanted(_)
             | FromHub::Delta(_)
             | FromHub::ReportAcknowledged(_)
+            | FromHub::Lease(_)
             | FromHub::Endpoints(_) => {}
         }
         match self.events.send(HubEvent::Message(Box::new(message))).await {
             Ok(()) => None,
             Err(_) => Some(Ended::Lost { why: "the agent is ending".to_owned() }),
         }
+    }
+}
+
+/// When the lease ends that answers a beat, by when that beat was sent; nothing when we do not know it (any more).
+fn lease_until(unanswered: &mut VecDeque<(u64, Monotonic)>, lease: pb::Lease) -> Option<Monotonic> {
+    while let Some((sequence, sent)) = unanswered.pop_front() {
+        if sequence == lease.sequence {
+            return Some(sent + Duration::from_millis(lease.hold_ms));
+        }
+        if sequence > lease.sequence {
+            unanswered.push_front((sequence, sent));
+            return None;
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_counted_from_when_its_beat_was_sent() {
+        let second = 1_000_000_000;
+        let mut unanswered: VecDeque<_> =
+            (1..=4).map(|n| (n, Monotonic(i64::try_from(n).unwrap() * second))).collect();
+        let lease = |sequence| pb::Lease { sequence, hold_ms: 9_000 };
+        assert_eq!(lease_until(&mut unanswered, lease(2)), Some(Monotonic(11 * second)));
+        assert_eq!(
+            lease_until(&mut unanswered, lease(1)),
+            None,
+            "an answer that came late moves nothing back"
+        );
+        assert_eq!(lease_until(&mut unanswered, lease(4)), Some(Monotonic(13 * second)));
+        assert_eq!(lease_until(&mut unanswered, lease(4)), None);
     }
 }

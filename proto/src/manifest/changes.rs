@@ -9,12 +9,17 @@ use crate::pb;
 /// Whether both start their processes with the same things, so that going from one to the other replaces none.
 pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
     let limits = |manifest: &pb::Manifest| manifest.resources.unwrap_or_default();
+    let stops = |manifest: &pb::Manifest| {
+        manifest.placement.as_ref().is_some_and(|place| place.on_disconnect() == pb::OnDisconnect::Stop)
+    };
     a.command == b.command
         && a.env == b.env
         && a.user == b.user
         && a.working_dir == b.working_dir
         && a.ports == b.ports
         && limits(a) == limits(b)
+        // One that must never run twice is started under a lease.
+        && stops(a) == stops(b)
 }
 
 /// Every key whose value differs, in the order of the definition, with both values as a person would write them in

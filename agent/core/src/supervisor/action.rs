@@ -20,6 +20,8 @@ pub enum Action {
     Spawn(Box<SpawnOrder>),
     /// Send a signal through the keeper, which checks that the process is ours. Failure: `Input::SignalFailed`.
     Signal { key: ProcessKey, signal: i32, scope: SignalScope, cause: pb::ExitCause },
+    /// The keeper ends the process when this passes, whatever has become of us. Moves on with each lease.
+    SetDeadline { key: ProcessKey, deadline: Deadline },
     /// SIGKILL whatever is left in the cgroup of an ended process, and say `Input::CgroupEmpty` when nothing is
     /// left, at once when nothing was or when there is no cgroup. Repeated when no answer comes.
     SweepCgroup { key: ProcessKey },
@@ -55,6 +57,16 @@ pub struct SpawnOrder {
     pub wanted: pb::WantedInstance,
     /// Every port by name, picked and fixed.
     pub ports: BTreeMap<String, u16>,
+    /// In force from the start; for a process that runs only under a lease.
+    pub deadline: Option<Deadline>,
+}
+
+/// When the keeper ends a process by itself: the stop signal at `at`, SIGKILL after the grace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadline {
+    pub at: Monotonic,
+    pub signal: i32,
+    pub grace: std::time::Duration,
 }
 
 /// One probe to be run at its interval.

@@ -7,6 +7,7 @@ use nave_proto::pb;
 use rand::Rng;
 
 use super::action::{Action, Level, SpawnOrder};
+use super::lease::LEASE_OVER;
 use super::restart::{Verdict, policy};
 use super::state::{Starting, State, StopCause};
 use super::{Goal, Ports, Supervisor};
@@ -15,10 +16,16 @@ use crate::monotonic::Monotonic;
 impl Supervisor {
     /// Takes every step that is due now.
     pub(super) fn advance(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        self.waits_for_lease = false;
         loop {
             match (&self.state, self.goal()) {
                 // The keeper speaks first, or the spawn's outcome comes first.
                 (State::Pending(_) | State::Starting(Starting::Spawning), _) => return,
+                (State::Running(running), Goal::Run) if self.has_lost_lease(now) => {
+                    let running = running.clone();
+                    out.push(Action::Log { level: Level::Warn, message: LEASE_OVER.to_owned() });
+                    self.begin_stop(now, running, StopCause::Lease, out);
+                }
                 (State::Running(_), Goal::Run) => return,
                 (State::Running(running), Goal::Stop | Goal::Replace) => {
                     let running = running.clone();
@@ -46,6 +53,10 @@ impl Supervisor {
                     self.begin_epoch(now, out);
                 }
                 (State::BackingOff { until, .. }, Goal::Run) if now < *until || !self.keeper_known => return,
+                (State::BackingOff { .. }, Goal::Run) if self.lacks_lease(now) => {
+                    self.waits_for_lease = true;
+                    return;
+                }
                 (State::BackingOff { .. }, Goal::Run) => return self.start(out),
                 (State::Exited { .. } | State::Failed { .. }, Goal::Run) => return,
             }
@@ -57,8 +68,9 @@ impl Supervisor {
     pub fn next_wake(&self) -> Option<Monotonic> {
         let own = match &self.state {
             State::BackingOff { until, .. } => {
-                (self.sweeps.is_empty() && self.keeper_known).then_some(*until)
+                (self.sweeps.is_empty() && self.keeper_known && !self.waits_for_lease).then_some(*until)
             }
+            State::Running(_) => self.lease.filter(|_| self.needs_lease()),
             State::Stopping(stopping) => Some(match stopping.step {
                 super::StopStep::Draining { until } => until,
                 super::StopStep::Terminating { .. } => stopping.kill_at,
@@ -66,7 +78,6 @@ impl Supervisor {
             }),
             State::Pending(_)
             | State::Starting(_)
-            | State::Running(_)
             | State::Exited { .. }
             | State::Failed { .. }
             | State::Gone => None,
@@ -125,7 +136,8 @@ impl Supervisor {
         self.attempt = self.attempt.saturating_add(1);
         self.state = State::Starting(Starting::Spawning);
         self.persist(out);
-        let order = SpawnOrder { key: self.key(), wanted: self.wanted.clone(), ports: self.ports.clone() };
+        let (key, wanted, ports) = (self.key(), self.wanted.clone(), self.ports.clone());
+        let order = SpawnOrder { key, wanted, ports, deadline: self.deadline() };
         out.push(Action::Spawn(Box::new(order)));
     }
 

@@ -9,6 +9,7 @@ use super::action::{Action, Level};
 use super::advance::{give_up, ports_fit};
 use super::health::{self, Health};
 use super::input::{ProcessKey, SpawnError, SpawnErrorKind};
+use super::lease::LEASE_OVER;
 use super::restart::{cannot_heal, describe, hints_at_port, is_failure};
 use super::state::{Running, Starting, State, StopCause};
 use super::{AFTER_OPERATOR, Ports, QUICK_EXIT, Supervisor};
@@ -266,6 +267,8 @@ impl Supervisor {
         }
         let failed = is_failure(&exit);
         let by_operator = exit.cause() == pb::ExitCause::Operator;
+        // We have not asked for it, so it was the keeper, at the deadline.
+        let by_deadline = exit.cause() == pb::ExitCause::Hub && self.needs_lease();
         if !self.ports.is_empty() && (hints_at_port(&exit) || (failed && uptime < QUICK_EXIT)) {
             self.pick_ports = true;
         }
@@ -277,10 +280,21 @@ impl Supervisor {
                 out.push(Action::Log { level: Level::Info, message: what.clone() });
                 self.state = State::BackingOff { until: now + AFTER_OPERATOR, why: what };
             }
+            None if by_deadline => self.wait_for_lease(now, what, out),
             None => self.decide(now, rng, failed, uptime, what, out),
             Some(StopCause::Probe(why)) => self.decide(now, rng, true, uptime, why, out),
+            Some(StopCause::Lease) => self.wait_for_lease(now, what, out),
             Some(StopCause::Told) => out.push(Action::Log { level: Level::Info, message: what }),
         }
+    }
+
+    /// Ended for want of a lease, by no fault of its own: it starts again with the next one.
+    fn wait_for_lease(&mut self, now: Monotonic, what: String, out: &mut Vec<Action>) {
+        out.push(Action::Log {
+            level: Level::Info,
+            message: format!("{what}; starts again once the hub is heard"),
+        });
+        self.state = State::BackingOff { until: now, why: LEASE_OVER.to_owned() };
     }
 
     pub(super) fn has_ended(&self, key: ProcessKey) -> bool {

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use nave_proto::pb;
 
+use crate::monotonic::Monotonic;
+
 /// One start of one placement: what makes two processes of an instance different.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProcessKey {
@@ -19,6 +21,8 @@ pub struct ProcessKey {
 pub enum Input {
     /// What the hub wants now, whole: a new instance, a live change, desired stop, or a higher epoch.
     Wanted(Box<pb::WantedInstance>),
+    /// The host's lease holds until then. It matters to what runs only under one: `on_disconnect = "stop"`.
+    Lease { until: Monotonic },
     /// The hub no longer knows the instance: stop it and forget it.
     Forget,
     /// Answer to [`Action::PickPorts`](super::Action::PickPorts): every port by name, fixed ones included.

@@ -7,6 +7,7 @@ use nave_proto::ids::InstanceId;
 use nave_proto::pb::{self, InstanceLedgerPhase as Phase};
 
 use super::health::Health;
+use super::lease::LEASE_OVER;
 use super::restart::{RestartMemory, backoff};
 use super::state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping};
 use super::{Ports, Supervisor};
@@ -114,6 +115,7 @@ fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
     ledger.stop_signal = stopping.signal;
     match &stopping.cause {
         StopCause::Told => {}
+        StopCause::Lease => LEASE_OVER.clone_into(&mut ledger.stop_reason),
         StopCause::Probe(reason) => ledger.stop_reason.clone_from(reason),
     }
     match stopping.step {
@@ -177,10 +179,10 @@ fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
         (true, 0) => StopStep::Terminating { delivered: true },
         (true, tries) => StopStep::Killing { tries, next: now },
     };
-    let cause = if ledger.stop_reason.is_empty() {
-        StopCause::Told
-    } else {
-        StopCause::Probe(ledger.stop_reason.clone())
+    let cause = match ledger.stop_reason.as_str() {
+        "" => StopCause::Told,
+        LEASE_OVER => StopCause::Lease,
+        why => StopCause::Probe(why.to_owned()),
     };
     Stopping {
         running: recall_running(ledger),

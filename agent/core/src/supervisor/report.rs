@@ -3,6 +3,7 @@
 use nave_proto::pb::{self, observed};
 
 use super::action::Action;
+use super::lease::LEASE_OVER;
 use super::ledger::widen;
 use super::state::{Running, Starting, State};
 use super::stop::stuck;
@@ -105,9 +106,8 @@ impl Supervisor {
                 stuck(stopping).unwrap_or_else(|| match (&stopping.cause, goal) {
                     (_, Goal::Replace) => format!("waits for its process of epoch {} to end", self.epoch),
                     (super::StopCause::Probe(why), Goal::Run) => why.clone(),
-                    (super::StopCause::Probe(_) | super::StopCause::Told, Goal::Run | Goal::Stop) => {
-                        String::new()
-                    }
+                    (super::StopCause::Lease, Goal::Run) => LEASE_OVER.to_owned(),
+                    (_, Goal::Run | Goal::Stop) => String::new(),
                 })
             }
             (State::Pending(_), Goal::Run | Goal::Replace) => "waits for the keeper".to_owned(),

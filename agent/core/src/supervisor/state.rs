@@ -99,6 +99,8 @@ pub enum StopCause {
     Told,
     /// Ourselves, to start it again; the text says what failed.
     Probe(String),
+    /// Nobody: the host's lease is over, and it may run only under one.
+    Lease,
 }
 
 /// The rungs of the ladder.

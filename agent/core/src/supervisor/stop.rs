@@ -42,7 +42,7 @@ fn retry_after(tries: u32) -> Duration {
 }
 
 /// The manifest's stop signal and grace, or the defaults.
-fn rules(manifest: Option<&pb::Manifest>) -> (i32, Duration) {
+pub(super) fn rules(manifest: Option<&pb::Manifest>) -> (i32, Duration) {
     let stop = manifest.and_then(|manifest| manifest.stop.as_ref());
     let signal = stop.map_or(0, |stop| stop.signal);
     let grace = stop.and_then(|stop| stop.grace.as_ref());

@@ -2,6 +2,7 @@
 
 mod ending;
 mod health;
+mod leasing;
 mod starting;
 mod stopping;
 mod surviving;
@@ -197,6 +198,7 @@ impl Scene {
             | Action::Report
             | Action::Gone
             | Action::WakeAt(_)
+            | Action::SetDeadline { .. }
             | Action::Log { .. } => None,
         };
         self.orders().iter().filter_map(signal).collect()

@@ -290,6 +290,7 @@ impl World {
             | Action::Report
             | Action::Gone
             | Action::WakeAt(_)
+            | Action::SetDeadline { .. }
             | Action::Log { .. } => {}
         }
         true

@@ -202,8 +202,11 @@ impl Keeper {
 /// Asks a process to end, and has all of its cgroup killed from `kill_at` on.
 pub(super) fn begin_ladder(kept: &mut Kept, signal: i32, kill_at: i64, cause: Cause) {
     if let Some(process) = kept.process_mut() {
-        process.cause.get_or_insert(cause);
-        let _ = signal::send(kept, pb::SignalScope::Process, signal);
+        // One that its agent has asked already is not asked twice: some programs take that for an order to hurry.
+        if process.cause.is_none() {
+            process.cause = Some(cause);
+            let _ = signal::send(kept, pb::SignalScope::Process, signal);
+        }
     } else if !kept.is_leftover() {
         return;
     }
