@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const FILES: [&str; 9] = [
+const FILES: [&str; 10] = [
     "nave/v1/manifest.proto",
     "nave/v1/instance.proto",
     "nave/v1/host.proto",
     "nave/v1/service.proto",
+    "nave/v1/hosts.proto",
     "nave/v1/cluster.proto",
     "nave/v1/session.proto",
     "nave/v1/raft.proto",

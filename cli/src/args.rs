@@ -39,8 +39,15 @@ pub(crate) enum Verb {
     Services(Listing),
     /// List instances: where they run, since when, and why not
     Ps(Ps),
-    /// List hosts
-    Hosts(Listing),
+    /// List hosts, or give one up
+    Hosts(Hosts),
+    /// Empty a host for maintenance: nothing new goes there, what is there moves away under the update rules
+    Drain(Drain),
+    /// Open a drained host again
+    Undrain {
+        /// Name or id of the host
+        host: String,
+    },
     /// List the addresses where instances of a service answer
     Endpoints(OfService),
     /// One service: version, deployment, instances, last events, and why anything is not ready
@@ -109,6 +116,42 @@ impl Listing {
     pub(crate) fn json(&self) -> bool {
         self.format == Format::Json
     }
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct Hosts {
+    #[command(flatten)]
+    pub(crate) listing: Listing,
+    #[command(subcommand)]
+    pub(crate) verb: Option<HostsVerb>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostsVerb {
+    /// Give a host up for good: one that is lost or silent, or a drained one that is empty
+    Forget {
+        /// Name or id of the host
+        host: String,
+        /// Told in `nave events`
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    /// Name or id of the host
+    pub(crate) host: String,
+    /// Told in `nave hosts` and `nave events`
+    #[arg(long, default_value = "")]
+    pub(crate) reason: String,
+    /// Return only when its agent has said that nothing is left: 0, or 1 with what is waited for
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// How long to wait
+    #[arg(long, default_value = "5m", value_parser = when::parse_duration, value_name = "DURATION")]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Debug, Args)]

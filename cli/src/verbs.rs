@@ -22,7 +22,7 @@ mod wait;
 use nave_proto::pb;
 use tonic::{Code, Status};
 
-use crate::args::{ClusterVerb, TokenVerb, Verb};
+use crate::args::{ClusterVerb, Hosts, HostsVerb, TokenVerb, Verb};
 use crate::client::Hub;
 use crate::failure::Failure;
 use crate::out::Tone;
@@ -34,7 +34,12 @@ pub(crate) async fn run(verb: Verb, hub: &Hub) -> Result<(), Failure> {
         Verb::Apply(args) => apply::run(&args, hub).await,
         Verb::Services(args) => services::run(&args, hub).await,
         Verb::Ps(args) => ps::run(&args, hub).await,
-        Verb::Hosts(args) => hosts::run(&args, hub).await,
+        Verb::Hosts(Hosts { listing, verb: None }) => hosts::run(&listing, hub).await,
+        Verb::Hosts(Hosts { verb: Some(HostsVerb::Forget { host, reason }), .. }) => {
+            hosts::forget(host, reason, hub).await
+        }
+        Verb::Drain(args) => hosts::drain(&args, hub).await,
+        Verb::Undrain { host } => hosts::undrain(host, hub).await,
         Verb::Endpoints(args) => endpoints::run(&args, hub).await,
         Verb::Status(args) => status::run(&args, hub).await,
         Verb::Logs(args) => logs::run(&args, hub).await,

@@ -1,14 +1,22 @@
-//! `nave hosts`.
+//! `nave hosts`, `nave hosts forget`, `nave drain`, `nave undrain`.
+
+use std::time::Duration;
 
 use nave_proto::pb;
 use serde::Serialize;
+use tokio::time::Instant;
 
-use crate::args::Listing;
+use super::count;
+use crate::args::{Drain, Listing};
 use crate::client::{Hub, note_age};
 use crate::failure::Failure;
 use crate::out::{self, Tone};
+use crate::progress::Progress;
 use crate::table::{Cell, Table};
 use crate::{clock, when};
+
+/// Between two looks at a host that is being emptied.
+const ASK_EVERY: Duration = Duration::from_millis(300);
 
 #[derive(Debug, Serialize)]
 struct HostRow<'a> {
@@ -18,6 +26,7 @@ struct HostRow<'a> {
     status: &'a str,
     status_reason: &'a str,
     draining: bool,
+    drain_reason: &'a str,
     instances: u32,
     cpu_millicores: u64,
     cpu_reserved_millicores: u64,
@@ -44,6 +53,7 @@ impl<'a> HostRow<'a> {
             status: &host.status,
             status_reason: &host.status_reason,
             draining: host.draining,
+            drain_reason: &host.drain_reason,
             instances: host.instances,
             cpu_millicores: facts.cpu_millicores,
             cpu_reserved_millicores: host.cpu_reserved_millicores,
@@ -98,13 +108,116 @@ pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
         ]);
     }
     table.print();
+    let mut said = std::collections::BTreeSet::new();
     for host in &listed.hosts {
-        if host.status != "connected" && !host.status_reason.is_empty() {
+        // The brake has one sentence for all of them.
+        if host.status != "connected" && !host.status_reason.is_empty() && said.insert(&host.status_reason) {
             out::line(format_args!("{}: {}", host.name, host.status_reason));
+        }
+        if host.draining && !host.drain_reason.is_empty() {
+            out::line(format_args!("{} is drained: {}", host.name, host.drain_reason));
         }
         for lack in host.facts.iter().flat_map(|facts| &facts.lacks) {
             out::line(out::paint(Tone::Dim, &format!("{}: {lack}", host.name)));
         }
+    }
+    Ok(())
+}
+
+pub(super) async fn drain(args: &Drain, hub: &Hub) -> Result<(), Failure> {
+    let request = pb::DrainHostRequest {
+        host: args.host.clone(),
+        reason: args.reason.clone(),
+        request_id: Some(hub.request_id()),
+    };
+    let changed = hub
+        .write(|mut member| {
+            let request = request.clone();
+            async move { member.hosts.drain_host(request).await }
+        })
+        .await?;
+    let name = &changed.name;
+    out::line(format_args!("{name}  is being drained, {} left", count(left(changed.instances), "instance")));
+    if args.wait {
+        return until_empty(&changed, args.timeout, hub).await;
+    }
+    out::hint(format_args!("`nave hosts`; `nave drain {name} --wait`; `nave undrain {name}` opens it again"));
+    Ok(())
+}
+
+fn left(instances: u32) -> usize {
+    usize::try_from(instances).unwrap_or(usize::MAX)
+}
+
+/// Until the agent has said that the last instance is gone.
+async fn until_empty(host: &pb::ChangeHostResponse, timeout: Duration, hub: &Hub) -> Result<(), Failure> {
+    let deadline = Instant::now() + timeout;
+    let mut progress = Progress::new([host.name.clone()]);
+    let mut waits = Vec::new();
+    loop {
+        let request = pb::GetHostRequest { host: host.host_id.clone(), linearizable: true };
+        let asked = hub.read_status(|mut member| {
+            let request = request.clone();
+            async move { member.hosts.get_host(request).await }
+        });
+        if let Ok(answer) = tokio::time::timeout_at(deadline, asked).await {
+            match answer {
+                Ok(Ok(found)) => {
+                    let record = found.host.unwrap_or_default();
+                    if !record.draining {
+                        return Err(Failure::refused(format!("{} was opened again by somebody", host.name)));
+                    }
+                    if record.instances == 0 {
+                        progress.set(0, Tone::Good, "drained", "");
+                        return Ok(());
+                    }
+                    waits = found.leaving.into_iter().map(|one| one.waits_for).collect();
+                    let how_far = format!("{} left", count(left(record.instances), "instance"));
+                    let why = waits.first().map(String::as_str).unwrap_or_default();
+                    progress.set(0, Tone::Warning, &how_far, why);
+                }
+                Ok(Err(status)) if status.code() == tonic::Code::NotFound => {
+                    return Err(Failure::from_status(&status));
+                }
+                // Asked again until the time is over.
+                Ok(Err(_)) | Err(_) => {}
+            }
+        }
+        if Instant::now() + ASK_EVERY >= deadline {
+            let failure =
+                Failure::refused(format!("{} is not empty after {}", host.name, nave_proto::time::format_duration(timeout)));
+            return Err(failure.details(waits).next("the drain goes on; `nave undrain` ends it"));
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
+pub(super) async fn undrain(host: String, hub: &Hub) -> Result<(), Failure> {
+    let request = pb::UndrainHostRequest { host, request_id: Some(hub.request_id()) };
+    let changed = hub
+        .write(|mut member| {
+            let request = request.clone();
+            async move { member.hosts.undrain_host(request).await }
+        })
+        .await?;
+    out::line(format_args!("{}  is open again", changed.name));
+    Ok(())
+}
+
+pub(super) async fn forget(host: String, reason: String, hub: &Hub) -> Result<(), Failure> {
+    let request = pb::ForgetHostRequest { host, reason, request_id: Some(hub.request_id()) };
+    let changed = hub
+        .write(|mut member| {
+            let request = request.clone();
+            async move { member.hosts.forget_host(request).await }
+        })
+        .await?;
+    let (name, id) = (&changed.name, &changed.host_id);
+    out::line(format_args!("{name}  ({id}) is given up for good, its certificate opens nothing any more"));
+    if changed.instances > 0 {
+        out::hint(
+            "what it ran is placed again; `on_disconnect = \"stop\"` waits until it must have ended there",
+        );
     }
     Ok(())
 }
@@ -115,7 +228,11 @@ fn status(host: &pb::Host) -> Cell {
         "lost" => Tone::Bad,
         _ => Tone::Warning,
     };
-    let text = if host.draining { format!("{}, draining", host.status) } else { host.status.clone() };
+    let text = match (host.draining, host.instances) {
+        (false, _) => host.status.clone(),
+        (true, 0) => format!("{}, drained", host.status),
+        (true, left) => format!("{}, draining, {left} left", host.status),
+    };
     Cell::new(text, tone)
 }
 

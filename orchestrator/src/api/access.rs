@@ -57,7 +57,10 @@ pub(crate) fn callers(path: &str) -> Option<Callers> {
             | "ReadLogs" => Some(Callers::OPERATOR),
             _ => None,
         },
-        "nave.v1.HostService" => (method == "ListHosts").then_some(Callers::OPERATOR),
+        "nave.v1.HostService" => match method {
+            "ListHosts" | "GetHost" | "DrainHost" | "UndrainHost" | "ForgetHost" => Some(Callers::OPERATOR),
+            _ => None,
+        },
         "nave.v1.EventService" => (method == "ListEvents").then_some(Callers::OPERATOR),
         "nave.v1.ClusterService" => match method {
             "GetClusterStatus" | "AddMember" | "RemoveMember" | "TakeSnapshot" | "CreateToken"
@@ -171,6 +174,10 @@ mod tests {
         ("/nave.v1.ServiceService/Watch", "o"),
         ("/nave.v1.ServiceService/ReadLogs", "o"),
         ("/nave.v1.HostService/ListHosts", "o"),
+        ("/nave.v1.HostService/GetHost", "o"),
+        ("/nave.v1.HostService/DrainHost", "o"),
+        ("/nave.v1.HostService/UndrainHost", "o"),
+        ("/nave.v1.HostService/ForgetHost", "o"),
         ("/nave.v1.EventService/ListEvents", "o"),
         ("/nave.v1.ClusterService/GetClusterStatus", "o"),
         ("/nave.v1.ClusterService/TransferLeader", "om"),

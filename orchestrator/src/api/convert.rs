@@ -116,6 +116,7 @@ pub(crate) fn host(state: &ClusterState, record: &pb::HostRecord) -> pb::Host {
         last_heard: None,
         revision: record.revision,
         status_reason: record.status_reason.clone(),
+        drain_reason: record.drain_reason.clone(),
     }
 }
 
