@@ -135,7 +135,7 @@ impl AgentSession for Dispatch {
             hub.metrics.sessions.inc();
             Session::new(hub.clone(), greeted, number, sender, replaced).run(incoming).await;
             hub.metrics.sessions.dec();
-            hub.beats.close(host, number);
+            hub.beats.close(number);
             let mut open = open.lock();
             if open.get(&host).is_some_and(|current| current.number == number) {
                 open.remove(&host);

@@ -6,6 +6,7 @@ mod etcd;
 mod failover;
 mod faults;
 mod fleet;
+mod hosts;
 mod idle;
 mod load;
 mod plan;
@@ -22,7 +23,7 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 9] = [
+    let rooms: [(&str, Measurement); 10] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -35,6 +36,7 @@ fn main() -> anyhow::Result<()> {
         ("fleet", fleet::run),
         ("watchers", watchers::run),
         ("faults", faults::run),
+        ("hosts", hosts::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {

@@ -244,6 +244,7 @@ impl Hub {
             host_id: host.0,
             status: pb::HostStatus::Lost.into(),
             reason: "not heard for 3 s".into(),
+            lease_over_ms: 0,
         }));
         let verdict = begun.elapsed();
         let origin = Instant::now();

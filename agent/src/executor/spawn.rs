@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use nave_agent_core::ProcessKey;
-use nave_agent_core::supervisor::Deadline;
 use nave_agent_core::env::{EnvironmentInput, arguments, environment};
+use nave_agent_core::supervisor::Deadline;
 use nave_agent_core::supervisor::{SpawnError, SpawnErrorKind, SpawnOrder};
 use nave_proto::ids::{ClusterId, InstanceId};
 use nave_proto::pb;

@@ -184,8 +184,11 @@ async fn until_empty(host: &pb::ChangeHostResponse, timeout: Duration, hub: &Hub
             }
         }
         if Instant::now() + ASK_EVERY >= deadline {
-            let failure =
-                Failure::refused(format!("{} is not empty after {}", host.name, nave_proto::time::format_duration(timeout)));
+            let failure = Failure::refused(format!(
+                "{} is not empty after {}",
+                host.name,
+                nave_proto::time::format_duration(timeout)
+            ));
             return Err(failure.details(waits).next("the drain goes on; `nave undrain` ends it"));
         }
         tokio::time::sleep(ASK_EVERY).await;

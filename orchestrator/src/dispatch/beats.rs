@@ -52,7 +52,8 @@ pub(crate) struct Given {
 #[derive(Debug)]
 pub(crate) struct Beats {
     origin: Instant,
-    own: Mutex<BTreeMap<HostId, Own>>,
+    /// By session: two agents may say that they are the same host, and one of them is refused.
+    own: Mutex<BTreeMap<u64, Own>>,
     table: Mutex<Option<Table>>,
     begun: Notify,
 }
@@ -60,7 +61,7 @@ pub(crate) struct Beats {
 /// One session of this member.
 #[derive(Debug)]
 struct Own {
-    session: u64,
+    host: HostId,
     place: u64,
     sequence: u64,
     at: Instant,
@@ -87,6 +88,7 @@ impl Default for Beats {
 /// A beat on its way to the leader.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
+    session: u64,
     host: HostId,
     place: u64,
     sequence: u64,
@@ -101,26 +103,23 @@ impl Beats {
     /// A session begins: it is announced to the leader at once. What the leader says of it comes through the receiver.
     pub(crate) fn open(&self, host: HostId, session: u64, place: u64) -> watch::Receiver<Answer> {
         let (answers, receiver) = watch::channel(Answer::default());
-        let own = Own { session, place, sequence: 0, at: Instant::now(), fresh: true, answers };
-        self.own.lock().insert(host, own);
+        let own = Own { host, place, sequence: 0, at: Instant::now(), fresh: true, answers };
+        self.own.lock().insert(session, own);
         self.begun.notify_one();
         receiver
     }
 
     /// The agent of this session was heard.
-    pub(crate) fn beat(&self, host: HostId, session: u64, sequence: u64) {
-        if let Some(own) = self.own.lock().get_mut(&host).filter(|own| own.session == session) {
+    pub(crate) fn beat(&self, session: u64, sequence: u64) {
+        if let Some(own) = self.own.lock().get_mut(&session) {
             own.sequence = own.sequence.max(sequence);
             (own.at, own.fresh) = (Instant::now(), true);
         }
     }
 
     /// The session has ended.
-    pub(crate) fn close(&self, host: HostId, session: u64) {
-        let mut own = self.own.lock();
-        if own.get(&host).is_some_and(|own| own.session == session) {
-            own.remove(&host);
-        }
+    pub(crate) fn close(&self, session: u64) {
+        self.own.lock().remove(&session);
     }
 
     /// This member leads since a moment ago.
@@ -170,27 +169,28 @@ impl Beats {
     fn fresh(&self) -> Vec<Sent> {
         let now = Instant::now();
         let mut sent = Vec::new();
-        for (host, own) in self.own.lock().iter_mut().filter(|(_, own)| own.fresh) {
+        for (session, own) in self.own.lock().iter_mut().filter(|(_, own)| own.fresh) {
             // A session that waits for its first answer is there as long as it waits.
             let waits = !own.answers.borrow().heard;
             if !waits && now - own.at > FRESH {
                 own.fresh = false;
                 continue;
             }
-            sent.push(Sent { host: *host, place: own.place, sequence: own.sequence });
+            let Own { host, place, sequence, .. } = *own;
+            sent.push(Sent { session: *session, host, place, sequence });
         }
         sent
     }
 
     /// Tells the sessions what the leader has answered.
     fn answered(&self, sent: &[Sent], response: &pb::ForwardBeatsResponse) {
-        let refused: BTreeMap<u64, _> =
-            response.refused.iter().map(|refused| (refused.host_id, refused)).collect();
+        let refused: BTreeMap<(u64, u64), _> =
+            response.refused.iter().map(|refused| ((refused.host_id, refused.place), refused)).collect();
         let mut own = self.own.lock();
         for beat in sent {
-            let Some(own) = own.get_mut(&beat.host).filter(|own| own.place == beat.place) else { continue };
+            let Some(own) = own.get_mut(&beat.session) else { continue };
             own.fresh = own.sequence > beat.sequence;
-            own.answers.send_if_modified(|answer| match refused.get(&beat.host.0) {
+            own.answers.send_if_modified(|answer| match refused.get(&(beat.host.0, beat.place)) {
                 Some(refused) => {
                     answer.refused = Some((refused.why(), Duration::from_millis(refused.after_ms)));
                     true
@@ -228,6 +228,7 @@ fn taken(
                 host_id: beat.host.0,
                 why: why.into(),
                 after_ms: u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
+                place: beat.place,
             }),
         }
     }
@@ -316,11 +317,12 @@ mod tests {
         assert_eq!(sequences(&beats), [(1, 0)], "a session that begins waits for its answer");
         beats.answered(&beats.fresh(), &given(5));
         assert_eq!(sequences(&beats), []);
-        beats.beat(HOST, 1, 4);
+        beats.beat(1, 4);
         assert_eq!(sequences(&beats), [(1, 4)]);
         tokio::time::advance(FRESH + Duration::from_millis(1)).await;
         assert_eq!(sequences(&beats), [], "the agent may have died since");
-        beats.beat(HOST, 9, 5);
+        beats.close(1);
+        beats.beat(1, 5);
         assert_eq!(sequences(&beats), [], "of a session that is over");
     }
 
@@ -328,21 +330,24 @@ mod tests {
     async fn an_answer_is_for_the_beat_that_was_sent() {
         let beats = Beats::default();
         let mut answers = beats.open(HOST, 1, 7);
-        beats.beat(HOST, 1, 1);
+        beats.beat(1, 1);
         let sent = beats.fresh();
-        beats.beat(HOST, 1, 2);
+        beats.beat(1, 2);
         beats.answered(&sent, &given(5));
         assert_eq!(answers.borrow_and_update().lease, Some(Given { sequence: 1, revision: 5 }));
         assert_eq!(sequences(&beats), [(1, 2)], "the newer one has yet to go");
         let without = pb::ForwardBeatsResponse { without_lease: vec![1], ..given(6) };
         beats.answered(&beats.fresh(), &without);
         assert!(!answers.has_changed().unwrap(), "no news");
-        let refused = pb::BeatRefused { host_id: 1, why: BeatRefusal::Held.into(), after_ms: 5 };
+        // Another session of the same host, on this member too.
+        let mut others = beats.open(HOST, 2, 8);
+        let refused = pb::BeatRefused { host_id: 1, why: BeatRefusal::Held.into(), after_ms: 5, place: 8 };
         let refused = pb::ForwardBeatsResponse { refused: vec![refused], ..given(7) };
-        beats.answered(&[Sent { host: HOST, place: 8, sequence: 9 }], &refused);
-        assert!(!answers.has_changed().unwrap(), "of another place");
-        beats.answered(&[Sent { host: HOST, place: 7, sequence: 9 }], &refused);
-        assert_eq!(answers.borrow().refused, Some((BeatRefusal::Held, Duration::from_millis(5))));
+        beats.beat(1, 3);
+        beats.answered(&beats.fresh(), &refused);
+        assert_eq!(others.borrow_and_update().refused, Some((BeatRefusal::Held, Duration::from_millis(5))));
+        let first = *answers.borrow_and_update();
+        assert_eq!((first.refused, first.lease), (None, Some(Given { sequence: 3, revision: 7 })));
     }
 
     #[test]

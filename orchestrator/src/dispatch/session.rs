@@ -69,7 +69,7 @@ pub(super) async fn begin(
         Err(end) => Err(end),
     };
     if let Err(end) = settled {
-        hub.beats.close(host, number);
+        hub.beats.close(number);
         return Err(end);
     }
     Ok(Greeted { host, answers, facts: hello.facts })
@@ -328,7 +328,7 @@ impl Session {
     fn hear(&mut self, heard: pb::AgentMessage) -> Option<End> {
         match heard.message {
             Some(FromAgent::Beat(beat)) => {
-                self.hub.beats.beat(self.host, self.number, beat.sequence);
+                self.hub.beats.beat(self.number, beat.sequence);
                 None
             }
             Some(FromAgent::Acknowledge(_)) => None,
