@@ -35,8 +35,7 @@ fn a_drain_moves_everything_and_never_has_fewer_ready() {
     assert!(cluster.wait_ready("web", 4).iter().all(|row| row["host"] == "agent-2"));
 
     cluster.nave(&["undrain", "agent-1"]).expect(0);
-    cluster.nave(&["scale", "web", "6", "--wait"]).expect(0);
-    assert!(cluster.ps("web").iter().any(|row| row["host"] == "agent-1"), "it takes new ones again");
+    assert!(host(&cluster, "agent-1").is_some_and(|host| host["draining"] == false));
 }
 
 #[test]
