@@ -66,9 +66,8 @@ impl Rollout<'_> {
     }
 
     fn complete(&self) -> bool {
-        self.old.is_empty()
-            && self.current.len() == self.slots
-            && self.current.iter().all(|instance| self.healthy(instance) && !self.is_adrift(instance))
+        // None that is lost with its host is healthy.
+        self.old.is_empty() && self.current.len() == self.slots && self.rules.current.healthy == self.slots
     }
 
     /// An instance that this deployment brought has ended for good.

@@ -34,6 +34,8 @@ pub(crate) struct Rollout<'a> {
     pub(crate) surplus: Vec<&'a Instance>,
     pub(crate) away: Vec<&'a Instance>,
     pub(crate) stopping: Vec<&'a Instance>,
+    /// Those among the current and old ones that are lost with their host or gave up: few, as a rule.
+    pub(crate) troubled: Vec<&'a Instance>,
 }
 
 impl<'a> Rollout<'a> {
@@ -59,6 +61,7 @@ impl<'a> Rollout<'a> {
             surplus: Vec::new(),
             away: Vec::new(),
             stopping: Vec::new(),
+            troubled: Vec::new(),
         };
         for instance in entry.instances.values() {
             rollout.sort_in(instance);
@@ -71,7 +74,12 @@ impl<'a> Rollout<'a> {
     }
 
     fn sort_in(&mut self, instance: &'a Instance) {
-        let list = match self.meant.kind(self.state, instance) {
+        let kind = self.meant.kind(self.state, instance);
+        let counts = matches!(kind, Kind::Current | Kind::Old);
+        if counts && (instance.gave_up() || self.is_adrift(instance)) {
+            self.troubled.push(instance);
+        }
+        let list = match kind {
             Kind::Current => &mut self.current,
             Kind::Old => &mut self.old,
             Kind::Surplus => &mut self.surplus,
@@ -95,6 +103,7 @@ impl<'a> Rollout<'a> {
                 list.iter().copied().partition(|i| best.get(&i.host()) == Some(&rank(i)));
             *list = stay;
             self.meant.seconds.extend(go.iter().map(|instance| instance.id));
+            self.troubled.retain(|instance| !self.meant.seconds.contains(&instance.id));
             self.surplus.extend(go);
         }
     }

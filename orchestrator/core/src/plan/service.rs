@@ -178,10 +178,13 @@ impl<'a> Planner<'_, 'a> {
     /// Instances to place under their next epoch: lost with their host, or given up and due for another try.
     fn due_again(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
         let rollout = self.rollout;
+        if rollout.troubled.is_empty() {
+            return Vec::new();
+        }
         let leaving = rollout.replaceable(false);
         let leaving: BTreeSet<u64> = excess.iter().chain(&leaving).map(|instance| instance.id).collect();
         let mut due = Vec::new();
-        for instance in rollout.current.iter().chain(&rollout.old).copied() {
+        for instance in rollout.troubled.iter().copied() {
             if leaving.contains(&instance.id) {
                 continue;
             }
