@@ -239,6 +239,26 @@ fn what_would_cost_the_majority_is_refused() {
     eventually("the dead one hears that it was removed", SOON, || !old.is_running());
 }
 
+#[test]
+fn a_member_that_lost_its_data_does_not_vote_under_its_old_id() {
+    let mut cluster = Cluster::start(&Setup { members: 3, agents: 0 });
+    cluster.apply(&sleeper("kept", 0), &[]).expect(0);
+    eventually("three members", SOON, || cluster.settled(3));
+    let wiped = (0..3).find(|k| Some(*k) != cluster.leader()).expect("a follower");
+    cluster.members[wiped].terminate();
+    std::fs::remove_dir_all(cluster.members[wiped].dir.join("data")).expect("lost");
+    let member = &mut cluster.members[wiped];
+    member.start();
+    assert_eq!(member.process().wait(), Some(1), "{}", member.log());
+    assert!(member.log().contains("nave cluster replace"), "{}", member.log());
+    let name = member.name.clone();
+    let place = cluster.reserve_member(&["replace", &name]);
+    cluster.members[place].start();
+    eventually("three again", SOON, || cluster.settled(3));
+    cluster.members.remove(wiped);
+    assert_eq!(versions(&cluster).get("kept"), Some(&1));
+}
+
 /// Asked again while nobody answers, which on a busy machine happens; then it ends with `code`.
 fn asked(cluster: &Cluster, words: &[&str], code: i32) -> nave_tests::nave::Output {
     eventually_some("an answer", SOON, || Some(cluster.nave(words)).filter(|said| said.code != 3))

@@ -85,6 +85,11 @@ impl Role {
         self.folder.join("nave.log")
     }
 
+    /// A member that was removed from the cluster; it wrote that down itself.
+    pub(super) fn has_left(&self) -> bool {
+        self.folder.join("data/removed").exists()
+    }
+
     /// What it said last, which is often why it ended.
     pub(super) fn last_words(&self) -> Option<String> {
         const TAIL_BYTES: u64 = 4096;

@@ -71,6 +71,10 @@ async fn keep(role: Role, process: Process, stop: CancellationToken) -> Held {
             },
             None => "could not be started".to_owned(),
         };
+        if role.has_left() {
+            say(format_args!("{} has left the cluster and stays ended", role.name));
+            return (role, None);
+        }
         if started.elapsed() >= HELD {
             backoff = BACKOFF_MIN;
         }
