@@ -216,7 +216,7 @@ pub(crate) fn listening(address: &str) -> (SocketAddr, SocketAddr) {
         _ => Ipv4Addr::UNSPECIFIED.into(),
     };
     // 7400 and 7480, and the same distance for members that share a machine.
-    let metrics = port.checked_add(80).unwrap_or(port - 80);
+    let metrics = port.checked_add(80).unwrap_or_else(|| port - 80);
     (SocketAddr::new(any, port), SocketAddr::new(Ipv4Addr::LOCALHOST.into(), metrics))
 }
 
@@ -379,6 +379,7 @@ mod tests {
         assert_eq!(member(1, "hub1:7400", dir).listen, "0.0.0.0:7400".parse().unwrap());
         assert_eq!(member(1, "127.0.0.1:7400", dir).listen, "127.0.0.1:7400".parse().unwrap());
         assert_eq!(member(1, "hub1:7400", dir).metrics_listen, "127.0.0.1:7480".parse().unwrap());
+        assert_eq!(member(1, "hub1:79", dir).metrics_listen, "127.0.0.1:159".parse().unwrap());
         assert_eq!(member(1, "hub1:65500", dir).metrics_listen, "127.0.0.1:65420".parse().unwrap());
     }
 }

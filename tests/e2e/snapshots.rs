@@ -130,8 +130,9 @@ fn what_cannot_be_restored_is_refused_and_nothing_is_lost() {
     refused(&write("newer", &newer), &config, "format 99");
     refused(&cluster.dir().join("absent"), &config, "No such file");
 
-    let other = Cluster::prepare(&Setup { members: 3, agents: 0 }).expect("prepared");
-    let strange = other.members[0].dir.join("member.toml");
+    let other = cluster.dir().join("other");
+    run(None, &["init", "--members", "127.0.0.1:1", "--out", path(&other)], None).expect(0);
+    let strange = other.join("member-1/member.toml");
     refused(&file, &strange, "--other-cluster");
 
     cluster.members[0].start();
@@ -148,6 +149,12 @@ fn a_cluster_that_runs_is_not_restored_into_and_another_one_gets_the_services() 
     let first = config(&cluster.members[0]);
     let said = run(None, &["cluster", "restore", path(&file), "--config", path(&first)], None).expect(1);
     assert!(said.stderr.contains("still runs"), "{}", said.stderr);
+    let kept = tempfile::tempdir().expect("a folder");
+    let kept_file = kept.path().join("whole.snapshot");
+    std::fs::copy(&file, &kept_file).expect("copied");
+    // Its turn is over: at most two clusters run at a time, and no test holds one while it waits for another.
+    drop(cluster);
+    let file = kept_file;
 
     let mut other = Cluster::prepare(&Setup { members: 1, agents: 1 }).expect("prepared");
     let config = config(&other.members[0]);
