@@ -59,7 +59,7 @@ async fn export(hub: &Hub, parts: &mpsc::Sender<Result<pb::SnapshotPart, Status>
         let data =
             read.map_err(|error| errors::internal(format!("cannot read the snapshot back: {error}")))?;
         offset += data.len() as u64;
-        if parts.send(Ok(pb::SnapshotPart { data: data.into() })).await.is_err() {
+        if parts.send(Ok(pb::SnapshotPart { data })).await.is_err() {
             return Ok(());
         }
     }
