@@ -95,15 +95,15 @@ impl Merged {
 /// What became of the reports that were under way.
 #[derive(Debug)]
 pub(super) enum Progress {
-    /// Committed up to this sequence, which may be told to the agent.
-    Committed(u64),
+    /// Committed up to this sequence, which may be told to the agent, as of this revision.
+    Committed { sequence: u64, revision: u64 },
     /// Not yet; it is tried again by itself.
     Later,
     /// Never: the session has to end, for this reason.
     Hopeless(Status),
 }
 
-type Attempt = BoxFuture<'static, (Merged, Result<(), Failure>)>;
+type Attempt = BoxFuture<'static, (Merged, Result<u64, Failure>)>;
 
 enum Failure {
     Again,
@@ -146,9 +146,9 @@ impl Reports {
         let (merged, outcome) = attempt.await;
         self.attempt = None;
         match outcome {
-            Ok(()) => {
+            Ok(revision) => {
                 self.delay = RETRY;
-                Progress::Committed(merged.sequence)
+                Progress::Committed { sequence: merged.sequence, revision }
             }
             Err(Failure::Again) => {
                 self.waiting = merged.under(std::mem::take(&mut self.waiting));
@@ -161,20 +161,23 @@ impl Reports {
     }
 }
 
-/// Proposes facts, when they are news, and the report. Both may be repeated without harm.
-async fn commit(hub: Arc<Hub>, host: HostId, merged: Merged) -> (Merged, Result<(), Failure>) {
+/// Proposes facts, when they are news, and the report. Both may be repeated without harm. Returns the revision of the
+/// last; 0 when there was nothing to propose.
+async fn commit(hub: Arc<Hub>, host: HostId, merged: Merged) -> (Merged, Result<u64, Failure>) {
     let known = hub.raft.state().host(host).and_then(|record| record.facts.clone());
     let news = merged.facts.clone().filter(|facts| known.as_ref() != Some(facts));
     let facts = news.map(|facts| Body::UpdateHost(pb::UpdateHost { host_id: host.0, facts: Some(facts) }));
+    let mut revision = 0;
     for body in facts.into_iter().chain(merged.report(host)) {
-        if let Err(failure) = propose(&hub, host, body).await {
-            return (merged, Err(failure));
+        match propose(&hub, host, body).await {
+            Ok(committed) => revision = committed,
+            Err(failure) => return (merged, Err(failure)),
         }
     }
-    (merged, Ok(()))
+    (merged, Ok(revision))
 }
 
-async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
+async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<u64, Failure> {
     let of_facts = matches!(body, Body::UpdateHost(_));
     let command = api::command(format!("agent/{host}"), None, body);
     let reply = match hub.raft.propose(command, Instant::now() + DEADLINE).await {
@@ -191,7 +194,7 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
         Some(pb::reply::Result::Rejected(rejected)) if of_facts => {
             // For instance a name that another host has: the host goes on under its old one.
             warn!(%host, reason = rejected.message, "the host's facts were refused");
-            Ok(())
+            Ok(reply.revision)
         }
         // The host is lost and about to be called back.
         Some(pb::reply::Result::Rejected(rejected)) if rejected.code() == pb::RejectedCode::Conflict => {
@@ -200,7 +203,7 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
         Some(pb::reply::Result::Rejected(rejected)) => {
             Err(Failure::Never(Box::new(refused(host, &rejected))))
         }
-        Some(pb::reply::Result::Accepted(_)) | None => Ok(()),
+        Some(pb::reply::Result::Accepted(_)) | None => Ok(reply.revision),
     }
 }
 

@@ -21,7 +21,7 @@ use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use super::beats::{Answer, Given};
 use super::reports::{Progress, Reports};
-use super::wanted::Told;
+use super::wanted::{self, Told};
 use crate::api::enroll::check_facts;
 use crate::api::errors::{self, Reach};
 use crate::api::{self, Hub};
@@ -230,6 +230,10 @@ pub(super) struct Session {
     lease: Option<Given>,
     /// The state no longer has this host.
     forgotten: bool,
+    /// The revision of the newest report of this session that is committed.
+    reported: Option<u64>,
+    /// The host was judged lost and called back since: what it reported is no longer known.
+    unheard: bool,
 }
 
 impl Session {
@@ -256,6 +260,8 @@ impl Session {
             seen: 0,
             lease: None,
             forgotten: false,
+            reported: None,
+            unheard: false,
             hub,
             host,
             sender,
@@ -301,8 +307,11 @@ impl Session {
                     }
                 },
                 progress = self.reports.progress() => match progress {
-                    Progress::Committed(0) | Progress::Later => {}
-                    Progress::Committed(sequence) => self.acknowledge = Some(sequence),
+                    Progress::Committed { sequence: 0, .. } | Progress::Later => {}
+                    Progress::Committed { sequence, revision } => {
+                        self.acknowledge = Some(sequence);
+                        self.reported = self.reported.max(Some(revision));
+                    }
                     Progress::Hopeless(status) => return End::Refused(status),
                 },
                 () = self.route.bell.rung(), if look_at.is_none() => {
@@ -316,6 +325,10 @@ impl Session {
                     }
                     if self.forgotten {
                         return End::Refused(unknown(&self.hub.raft.state(), self.host));
+                    }
+                    if self.unheard {
+                        // A session begins with everything; the agent does not repeat itself within one.
+                        return End::Elsewhere("this host was taken for lost, and has to report anew".to_owned());
                     }
                 }
                 () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() && !self.has_words() => {
@@ -410,6 +423,7 @@ impl Session {
             return None;
         }
         self.seen = state.revision();
+        self.unheard = self.reported.is_some_and(|reported| wanted::is_unheard(&state, self.host, reported));
         match (self.generation, touched) {
             (Some(generation), Touched::Instances(touched)) => {
                 let delta = self.told.delta(&state, incarnation, generation, touched)?;

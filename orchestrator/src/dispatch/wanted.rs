@@ -80,6 +80,15 @@ impl Told {
     }
 }
 
+/// Whether something on the host has become unknown since its agent reported in this revision: the host was judged lost
+/// and called back while its session went on, and only a full report tells what runs there.
+pub(super) fn is_unheard(state: &ClusterState, host: HostId, reported: u64) -> bool {
+    state.instances_on(host).any(|record| {
+        let state = record.observed.as_ref().and_then(|observed| observed.state.as_ref());
+        record.revision > reported && matches!(state, Some(pb::observed::State::Unknown(_)))
+    })
+}
+
 fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstance {
     let service = state.service(&record.service);
     let manifest = state.manifest(&record.service, record.version);
@@ -146,6 +155,17 @@ mod tests {
 
     fn touched(ids: &[u64]) -> BTreeSet<InstanceId> {
         ids.iter().copied().map(InstanceId).collect()
+    }
+
+    #[test]
+    fn what_became_unknown_after_the_report_has_to_be_reported_anew() {
+        let unknown = pb::observed::State::Unknown(pb::observed::Unknown {});
+        let observed = Some(pb::Observed { state: Some(unknown) });
+        let called_back = pb::InstanceRecord { observed, revision: 8, ..instance(1, 1, 1) };
+        let state = state(&[called_back, instance(2, 2, 1)]);
+        assert!(is_unheard(&state, HOST, 7));
+        assert!(!is_unheard(&state, HOST, 8), "the report is newer");
+        assert!(!is_unheard(&state, HostId(2), 7), "another host");
     }
 
     #[test]
