@@ -29,8 +29,9 @@ async fn leadership(hub: &Arc<Hub>) -> Option<u64> {
     }
 }
 
-/// Whether this member still leads in that term.
+/// Whether this member still leads in that term, by the same word as [`leadership`]. Two sources that disagree for a
+/// moment would send a controller round and round between them, and on one worker nobody else would get to speak.
 fn still_leads(hub: &Hub, term: u64) -> bool {
-    let status = hub.raft.status();
+    let status = hub.raft.leadership();
     status.leader == Some(hub.id) && status.term == term
 }

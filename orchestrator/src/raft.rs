@@ -171,6 +171,11 @@ impl RaftHub {
         status::status(&self.inner.raft, applied, &self.inner.heard)
     }
 
+    /// Who leads, as [`RaftHub::subscribe_status`] last said; [`RaftHub::status`] may know it earlier.
+    pub fn leadership(&self) -> Leadership {
+        *self.inner.leadership.borrow()
+    }
+
     /// Who leads; changes at elections and transfers only.
     pub fn subscribe_status(&self) -> watch::Receiver<Leadership> {
         self.inner.leadership.clone()

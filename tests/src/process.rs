@@ -3,10 +3,16 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::wait::eventually_some;
+
+/// A role that was told to end hands over first; nothing that it does then takes longer than some seconds.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 /// A process that the harness started.
 #[derive(Debug)]
@@ -43,9 +49,13 @@ impl Process {
     }
 
     /// SIGTERM, and waits for the end.
+    ///
+    /// # Panics
+    /// When it has not ended after [`ENDS_WITHIN`]; it is killed when it goes out of scope.
+    #[track_caller]
     pub fn terminate(&mut self) -> Option<i32> {
         self.signal(Signal::SIGTERM);
-        self.wait()
+        eventually_some("the process ends on SIGTERM", ENDS_WITHIN, || self.ended())
     }
 
     /// Waits for the end; the exit code, none when it was killed.

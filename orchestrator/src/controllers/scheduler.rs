@@ -15,8 +15,8 @@ use super::{leadership, still_leads};
 use crate::api::{self, Hub};
 use crate::clock;
 
-/// Steps of one command: at about 100 bytes each, 25 KB; and what the state's read lock is held for to find them.
-const STEPS_AT_ONCE: usize = 256;
+/// Steps of one command: at about 100 bytes each, 100 KB; and what the state's read lock is held for to find them.
+const STEPS_AT_ONCE: usize = 1024;
 /// Changes of this time are planned together.
 const COALESCE: Duration = Duration::from_millis(5);
 /// How long one proposal may take before it is looked again.
