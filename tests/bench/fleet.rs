@@ -66,10 +66,12 @@ fn argument(at: usize) -> Option<usize> {
 }
 
 async fn token(api: &Api, leader: usize) -> anyhow::Result<String> {
-    let request = pb::CreateTokenRequest { ttl: None, uses: 1_000_000 };
-    let answer =
-        ClusterServiceClient::new(api.channel(leader)).create_token(request).await.context("a token")?;
-    Ok(answer.into_inner().token)
+    let call = || {
+        let mut client = ClusterServiceClient::new(api.channel(leader));
+        async move { client.create_token(pb::CreateTokenRequest { ttl: None, uses: 1_000_000 }).await }
+    };
+    let answer = until_answered("a token", call).await?;
+    Ok(answer.token)
 }
 
 /// Applies the services, some at a time.
