@@ -3,13 +3,14 @@
 //! registry short of the log itself. Filling is timed by a core's work
 //! and not by the clock, so that others on the machine do not count; a loss, too short for that, by the clock.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nave_orchestrator_core::{ClusterState, PlanCursor, plan_dirty};
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::{Running, State};
+use tokio::time::Instant;
 
 /// Steps of one slice, as in the scheduler's loop.
 const SLICE: usize = 256;
@@ -172,7 +173,7 @@ impl Hub {
         let shape = u64::from(number % 10) + 1;
         manifest.resources = Some(pb::Resources {
             cpu_millicores: 10 * shape,
-            memory_bytes: 32 * shape << 20,
+            memory_bytes: (32 * shape) << 20,
             ..Default::default()
         });
         let mut placement = pb::Placement::default();
