@@ -1,5 +1,5 @@
 //! Which allocator a process uses. A hub member makes and frees small records on several threads, and jemalloc takes
-//! an eighth less CPU for each write than the system's allocator (docs/performance.md). The other roles stay with the
+//! a tenth less of the leader's CPU for each write than the system's (docs/performance.md). The other roles stay with the
 //! system's: a keeper shall fit in 3 MiB, and jemalloc's own tables alone are a part of that.
 //!
 //! The choice is made from the command line before `main`, that is before Rust allocates anything, and never changes;
