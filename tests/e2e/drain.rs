@@ -29,7 +29,8 @@ fn a_drain_moves_everything_and_never_has_fewer_ready() {
         host(&cluster, "agent-1").is_some_and(|host| host["instances"] == 0)
     });
     assert!(processes_of(&data).is_empty(), "empty by the word of its agent");
-    cluster.nave(&["drain", "h-1", "--wait"]).expect(0);
+    let id = host(&cluster, "agent-1").map(|host| host["id"].clone()).expect("agent-1 is a host");
+    cluster.nave(&["drain", id.as_str().expect("an id is text"), "--wait"]).expect(0);
     let shown = cluster.nave(&["hosts"]).expect(0).stdout;
     assert!(shown.contains("connected, drained") && shown.contains("new disks"), "{shown}");
     assert!(cluster.wait_ready("web", 4).iter().all(|row| row["host"] == "agent-2"));
