@@ -111,6 +111,25 @@ impl Oracle {
         }
     }
 
+    /// A service that has no check any more is ready wherever it runs, by the word of whoever took the check away: what
+    /// its process would have answered to the old one no longer counts.
+    fn unchecked(&mut self, state: &ClusterState, report: &pb::InstanceReport) {
+        let Some(instance) = state.instance(nave_proto::ids::InstanceId(report.instance_id)) else { return };
+        let manifest = state.manifest(&instance.service, instance.version);
+        let checked =
+            manifest.is_none_or(|manifest| manifest.health.as_ref().is_some_and(|h| h.ready.is_some()));
+        let said = report.observed.as_ref().and_then(|observed| observed.state.as_ref());
+        let ready = matches!(said, Some(pb::observed::State::Running(running)) if running.ready);
+        if checked || !ready || instance.epoch != report.epoch {
+            return;
+        }
+        let key = ProcessKey { epoch: report.epoch, attempt: report.attempt };
+        let all = self.live.get(&report.instance_id).map_or(&[][..], Vec::as_slice);
+        if let Some(host) = all.iter().find(|live| live.key == key).map(|live| live.host) {
+            self.healthy(host, report.instance_id, key);
+        }
+    }
+
     fn unready(&mut self, host: usize, instance: u64, key: ProcessKey) -> Option<String> {
         let live = self.find(host, instance, key)?;
         if !std::mem::replace(&mut live.ready, false) {
@@ -264,6 +283,9 @@ impl Context {
             self.violated("check() holds", || format!("after #{index} {command:?}: {wrong}"));
         }
         self.once(command, applied);
+        if let Some(Body::ReportInstances(report)) = &command.body {
+            report.instances.iter().for_each(|report| self.oracle.unchecked(state, report));
+        }
         if let Some(before) = before {
             self.plan_keeps_rules(state, before);
         }

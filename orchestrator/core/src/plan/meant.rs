@@ -16,8 +16,11 @@ pub(crate) enum Kind {
     Current,
     /// To be replaced: of another template, or on a host that it has to leave.
     Old,
-    /// In nobody's place: a second one of `per_host`, or on a host that is no longer meant.
+    /// In nobody's place, on a host that is being emptied or never comes back (`per_host`).
     Surplus,
+    /// In nobody's place, but good for standing in until enough others are ready (`per_host`): a second one on its
+    /// host, or on a host that is no longer meant. Most are left over when a count becomes `per_host`.
+    Spare,
     /// On a lost host and to come back with it (`per_host`).
     Away,
     /// Told to stop, not gone yet.
@@ -54,10 +57,12 @@ impl Meant {
         if self.per_host && adrift {
             return if state.hosts.is_gone(instance.host()) { Kind::Surplus } else { Kind::Away };
         }
-        if self.per_host
-            && (self.seconds.contains(&instance.id) || !self.slot_hosts.contains(&instance.host()))
-        {
-            return Kind::Surplus;
+        if self.per_host && !self.slot_hosts.contains(&instance.host()) {
+            let emptied = state.host(instance.host()).is_none_or(|host| host.draining);
+            return if emptied { Kind::Surplus } else { Kind::Spare };
+        }
+        if self.per_host && self.seconds.contains(&instance.id) {
+            return Kind::Spare;
         }
         if is_current && (adrift || self.may_stay(state, instance)) { Kind::Current } else { Kind::Old }
     }

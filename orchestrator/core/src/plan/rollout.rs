@@ -32,6 +32,7 @@ pub(crate) struct Rollout<'a> {
     pub(crate) current: Vec<&'a Instance>,
     pub(crate) old: Vec<&'a Instance>,
     pub(crate) surplus: Vec<&'a Instance>,
+    pub(crate) spare: Vec<&'a Instance>,
     pub(crate) away: Vec<&'a Instance>,
     pub(crate) stopping: Vec<&'a Instance>,
     /// Those among the current and old ones that are lost with their host or gave up: few, as a rule.
@@ -59,6 +60,7 @@ impl<'a> Rollout<'a> {
             current: Vec::new(),
             old: Vec::new(),
             surplus: Vec::new(),
+            spare: Vec::new(),
             away: Vec::new(),
             stopping: Vec::new(),
             troubled: Vec::new(),
@@ -83,6 +85,7 @@ impl<'a> Rollout<'a> {
             Kind::Current => &mut self.current,
             Kind::Old => &mut self.old,
             Kind::Surplus => &mut self.surplus,
+            Kind::Spare => &mut self.spare,
             Kind::Away => &mut self.away,
             Kind::Stopping => &mut self.stopping,
         };
@@ -104,7 +107,7 @@ impl<'a> Rollout<'a> {
             *list = stay;
             self.meant.seconds.extend(go.iter().map(|instance| instance.id));
             self.troubled.retain(|instance| !self.meant.seconds.contains(&instance.id));
-            self.surplus.extend(go);
+            self.spare.extend(go);
         }
     }
 
@@ -125,6 +128,10 @@ impl<'a> Rollout<'a> {
         }
         for instance in &self.old {
             rules.old.add(instance.ready(), self.healthy(instance));
+            rules.old_templates += usize::from(self.other_template(instance));
+        }
+        for instance in &self.spare {
+            rules.spare.add(instance.ready(), self.healthy(instance));
             rules.old_templates += usize::from(self.other_template(instance));
         }
         rules
@@ -169,6 +176,21 @@ impl<'a> Rollout<'a> {
         let mut victims = self.current.clone();
         victims.sort_by_key(|i| (i.ready(), std::cmp::Reverse((i.ordinal, i.id))));
         victims.truncate(count);
+        victims
+    }
+
+    /// Those in nobody's place that may go now: those not ready first, then the highest ordinals.
+    pub(crate) fn sparable(&self) -> Vec<&'a Instance> {
+        let mut victims = self.spare.clone();
+        victims.sort_by_key(|i| (i.ready(), std::cmp::Reverse((i.ordinal, i.id))));
+        let mut rules = self.rules;
+        victims.retain(|instance| {
+            let goes = rules.may_spare(instance.ready(), self.other_template(instance));
+            if goes {
+                rules.spare.remove(instance.ready(), self.healthy(instance));
+            }
+            goes
+        });
         victims
     }
 

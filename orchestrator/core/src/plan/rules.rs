@@ -3,7 +3,7 @@
 //!
 //! *Start-first*: a new instance is started beside the old ones, at most `max_parallel` not healthy at a time, and
 //! an old one stops once a healthy new one stands for it. *Stop-first* (fixed ports, `per_host`): at most
-//! `max_parallel` slots are empty or not healthy at a time.
+//! `max_parallel` slots are empty or not healthy at a time; those that stand in nobody's place go as others come.
 
 /// What the rules depend on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -18,7 +18,9 @@ pub(crate) struct Rules {
     pub(crate) current: Count,
     /// To be replaced: of another template, or on a host that they have to leave.
     pub(crate) old: Count,
-    /// Those among the old that are of another template.
+    /// In nobody's place, to go once enough others are ready.
+    pub(crate) spare: Count,
+    /// Those among the old and the spare that are of another template.
     pub(crate) old_templates: usize,
 }
 
@@ -95,6 +97,15 @@ impl Rules {
         self.current.all > self.slots && (!ready || self.current.ready > self.slots)
     }
 
+    /// Whether one that stands in nobody's place may be stopped.
+    pub(crate) fn may_spare(&self, ready: bool, other_template: bool) -> bool {
+        if self.frozen() && other_template {
+            return false;
+        }
+        let all_ready = self.current.healthy + self.old.ready + self.spare.ready;
+        !ready || all_ready > self.slots.saturating_sub(self.max_parallel)
+    }
+
     /// Slots with neither an old instance nor a healthy new one.
     fn in_transit(&self) -> usize {
         self.slots.saturating_sub(self.old.all + self.current.healthy)
@@ -148,6 +159,22 @@ mod tests {
             let found = (rules.may_add(), rules.may_replace(true, true, false));
             assert_eq!(found, (add, replace_ready), "{current:?} {old:?}");
             assert!(!rules.may_replace(true, true, true), "held back");
+        }
+    }
+
+    #[test]
+    fn spare_ones_go_as_others_come() {
+        for (current, old, spare, go) in [
+            ((0, 0), (1, 1), 2, true),
+            ((0, 0), (1, 1), 1, false),
+            ((1, 0), (1, 1), 1, false),
+            ((1, 1), (1, 1), 1, true),
+            ((2, 1), (0, 0), 1, false),
+        ] {
+            let spare = Count { all: spare, ready: spare, healthy: spare };
+            let rules = Rules { spare, ..rules(true, current, old) };
+            assert_eq!(rules.may_spare(true, false), go, "{current:?} {old:?} {spare:?}");
+            assert!(rules.may_spare(false, false), "one that is not ready stands in for nobody");
         }
     }
 

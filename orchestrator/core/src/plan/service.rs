@@ -122,10 +122,8 @@ impl<'a> Planner<'_, 'a> {
     /// deployment is judged by what is there now, not by what these steps will bring.
     fn converge(&mut self) {
         let rollout = self.rollout;
-        let deleting = rollout.surplus.clone();
-        let surplus =
-            if rollout.manifest.per_host { "no longer meant for this host" } else { "no longer wanted" };
-        self.stop_each(&deleting, surplus);
+        self.stop_each(&rollout.surplus, "no longer meant for this host");
+        self.stop_each(&rollout.sparable(), "no longer meant for this host");
         let excess = rollout.excess();
         self.stop_each(&excess, &format!("scaled down to {}", rollout.slots));
         let blocked = self.place_all(&excess);
@@ -292,7 +290,7 @@ impl<'a> Planner<'_, 'a> {
         };
         let mut filled = here(&rollout.current);
         filled.extend(here(&rollout.old));
-        let leaving = here(&[rollout.stopping.as_slice(), &rollout.surplus].concat());
+        let leaving = here(&[rollout.stopping.as_slice(), &rollout.surplus, &rollout.spare].concat());
         let mut refusals = Refusals::default();
         let mut left = new;
         for host in rollout.meant.slot_hosts.difference(&filled) {
@@ -337,7 +335,7 @@ impl<'a> Planner<'_, 'a> {
         victims.retain(|victim| !spared.contains(&victim.id));
         let reason = format!("replaced by version {}", rollout.entry.record.version);
         self.stop_each(&victims, &reason);
-        if rollout.old.is_empty() && rollout.over() {
+        if rollout.old.is_empty() && rollout.spare.is_empty() && rollout.over() {
             return;
         }
         for instance in rollout.current.iter().filter(|i| i.ready() && !rollout.healthy(i)) {

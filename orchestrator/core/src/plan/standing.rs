@@ -73,6 +73,7 @@ impl Standing {
             Kind::Surplus => true,
             _ if entry.record.deleting => true,
             Kind::Away => false,
+            Kind::Spare => self.tally(state, entry).rules.may_spare(ready, other_template),
             Kind::Current => self.tally(state, entry).rules.may_drop(ready),
             Kind::Old => {
                 let held = self.held(state, entry);
@@ -100,11 +101,13 @@ impl Standing {
             let (ready, healthy) = (instance.ready(), times.healthy(instance));
             match meant.kind(state, instance) {
                 Kind::Current => change(&mut tally.rules.current, ready, healthy),
-                Kind::Old => {
-                    let all = tally.rules.old.all;
-                    change(&mut tally.rules.old, ready, healthy);
+                kind @ (Kind::Old | Kind::Spare) => {
+                    let rules = &mut tally.rules;
+                    let count = if kind == Kind::Old { &mut rules.old } else { &mut rules.spare };
+                    let all = count.all;
+                    change(count, ready, healthy);
                     if other_template {
-                        tally.rules.old_templates = tally.rules.old_templates + tally.rules.old.all - all;
+                        rules.old_templates = rules.old_templates + count.all - all;
                     }
                 }
                 Kind::Surplus | Kind::Away | Kind::Stopping => {}
@@ -168,7 +171,7 @@ impl Standing {
         };
         match self.meant.kind(state, instance) {
             Kind::Current | Kind::Old => {}
-            Kind::Surplus | Kind::Away | Kind::Stopping => return false,
+            Kind::Surplus | Kind::Spare | Kind::Away | Kind::Stopping => return false,
         }
         let times = Times::of(entry, self.now);
         let due = times.again_at(state, instance, self.meant.is_adrift(state, instance));

@@ -347,6 +347,13 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
         let floor = floor.saturating_sub(done(after, record));
         let (was, is) = (meant_and_ready(before, record), meant_and_ready(after, record));
         assert!(is >= was.min(floor), "{name}: {was} were ready, {is} are, {floor} is the least: {record:?}");
+        if manifest.per_host && !after.hosts().any(|host| host.draining) {
+            let (was, is) = (ready_count(before, name), ready_count(after, name));
+            assert!(
+                is >= was.min(floor),
+                "{name}: {was} were ready, {is} are, {floor} is the least: {record:?}"
+            );
+        }
         let ceiling = slots + if stop_first { 0 } else { parallel };
         // One of `per_host` on a lost host waits there for its return and stands for nothing.
         let count = if manifest.per_host { wanted_here } else { wanted };

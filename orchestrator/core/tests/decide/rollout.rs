@@ -136,6 +136,29 @@ fn per_host_is_replaced_in_place_one_after_another() {
 }
 
 #[test]
+fn a_count_that_becomes_per_host_keeps_what_it_has_until_each_host_has_one() {
+    let first = manifest("web", 3);
+    let mut world = World::with_hosts(1);
+    world.deploy(first.clone());
+    world.settle();
+    world.join("beta");
+    world.join("gamma");
+    world.sick.push(("web".into(), 2));
+    world.deploy(pb::Manifest { per_host: true, ..changed(&first, "sick") });
+    for _ in 0..10 {
+        world.plan_once();
+        assert!(world.ready("web") >= 2, "max_parallel 1 of three hosts");
+        world.agents();
+    }
+    assert_eq!(world.hosts_of("web"), ["alpha", "alpha", "beta", "gamma"]);
+    world.sick.clear();
+    world.settle();
+    assert_eq!(world.hosts_of("web"), ["alpha", "beta", "gamma"]);
+    assert_eq!(by_version(&world, "web"), [(2, 3)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+}
+
+#[test]
 fn a_change_that_leaves_processes_alone_is_done_at_once() {
     let first = manifest("web", 2);
     let mut world = deployed(&first);
