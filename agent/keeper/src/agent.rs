@@ -6,7 +6,9 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nave_proto::pb;
@@ -48,6 +50,8 @@ enum State {
         pid: u32,
         pidfd: OwnedFd,
         since: i64,
+        /// Started by this image of the keeper.
+        ours: bool,
         /// When it is signalled next: an adopted one without a hello, or one that is being stopped.
         signal_at: Option<i64>,
         termed: bool,
@@ -85,6 +89,18 @@ impl Agent {
     pub(crate) fn said_hello(&mut self) {
         if let State::Running { signal_at, termed: false, .. } = &mut self.state {
             *signal_at = None;
+        }
+    }
+
+    /// Whether this image of the keeper has started it.
+    pub(crate) fn is_ours(&self) -> bool {
+        matches!(self.state, State::Running { ours: true, .. })
+    }
+
+    /// Ends it at once; another follows.
+    pub(crate) fn kill(&self) {
+        if let State::Running { pidfd, .. } = &self.state {
+            let _ = sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL, false);
         }
     }
 
@@ -146,7 +162,12 @@ impl Keeper {
             pid: identity.pid,
             pidfd,
             since: now,
-            signal_at: Some(now + HELLO_WITHIN_NS),
+            ours: false,
+            signal_at: Some(if runs(identity.pid, &self.agent.command) {
+                now + HELLO_WITHIN_NS
+            } else {
+                now
+            }),
             termed: false,
         };
     }
@@ -162,7 +183,9 @@ impl Keeper {
             State::Running { pid, pidfd, signal_at, termed, .. } => {
                 let signal = if *termed { libc::SIGKILL } else { libc::SIGTERM };
                 if !self.agent.stopping && !*termed {
-                    crate::say!("agent {pid} was adopted and has not said hello; it is being replaced");
+                    crate::say!(
+                        "agent {pid} was adopted and has not said hello, or is of another program; it is being replaced"
+                    );
                 }
                 let _ = sys::pidfd_signal(pidfd.as_fd(), signal, false);
                 *termed = true;
@@ -178,7 +201,8 @@ impl Keeper {
                 // connection, which the next agent's hello cuts.
                 let start_ticks = Stat::read(pid).map_or(0, |stat| stat.start_ticks);
                 self.ledger.note(Record::Agent(self.identity_of(pid, start_ticks, 0)));
-                self.agent.state = State::Running { pid, pidfd, since: now, signal_at: None, termed: false };
+                self.agent.state =
+                    State::Running { pid, pidfd, since: now, ours: true, signal_at: None, termed: false };
             }
             Err(error) => {
                 let program = self.agent.command.first().map(|program| program.to_string_lossy());
@@ -188,8 +212,15 @@ impl Keeper {
         }
     }
 
+    fn note_trial(&mut self) {
+        if self.agent.is_ours() {
+            self.upgrade.agent_ended();
+        }
+    }
+
     /// It was reaped.
     pub(crate) fn agent_ended(&mut self, status: i32) {
+        self.note_trial();
         if !self.agent.stopping {
             crate::say!("agent {}, starting it again", describe_status(status));
         }
@@ -208,6 +239,18 @@ impl Keeper {
     }
 }
 
+/// Whether a process runs the program that the agent is started with. One that was replaced on the disk since is
+/// another. Where the command is no path, or nothing can be seen, it is believed to.
+fn runs(pid: u32, command: &[OsString]) -> bool {
+    let Some(program) = command.first().map(Path::new).filter(|program| program.is_absolute()) else {
+        return true;
+    };
+    match (std::fs::metadata(format!("/proc/{pid}/exe")), std::fs::metadata(program)) {
+        (Ok(running), Ok(wanted)) => (running.dev(), running.ino()) == (wanted.dev(), wanted.ino()),
+        (Err(_), _) | (_, Err(_)) => true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,7 +261,8 @@ mod tests {
         let mut waits = Vec::new();
         let mut run = |agent: &mut Agent, ran: i64| {
             let pidfd = sys::pidfd_open(std::process::id()).unwrap();
-            agent.state = State::Running { pid: 1, pidfd, since: 100, signal_at: None, termed: false };
+            agent.state =
+                State::Running { pid: 1, pidfd, since: 100, ours: true, signal_at: None, termed: false };
             agent.ended(100 + ran);
             waits.push((agent.wake_at().unwrap() - 100 - ran) / MS);
         };

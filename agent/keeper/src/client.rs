@@ -128,6 +128,39 @@ impl Client {
         }
     }
 
+    /// Which keeper it is, and how its last upgrade came out. Needs no hello.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn status(&mut self) -> Result<pb::KeeperStatus, ClientError> {
+        match self.request(Request::Status(pb::KeeperStatusRequest {}), None)? {
+            (Reply::Status(status), _) => Ok(status),
+            _ => Err(unexpected("status")),
+        }
+    }
+
+    /// Has the keeper become the program at `staged`, which must lie beside its own, as a copy of that does at
+    /// `previous`. Returns when the image that was asked is gone; [`Client::status`] of a new connection tells how it
+    /// comes out. `trial`: for the new agent to take over; `None`: the keeper's default.
+    ///
+    /// # Errors
+    /// [`ClientError`]: nothing was changed.
+    pub fn upgrade(
+        &mut self,
+        staged: &Path,
+        previous: &Path,
+        trial: Option<Duration>,
+    ) -> Result<(), ClientError> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let trial_ms = trial.map_or(0, |trial| u64::try_from(trial.as_millis()).unwrap_or(u64::MAX));
+        let upgrade = pb::KeeperUpgrade { staged: text(staged), previous: text(previous), trial_ms };
+        match self.request(Request::Upgrade(upgrade), None) {
+            Err(ClientError::Io(error)) if ended(&error) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(unexpected("silence to the order for an upgrade")),
+        }
+    }
+
     /// Ends the keeper and its agent and, when asked, all services first (signal, `grace`, kill). Returns when it is
     /// done and the keeper is gone.
     ///
@@ -216,6 +249,14 @@ impl Client {
             self.descriptors.extend(descriptors);
         }
     }
+}
+
+/// The other end has gone away.
+fn ended(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
 }
 
 fn unexpected(wanted: &str) -> ClientError {

@@ -30,6 +30,15 @@ impl Descriptors {
         Ok(())
     }
 
+    /// A second hold on all of them.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        let held = self.held.iter().map(|(name, fd)| Ok((name.clone(), fd.try_clone()?)));
+        Ok(Self { held: held.collect::<io::Result<_>>()? })
+    }
+
     /// A duplicate; the stored one stays.
     ///
     /// # Errors

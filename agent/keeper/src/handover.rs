@@ -21,7 +21,8 @@ use crate::descriptors::Descriptors;
 use crate::sys;
 
 const NAME: &str = "nave-keeper-handover";
-const VERSION: u32 = 1;
+/// Of the record below. A build that does not know it says so, and the image before goes on.
+pub(crate) const VERSION: u32 = 1;
 
 /// A memory file with this content that nobody can change any more, positioned at its start.
 ///
@@ -47,10 +48,30 @@ pub(crate) struct Taken {
     pub(crate) open_files_soft: u64,
 }
 
+impl Taken {
+    /// A second hold on all of it, for an image that may have to go back.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            listener: self.listener.try_clone()?,
+            lock: self.lock.try_clone()?,
+            descriptors: self.descriptors.try_clone()?,
+            open_files_soft: self.open_files_soft,
+        })
+    }
+
+    /// Becomes `program` and hands it all of this. Returns only when that failed.
+    pub(crate) fn pass_on(&self, program: &Path) -> io::Error {
+        become_program(program, &self.listener, &self.lock, &self.descriptors, self.open_files_soft)
+    }
+}
+
 /// Looks for a handover. `None` in a keeper that starts afresh.
 ///
 /// # Errors
-/// When there is one that cannot be used.
+/// When there is one that cannot be used; one of another version stays where the next image finds it.
 pub(crate) fn take() -> io::Result<Option<Taken>> {
     let Some(number) = find() else { return Ok(None) };
     let mut file = File::from(sys::inherited(number)?);
@@ -58,6 +79,13 @@ pub(crate) fn take() -> io::Result<Option<Taken>> {
     file.rewind()?;
     file.read_to_end(&mut bytes)?;
     let handover = pb::KeeperHandover::decode(&*bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+    if handover.version != VERSION {
+        inherit(&[file.as_fd()], FdFlag::empty());
+        std::mem::forget(file);
+        let message =
+            format!("it left version {} of the handover, this build knows {VERSION}", handover.version);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
     let mut descriptors = Descriptors::default();
     for kept in handover.descriptors {
         let name = kept.name;
@@ -85,11 +113,12 @@ fn find() -> Option<u32> {
 /// as before.
 pub(crate) fn become_program(
     program: &Path,
-    listener: BorrowedFd<'_>,
-    lock: BorrowedFd<'_>,
+    listener: &impl AsFd,
+    lock: &impl AsFd,
     descriptors: &Descriptors,
     open_files_soft: u64,
 ) -> io::Error {
+    let (listener, lock) = (listener.as_fd(), lock.as_fd());
     let number = |fd: BorrowedFd<'_>| fd.as_raw_fd().unsigned_abs();
     let handover = pb::KeeperHandover {
         version: VERSION,
@@ -108,6 +137,14 @@ pub(crate) fn become_program(
     };
     let passed: Vec<BorrowedFd<'_>> =
         descriptors.iter().map(|(_, fd)| fd.as_fd()).chain([listener, lock, memory.as_fd()]).collect();
+    inherit(&passed, FdFlag::empty());
+    let error = become_plainly(program);
+    inherit(&passed, FdFlag::FD_CLOEXEC);
+    error
+}
+
+/// Becomes `program`, with the same arguments and environment. Returns only when that failed.
+pub(crate) fn become_plainly(program: &Path) -> io::Error {
     let strings = |texts: Vec<Vec<u8>>| texts.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>();
     let arguments = strings(std::env::args_os().map(OsStringExt::into_vec).collect());
     let environment = strings(
@@ -118,9 +155,7 @@ pub(crate) fn become_program(
     else {
         return io::ErrorKind::InvalidInput.into();
     };
-    inherit(&passed, FdFlag::empty());
     let Err(error) = nix::unistd::execve(&path, &arguments, &environment);
-    inherit(&passed, FdFlag::FD_CLOEXEC);
     error.into()
 }
 

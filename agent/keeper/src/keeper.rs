@@ -26,10 +26,11 @@ use crate::connection::Connection;
 use crate::descriptors::Descriptors;
 use crate::exits::Exits;
 use crate::handover;
-use crate::kept::{Asker, Kept, Phase};
+use crate::kept::{Asker, Kept};
 use crate::ledger::{Key, Ledger};
 use crate::memory;
 use crate::output::{Event, OpenLog, Output};
+use crate::upgrade::{self, Upgrade, Wanted};
 use crate::{KeeperError, KeeperOptions};
 
 /// Peers at a time: an agent, the one before it, and a few commands.
@@ -76,7 +77,7 @@ pub(crate) struct Keeper {
     pub(crate) descriptors: Descriptors,
     pub(crate) agent: Agent,
     pub(crate) mode: Mode,
-    pub(crate) upgrade_wanted: bool,
+    pub(crate) upgrade: Upgrade,
     /// When to let go of memory: set by what happens, so that nothing happens in an idle keeper.
     pub(crate) slim_at: Option<i64>,
 }
@@ -144,9 +145,23 @@ impl Source {
     }
 }
 
-/// A keeper's whole life.
+/// A keeper's whole life. One that follows on an upgrade and cannot start becomes the image before.
 pub(crate) fn run(options: KeeperOptions, stub_command: Vec<OsString>) -> Result<(), KeeperError> {
-    let mut keeper = Keeper::start(options, stub_command)?;
+    let data_dir = options.data_dir.clone();
+    let taken =
+        handover::take().map_err(cannot("take over from the keeper before")).inspect_err(|error| {
+            upgrade::fall_back(&data_dir, None, error);
+        })?;
+    let spare = taken.as_ref().and_then(|taken| taken.try_clone().ok());
+    let started = Keeper::start(options, stub_command, taken);
+    let mut keeper = started.inspect_err(|error| {
+        // Held by ourselves: a build that did not know what to do with the handover, which is still there.
+        let ignored = matches!(error, KeeperError::Held { pid: Some(pid), .. } if *pid == std::process::id());
+        if spare.is_some() || ignored {
+            upgrade::fall_back(&data_dir, spare.as_ref(), error);
+        }
+    })?;
+    drop(spare);
     keeper.turn_until_the_end();
     keeper.end();
     Ok(())
@@ -164,7 +179,7 @@ impl Keeper {
             if self.is_stopped() {
                 return;
             }
-            if self.upgrade_wanted {
+            if self.upgrade.wanted.is_some() {
                 self.upgrade();
             }
             self.set_timer();
@@ -208,7 +223,9 @@ impl Keeper {
             match i32::try_from(signal.ssi_signo) {
                 Ok(libc::SIGCHLD) => self.reap(),
                 Ok(libc::SIGTERM | libc::SIGINT) => self.stop(None, false, 0),
-                Ok(libc::SIGUSR2) => self.upgrade_wanted = true,
+                Ok(libc::SIGUSR2) => {
+                    self.upgrade.wanted.get_or_insert(Wanted::Again);
+                }
                 // SIGHUP: a closed terminal is no reason to do anything.
                 Ok(_) | Err(_) => {}
             }
@@ -307,31 +324,6 @@ impl Keeper {
 
     pub(crate) fn is_stopping(&self) -> bool {
         matches!(self.mode, Mode::Stopping(_))
-    }
-
-    /// Becomes the program that is now at our path. Waits for stubs on their way to exec, whose channels would be lost.
-    fn upgrade(&mut self) {
-        if self.is_stopping() || self.table.values().any(|kept| matches!(kept.phase, Phase::Starting(..))) {
-            return;
-        }
-        self.upgrade_wanted = false;
-        self.ledger.catch_up();
-        let fresh = match Output::start() {
-            Ok(fresh) => fresh,
-            Err(error) => return crate::say!("no upgrade: {error}"),
-        };
-        // What has been read is written before; what has not is in the FIFOs.
-        std::mem::replace(&mut self.output, fresh).stop();
-        let error = handover::become_program(
-            &self.program,
-            self.listener.as_fd(),
-            self.lock.as_fd(),
-            &self.descriptors,
-            self.open_files_soft,
-        );
-        crate::say!("cannot become {}, going on as before: {error}", self.program.display());
-        self.watch(&self.output.descriptor(), Source::Output);
-        self.reopen_logs();
     }
 
     /// Reads the logs of all that is kept.

@@ -191,6 +191,7 @@ mod tests {
             }),
             process: Some(pb::ProcessIdentity { pid: 100 + attempt, ..Default::default() }),
             started_unix_ns: 1,
+            oom_kills: 1,
         })
     }
 

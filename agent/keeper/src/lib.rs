@@ -29,6 +29,7 @@ mod signal;
 mod spawn;
 mod stub;
 mod sys;
+mod upgrade;
 
 pub mod client;
 pub mod memory;

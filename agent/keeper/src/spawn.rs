@@ -63,7 +63,7 @@ impl Keeper {
         };
         match started {
             Ok((process, channel)) => {
-                self.note_started(&spawn, &process.identity, process.started_unix_ns);
+                self.note_started(&spawn, &process.identity, process.started_unix_ns, process.oom_kills + 1);
                 self.pids.insert(process.identity.pid, key);
                 self.watch(&channel, Source::Channel(process.identity.pid));
                 // Noted: let it go.
@@ -75,7 +75,7 @@ impl Keeper {
             Err(failure) => {
                 let identity = self.identity_of(0, 0, cgroup::id(&spawn).unwrap_or(0));
                 let now = unix_ns();
-                self.note_started(&spawn, &identity, now);
+                self.note_started(&spawn, &identity, now, 0);
                 let ended = Ended { process: identity, started_unix_ns: now, stranger: false };
                 self.table.insert(key, kept(Phase::Ended(ended)));
                 self.add_exit(pb::ExitRecord {
@@ -89,12 +89,19 @@ impl Keeper {
         Ok(())
     }
 
-    fn note_started(&mut self, spawn: &pb::Spawn, process: &pb::ProcessIdentity, started_unix_ns: i64) {
+    fn note_started(
+        &mut self,
+        spawn: &pb::Spawn,
+        process: &pb::ProcessIdentity,
+        started_unix_ns: i64,
+        oom_kills: u64,
+    ) {
         let spawn = Some(spawn.clone());
         self.ledger.note(Record::Started(pb::KeptSpawn {
             spawn,
             process: Some(process.clone()),
             started_unix_ns,
+            oom_kills,
         }));
     }
 

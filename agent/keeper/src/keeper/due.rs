@@ -34,6 +34,7 @@ impl Keeper {
     pub(super) fn do_what_is_due(&mut self) {
         let now = boottime_ns();
         self.tend_agent(now);
+        self.tend_trial(now);
         if self.ledger.behind() && self.ledger_retry_at <= now {
             self.ledger.catch_up();
             self.ledger_retry_at = now + RETRY_NS;
@@ -147,7 +148,7 @@ impl Keeper {
     }
 
     /// Tells the agent what was dropped; kept for the next one when there is none.
-    fn report_dropped(&mut self) {
+    pub(crate) fn report_dropped(&mut self) {
         self.dropped_report_at = None;
         let Some(agent) = self.agent_connection else {
             self.dropped_report_at = Some(boottime_ns() + 10 * SECOND);
@@ -203,6 +204,7 @@ impl Keeper {
             .values()
             .filter_map(wake_at)
             .chain(self.agent.wake_at())
+            .chain(self.upgrade.wake_at())
             .chain(self.dropped_report_at)
             .chain(self.slim_at)
             .chain(stopping)

@@ -34,7 +34,14 @@ impl Keeper {
         };
         let answer = match request.request {
             None => Ok(Some(Reply::Unsupported(pb::KeeperUnsupported {}))),
-            Some(Request::List(_)) => Ok(Some(Reply::Processes(self.list()))),
+            Some(Request::List(_)) => {
+                if is_agent && self.agent.is_ours() {
+                    self.upgrade.agent_took_over();
+                }
+                Ok(Some(Reply::Processes(self.list())))
+            }
+            Some(Request::Status(_)) => Ok(Some(Reply::Status(self.status()))),
+            Some(Request::Upgrade(upgrade)) => self.ask_upgrade(asker, upgrade).map(|()| None),
             Some(Request::Shutdown(shutdown)) => {
                 let grace_ns = i64::try_from(shutdown.grace_ms).unwrap_or(i64::MAX / MS).saturating_mul(MS);
                 self.stop(Some(asker), shutdown.stop_services, grace_ns);

@@ -22,19 +22,24 @@ use crate::cgroup;
 use crate::clock::{boottime_ns, unix_ns};
 use crate::descriptors::Descriptors;
 use crate::exits::Exits;
-use crate::handover;
+use crate::handover::Taken;
 use crate::identity::{self, Found, started_boottime_ns};
 use crate::kept::{Cause, Ended, Kept, Phase, Process};
 use crate::ledger::{Key, Ledger, Noted};
 use crate::output::Output;
+use crate::upgrade::Upgrade;
 use crate::{KeeperError, KeeperOptions, client, sys};
 
 impl Keeper {
-    pub(super) fn start(options: KeeperOptions, stub_command: Vec<OsString>) -> Result<Self, KeeperError> {
+    pub(super) fn start(
+        options: KeeperOptions,
+        stub_command: Vec<OsString>,
+        taken: Option<Taken>,
+    ) -> Result<Self, KeeperError> {
         // Before any thread: threads inherit the mask, and a signal that nobody blocks ends the process.
         let signals = block_signals().map_err(cannot("receive signals"))?;
         let data_dir = make_data_dir(&options.data_dir).map_err(file(&options.data_dir))?;
-        let taken = handover::take().map_err(cannot("take over from the keeper before"))?;
+        let handed_over = taken.is_some();
         let (lock, listener, descriptors, open_files_soft) = match taken {
             Some(taken) => {
                 let listener = Some(UnixListener::from(taken.listener));
@@ -42,6 +47,9 @@ impl Keeper {
             }
             None => (lock(&data_dir)?, None, Descriptors::default(), raise_open_files()),
         };
+        let path = data_dir.join("keeper.upgrade");
+        let mut upgrade = Upgrade::open(&data_dir).map_err(file(&path))?;
+        upgrade.begin(handed_over);
         let pid_file = data_dir.join("keeper.pid");
         write_pid(&pid_file).map_err(file(&pid_file))?;
         nix::sys::prctl::set_child_subreaper(true)
@@ -94,7 +102,7 @@ impl Keeper {
             descriptors,
             agent: Agent::new(options.agent_command),
             mode: Mode::Running,
-            upgrade_wanted: false,
+            upgrade,
             slim_at: Some(boottime_ns() + super::due::SLIM_AFTER_NS),
             data_dir,
         };
@@ -148,7 +156,10 @@ impl Keeper {
                         started_unix_ns: started.started_unix_ns,
                         started_boottime_ns: started_boottime_ns(stat.start_ticks),
                         cause,
-                        oom_kills: cgroup::oom_kills(&spawn),
+                        oom_kills: match started.oom_kills {
+                            0 => cgroup::oom_kills(&spawn),
+                            noted => noted - 1,
+                        },
                         unknown_at: None,
                     };
                     (Phase::Running(process), None)

@@ -57,6 +57,7 @@ pub(crate) struct Host {
     pub(crate) keeper: Option<Child>,
     cgroups: Vec<PathBuf>,
     name: String,
+    pub(crate) program: PathBuf,
 }
 
 impl Host {
@@ -75,7 +76,14 @@ impl Host {
     pub(crate) fn off() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let name = format!("nave-keeper-test-{}", dir.path().file_name().unwrap().to_str().unwrap());
-        Self { dir, keeper: None, cgroups: Vec::new(), name }
+        Self { dir, keeper: None, cgroups: Vec::new(), name, program: PROGRAM.into() }
+    }
+
+    /// A copy of the keeper's program in a directory of this host's own.
+    pub(crate) fn copy_of_program(&self, name: &str) -> PathBuf {
+        let copy = self.dir.path().join(name);
+        fs::copy(PROGRAM, &copy).unwrap();
+        copy
     }
 
     pub(crate) fn data_dir(&self) -> PathBuf {
@@ -86,7 +94,9 @@ impl Host {
         let log = fs::File::options().append(true).create(true).open(self.dir.path().join("stderr")).unwrap();
         // With a descriptor that a careless parent left open, for nobody to pass on.
         let child = Command::new("sh")
-            .args(["-c", "exec 9</dev/null; exec \"$0\" \"$@\"", PROGRAM, "keeper"])
+            .args(["-c", "exec 9</dev/null; exec \"$0\" \"$@\""])
+            .arg(&self.program)
+            .arg("keeper")
             .arg(self.data_dir())
             .args(agent)
             .stdin(Stdio::null())

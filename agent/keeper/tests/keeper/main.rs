@@ -7,4 +7,5 @@ mod life;
 mod output;
 mod peers;
 mod successor;
+mod upgrade;
 mod world;

@@ -109,7 +109,8 @@ fn a_torn_ledger_costs_only_its_torn_end() {
 /// A ledger as another keeper would have left it.
 fn write_ledger(host: &Host, spawn: &pb::Spawn, process: pb::ProcessIdentity) {
     fs::create_dir_all(host.data_dir()).unwrap();
-    let started = pb::KeptSpawn { spawn: Some(spawn.clone()), process: Some(process), started_unix_ns: 1 };
+    let (spawn, process) = (Some(spawn.clone()), Some(process));
+    let started = pb::KeptSpawn { spawn, process, started_unix_ns: 1, oom_kills: 0 };
     let body = pb::KeeperLedgerRecord { record: Some(Record::Started(started)) }.encode_to_vec();
     let crc = !body.iter().fold(!0_u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
