@@ -139,8 +139,8 @@ fn stream(
     follow: bool,
     permit: OwnedSemaphorePermit,
 ) -> impl Stream<Item = Result<pb::ReadLogsResponse, Status>> + Send {
-    futures::stream::unfold(Some((reader, permit)), move |state| async move {
-        let (mut reader, permit) = state?;
+    futures::stream::unfold(Some((reader, permit, false)), move |state| async move {
+        let (mut reader, permit, said_live) = state?;
         loop {
             let read = tokio::task::spawn_blocking(move || {
                 let batch = reader.next_batch();
@@ -150,8 +150,12 @@ fn stream(
             reader = back;
             match batch {
                 Ok(lines) if !lines.is_empty() => {
-                    let answer = pb::ReadLogsResponse { lines, warning: String::new() };
-                    return Some((Ok(answer), Some((reader, permit))));
+                    let answer = pb::ReadLogsResponse { lines, ..Default::default() };
+                    return Some((Ok(answer), Some((reader, permit, said_live))));
+                }
+                Ok(_) if follow && !said_live && reader.is_live() => {
+                    let answer = pb::ReadLogsResponse { live: true, ..Default::default() };
+                    return Some((Ok(answer), Some((reader, permit, true))));
                 }
                 Ok(_) if follow => tokio::time::sleep(FOLLOW_POLL).await,
                 Ok(_) => return None,

@@ -27,6 +27,7 @@ use tracing::warn;
 use crate::keeper::{CallError, KeeperHandle, Purpose};
 use crate::notify::{NotifySockets, NotifyTasks};
 use crate::probes::{Check, Probes};
+use directories::KeptLogs;
 use spawn::SpawnContext;
 
 /// Ports that others hold are met by chance; after so many the range is as good as full.
@@ -105,6 +106,15 @@ impl Executor {
         });
     }
 
+    pub(crate) fn limit_log(&mut self, instance: InstanceId, epoch: u64, limits: pb::LogLimits) {
+        let keeper = self.keeper.clone();
+        let request = pb::SetLogLimits { instance_id: instance.0, epoch, limits: Some(limits) };
+        self.running.spawn(async move {
+            keeper.tell(Request::SetLogLimits(request)).await;
+            None
+        });
+    }
+
     pub(crate) fn sweep(&mut self, instance: InstanceId, key: ProcessKey) {
         // Asked again while the last one still looks.
         let waits = self.queues.get(&instance).is_some_and(|queue| queue.contains(&Job::Sweep(key)));
@@ -129,16 +139,21 @@ impl Executor {
         });
     }
 
-    /// Removes what a placement left behind, then logs that are too old. `alive`: placements that may still write.
-    pub(crate) fn forget(&mut self, instance: InstanceId, epoch: u64, alive: BTreeSet<(InstanceId, u64)>) {
+    /// Removes what a placement left behind, then logs that are too old.
+    pub(crate) fn forget(&mut self, instance: InstanceId, epoch: u64, kept: KeptLogs) {
         let (keeper, context) = (self.keeper.clone(), self.context.clone());
         self.running.spawn(async move {
             forget(&keeper, instance, epoch).await;
-            let pruned = tokio::task::spawn_blocking(move || {
-                context.directories.prune_logs(&|instance, epoch| alive.contains(&(instance, epoch)));
-            });
-            // It fails only when the runtime is going down.
-            let _ended = pruned.await;
+            prune_logs(context, kept).await;
+            None
+        });
+    }
+
+    /// Removes logs of ended instances that are too old or too many.
+    pub(crate) fn prune_logs(&mut self, kept: KeptLogs) {
+        let context = self.context.clone();
+        self.running.spawn(async move {
+            prune_logs(context, kept).await;
             None
         });
     }
@@ -282,6 +297,12 @@ impl Executor {
             Some(instance)
         });
     }
+}
+
+async fn prune_logs(context: Arc<SpawnContext>, kept: KeptLogs) {
+    let pruned = tokio::task::spawn_blocking(move || context.directories.prune_logs(&kept));
+    // It fails only when the runtime is going down.
+    let _ended = pruned.await;
 }
 
 /// Done when the order is on its way; the keeper's answer goes to the main loop.

@@ -40,6 +40,7 @@ pub(crate) fn facts(config: &AgentConfig, cgroups: &Cgroups, address: String) ->
         boot_id: clock::boot_id().unwrap_or_default(),
         // The directory's, which `run` knows.
         place: 0,
+        alarms: Vec::new(),
     }
 }
 

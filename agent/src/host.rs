@@ -5,12 +5,12 @@
 //! the network or for another task; only for the ledger's disk, because an effect that is not written down may be
 //! repeated by the next agent.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind, Starting, State};
-use nave_agent_core::{Action, Input, Order, Reconciler, Supervisor, WallOffset};
+use nave_agent_core::{Action, Input, Monotonic, Order, Reconciler, Supervisor, WallOffset};
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 use pb::hub_message::Message as FromHub;
@@ -20,12 +20,15 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::alarms::Alarms;
 use crate::api::Shown;
 use crate::clock;
 use crate::executor::Executor;
+use crate::executor::directories::KeptLogs;
 use crate::hub::HubEvent;
 use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
+use crate::logs::limits::{log_limits, max_age};
 use crate::metrics::{Metrics, StateLabel};
 use crate::run::RunError;
 use crate::sequence::Sequencer;
@@ -35,6 +38,8 @@ use crate::uplink::Uplink;
 const EVENTS_PER_TURN: usize = 64;
 /// The longest sleep: a machine that was suspended has its deadlines looked at soon after it wakes.
 const SLEEP_MAX: Duration = Duration::from_secs(10);
+/// Between two looks for logs that have become too old.
+const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
 /// Where events come from.
 #[derive(Debug)]
@@ -84,6 +89,10 @@ pub(crate) struct HostTask {
     inbox: Inbox,
     metrics: Metrics,
     shown: Shown,
+    alarms: Alarms,
+    /// What the keeper was told to keep of the output of each placement that it runs.
+    log_limits: BTreeMap<(InstanceId, u64), pb::LogLimits>,
+    prune_at: Monotonic,
 }
 
 impl std::fmt::Debug for HostTask {
@@ -103,7 +112,19 @@ impl HostTask {
         shown: Shown,
     ) -> Self {
         let (ledger, sequencer) = (Some(ledger), Sequencer::default());
-        Self { reconciler, ledger, sequencer, executor, uplink, inbox, metrics, shown }
+        Self {
+            reconciler,
+            ledger,
+            sequencer,
+            executor,
+            uplink,
+            inbox,
+            metrics,
+            shown,
+            alarms: Alarms::default(),
+            log_limits: BTreeMap::new(),
+            prune_at: clock::monotonic() + PRUNE_EVERY,
+        }
     }
 
     /// Runs until `shutdown`, at the end of a turn; processes are left alone.
@@ -128,7 +149,8 @@ impl HostTask {
     }
 
     fn until_wake(&self) -> Duration {
-        let next = [self.reconciler.next_wake(), self.uplink.next_wake()].into_iter().flatten().min();
+        let next = [self.reconciler.next_wake(), self.uplink.next_wake(), self.alarms.next_wake()];
+        let next = next.into_iter().flatten().min();
         next.map_or(SLEEP_MAX, |at| at.since(clock::monotonic())).min(SLEEP_MAX)
     }
 
@@ -142,6 +164,7 @@ impl HostTask {
         work.orders.extend(self.reconciler.tick(clock::monotonic(), &mut rand::rng()));
         self.carry_out(work).await?;
         let now = clock::monotonic();
+        self.look_after_logs(now);
         let wall = WallOffset::measure(now, clock::wall_unix_ns());
         self.uplink.say(&mut self.reconciler, now, wall);
         self.show();
@@ -178,7 +201,10 @@ impl HostTask {
             KeeperEvent::OutputDropped(dropped) => {
                 self.metrics.lines_dropped.inc_by(dropped.lines);
                 let (instance, lines) = (InstanceId(dropped.instance_id), dropped.lines);
-                warn!(%instance, lines, "lines of output were dropped: it writes faster than the disk takes");
+                self.alarms.output(instance, &dropped.refused);
+                if dropped.refused.is_empty() && lines > 0 {
+                    warn!(%instance, lines, "lines of output were dropped: it writes faster than the disk takes");
+                }
             }
             KeeperEvent::Answered { purpose: Purpose::Spawn { instance, key }, result } => {
                 work.orders.extend(self.sequencer.answered(instance));
@@ -217,6 +243,11 @@ impl HostTask {
         }
         let now = clock::monotonic();
         work.orders.extend(self.reconciler.keeper_processes(now, &mut rand::rng(), processes));
+        self.log_limits = processes
+            .iter()
+            .filter_map(|kept| Some(((InstanceId(kept.instance_id), kept.epoch), kept.log_limits?)))
+            .collect();
+        self.limit_logs();
         for supervisor in self.reconciler.supervisors() {
             if supervisor.state().process().is_some() {
                 self.executor.listen(supervisor.instance(), supervisor.key(), supervisor.wanted());
@@ -253,8 +284,14 @@ impl HostTask {
                     self.metrics.session_connected.set(1);
                     self.metrics.sessions.inc();
                 }
-                FromHub::Wanted(set) => self.wanted(set, work),
-                FromHub::Delta(delta) => self.delta(delta, work),
+                FromHub::Wanted(set) => {
+                    self.wanted(set, work);
+                    self.limit_logs();
+                }
+                FromHub::Delta(delta) => {
+                    self.delta(delta, work);
+                    self.limit_logs();
+                }
                 FromHub::ReportAcknowledged(acknowledged) => {
                     let gone = self.uplink.acknowledged(acknowledged.sequence);
                     work.orders.extend(self.reconciler.acknowledge_gone(&gone));
@@ -347,6 +384,9 @@ impl HostTask {
             }
             Action::Spawn(order) => {
                 self.executor.listen(instance, order.key, &order.wanted);
+                if let Some(manifest) = &order.wanted.manifest {
+                    self.log_limits.insert((instance, order.key.epoch), log_limits(manifest));
+                }
                 self.executor.spawn(instance, order);
             }
             Action::Signal { key, signal, scope, cause } => self.executor.signal(
@@ -369,7 +409,10 @@ impl HostTask {
             }
             Action::StopProbes => self.executor.stop_probes(instance),
             Action::ListProcesses => self.executor.list(),
-            Action::Forget { epoch } => self.executor.forget(instance, epoch, self.alive()),
+            Action::Forget { epoch } => {
+                self.log_limits.remove(&(instance, epoch));
+                self.executor.forget(instance, epoch, self.kept_logs());
+            }
             Action::ForgetLedger => self.executor.remove_directory(instance),
             Action::Log { level, message } => self.log(instance, level, &message),
             // The sequencer's, or kept by the reconciler.
@@ -392,12 +435,49 @@ impl HostTask {
             .collect()
     }
 
-    /// Placements whose logs may still be written.
-    fn alive(&self) -> BTreeSet<(InstanceId, u64)> {
-        let there = self.reconciler.supervisors().filter(|one| !one.is_gone());
-        there
-            .flat_map(|one| [one.key().epoch, one.wanted().epoch].map(|epoch| (one.instance(), epoch)))
-            .collect()
+    /// What logs must stay: of placements that may still write, and of others as long as their services want it.
+    fn kept_logs(&self) -> KeptLogs {
+        let there = || self.reconciler.supervisors().filter(|one| !one.is_gone());
+        let epochs = |one: &Supervisor| [one.key().epoch, one.wanted().epoch];
+        let alive = there().flat_map(|one| epochs(one).map(|epoch| (one.instance(), epoch))).collect();
+        let manifests = there().filter_map(|one| one.wanted().manifest.as_ref());
+        let max_age = manifests.map(|manifest| (manifest.name.clone(), max_age(manifest))).collect();
+        KeptLogs { alive, max_age }
+    }
+
+    /// A manifest's word on its logs takes effect on what runs.
+    fn limit_logs(&mut self) {
+        let mut news = Vec::new();
+        for one in self.reconciler.supervisors() {
+            let key = (one.instance(), one.key().epoch);
+            let (Some(told), Some(manifest)) = (self.log_limits.get(&key), &one.wanted().manifest) else {
+                continue;
+            };
+            let wanted = log_limits(manifest);
+            if *told != wanted && one.wanted().epoch == key.1 {
+                news.push((key, wanted));
+            }
+        }
+        for ((instance, epoch), limits) in news {
+            self.log_limits.insert((instance, epoch), limits);
+            self.executor.limit_log(instance, epoch, limits);
+        }
+    }
+
+    /// Alarms for the hub, and old logs of what has ended.
+    fn look_after_logs(&mut self, now: Monotonic) {
+        let reconciler = &self.reconciler;
+        if let Some(alarms) = self.alarms.look(now, |instance| reconciler.supervisor(instance).is_some()) {
+            match alarms.first() {
+                Some(alarm) => error!("{alarm}"),
+                None => info!("the disk of the logs takes what services print again"),
+            }
+            self.uplink.alarms(alarms);
+        }
+        if now >= self.prune_at {
+            self.prune_at = now + PRUNE_EVERY;
+            self.executor.prune_logs(self.kept_logs());
+        }
     }
 
     fn log(&self, instance: InstanceId, level: Level, message: &str) {

@@ -4,6 +4,7 @@
 //! The shell is dull on purpose: one task owns the `Reconciler`; everything else is a task in `run`'s set that
 //! sends it events over bounded channels and performs what it decides. Its end, by any means, ends no service.
 
+mod alarms;
 mod api;
 mod backoff;
 mod cgroups;

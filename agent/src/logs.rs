@@ -4,16 +4,18 @@
 //! Following polls: ten looks a second at a handful of files cost nothing measurable, and a poll cannot miss an
 //! event the way a watch on a directory that is being rotated can.
 
+pub(crate) mod limits;
 mod line;
+mod selection;
 pub(crate) mod source;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 
-use source::{Selection, Source};
+use selection::Selection;
+use source::Source;
 
 /// Lines sent at once; with lines of up to 16 KiB a message stays below 4 MiB, gRPC's usual bound.
 const BATCH_LINES: usize = 200;
@@ -50,17 +52,7 @@ impl LogReader {
         if !is_service_name(&request.service) {
             return Err(LogRequestError::Service(request.service.clone()));
         }
-        let instance = match request.instance_id.as_str() {
-            "" => None,
-            id => Some(id.parse::<InstanceId>()?),
-        };
-        let since = request.since.unwrap_or_default();
-        let selection = Selection {
-            service: request.service.clone(),
-            instance,
-            tail_lines: u64::from(request.tail_lines),
-            since_unix_ns: since.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(since.nanos)),
-        };
+        let selection = Selection::of(request)?;
         let service_dir = logs_dir.join(&request.service);
         Ok(Self { service_dir, host, selection, sources: Vec::new(), live: false })
     }
@@ -79,6 +71,11 @@ impl LogReader {
             batch.push(line);
         }
         Ok(batch)
+    }
+
+    /// All that was there has been handed out.
+    pub(crate) fn is_live(&self) -> bool {
+        self.live
     }
 
     /// The oldest of the sources' next lines.
@@ -110,6 +107,8 @@ impl LogReader {
                 selection.tail_lines = 0;
             }
             self.sources.push(Source::open(&self.service_dir, &self.host, instance, &selection)?);
+            // Should it vanish and come again, it is read anew.
+            self.selection.resume.remove(&instance);
         }
         Ok(())
     }
@@ -257,6 +256,79 @@ mod tests {
         // Segments that came and went unseen cost only themselves.
         host.write("i-1-1", 5, 7, "seven");
         assert_eq!(texts(&mut reader), ["seven"]);
+    }
+
+    fn cursor(line: &pb::LogLine) -> pb::LogCursor {
+        pb::LogCursor {
+            host: line.host.clone(),
+            instance_id: line.instance_id.clone(),
+            epoch: line.epoch,
+            segment: line.segment,
+            offset: line.end_offset,
+        }
+    }
+
+    /// Lines that are read at once have one time, so a time cannot say which of them have been seen.
+    #[test]
+    fn a_reader_that_was_broken_off_anywhere_goes_on_without_gap_or_repeat() {
+        let host = Host::new();
+        let mut wanted = Vec::new();
+        for number in 0..9_u64 {
+            host.write("i-1-1", 1 + number / 3, 1, &format!("a{number}"));
+            host.write("i-2-1", 1, 1, &format!("b{number}"));
+            wanted.extend([format!("a{number}"), format!("b{number}")]);
+        }
+        host.write("i-1-2", 1, 2, "a9");
+        wanted.push("a9".into());
+        wanted.sort();
+        let mut whole = host.reader(pb::ReadHostLogsRequest::default());
+        let all = whole.next_batch().unwrap();
+        for broken_off in 0..=all.len() {
+            let mut cursors = std::collections::BTreeMap::new();
+            for line in &all[..broken_off] {
+                cursors.insert(line.instance_id.clone(), cursor(line));
+            }
+            // The tail of the first request is over once there is a place to go on from.
+            let resume = cursors.into_values().collect();
+            let rest = texts(&mut host.reader(pb::ReadHostLogsRequest { resume, ..Default::default() }));
+            let seen = all[..broken_off].iter().map(|line| String::from_utf8(line.text.to_vec()).unwrap());
+            let mut both: Vec<String> = seen.chain(rest).collect();
+            both.sort();
+            assert_eq!(both, wanted, "broken off after {broken_off}");
+        }
+    }
+
+    #[test]
+    fn a_reader_goes_on_after_what_it_had_read_was_rotated_away() {
+        let host = Host::new();
+        host.write("i-1-1", 1, 1, "one");
+        let line = host.reader(pb::ReadHostLogsRequest::default()).next_batch().unwrap().remove(0);
+        host.write("i-1-1", 2, 2, "two");
+        host.remove("i-1-1", 1);
+        let resume = vec![cursor(&line)];
+        let tail = pb::ReadHostLogsRequest { resume, tail_lines: 1, ..Default::default() };
+        host.write("i-1-1", 2, 3, "three");
+        assert_eq!(texts(&mut host.reader(tail)), ["two", "three"]);
+    }
+
+    #[test]
+    fn lines_are_chosen_by_time_and_text_and_the_tail_counts_the_chosen() {
+        let host = Host::new();
+        for second in 0..20 {
+            let what = if second % 2 == 0 { "even" } else { "odd" };
+            host.write("i-1-1", second / 6, second, &format!("{what} {second}"));
+        }
+        host.write_raw("i-1-1", 3, "1970-01-01T00:00:20Z stdout D 3 lines dropped\n");
+        let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let read = |request| texts(&mut host.reader(request));
+        let until = pb::ReadHostLogsRequest { until: at(3), ..Default::default() };
+        assert_eq!(read(until.clone()), ["even 0", "odd 1", "even 2", "odd 3"]);
+        assert_eq!(read(pb::ReadHostLogsRequest { tail_lines: 2, ..until.clone() }), ["even 2", "odd 3"]);
+        assert_eq!(read(pb::ReadHostLogsRequest { contains: "odd".into(), ..until }), ["odd 1", "odd 3"]);
+        let odd = pb::ReadHostLogsRequest { contains: "odd".into(), since: at(15), ..Default::default() };
+        let dropped = "[nave: 3 lines dropped]";
+        assert_eq!(read(odd.clone()), ["odd 15", "odd 17", "odd 19", dropped]);
+        assert_eq!(read(pb::ReadHostLogsRequest { tail_lines: 3, ..odd }), ["odd 17", "odd 19", dropped]);
     }
 
     #[test]

@@ -32,6 +32,7 @@ struct InFlight {
     full: bool,
     reports: BTreeMap<u64, pb::InstanceReport>,
     gone: Vec<InstanceId>,
+    facts: Option<pb::HostFacts>,
     sent: Monotonic,
 }
 
@@ -41,6 +42,8 @@ struct Open {
     close: CancellationToken,
     welcomed: bool,
     full_due: bool,
+    /// Changed since the hello.
+    facts_due: Option<pb::HostFacts>,
     sequence: u64,
     in_flight: Option<InFlight>,
     acknowledged: (u64, u64),
@@ -80,6 +83,7 @@ impl Uplink {
             close,
             welcomed: false,
             full_due: true,
+            facts_due: None,
             sequence: 0,
             in_flight: None,
             acknowledged: (0, 0),
@@ -116,6 +120,14 @@ impl Uplink {
     pub(crate) fn endpoints(&mut self, revision: u64) {
         if let Some(open) = &mut self.open {
             open.draining_revision = open.draining_revision.max(revision);
+        }
+    }
+
+    /// What a person must see to on this host, from now on.
+    pub(crate) fn alarms(&mut self, alarms: Vec<String>) {
+        self.hello.facts.alarms = alarms;
+        if let Some(open) = &mut self.open {
+            open.facts_due = Some(self.hello.facts.clone());
         }
     }
 
@@ -162,15 +174,20 @@ impl Open {
             None => false,
         };
         let gone = reconciler.gone();
+        let sent_facts = self.in_flight.as_ref().and_then(|report| report.facts.clone());
+        let facts = self.facts_due.take().or(sent_facts);
         let before = self.in_flight.as_ref();
         if self.full_due || before.is_some_and(|report| report.full) {
-            let Some(reports) = reconciler.full_report(wall) else { return };
+            let Some(reports) = reconciler.full_report(wall) else {
+                self.facts_due = facts;
+                return;
+            };
             self.full_due = false;
-            return self.send_report(true, reports, BTreeMap::new(), gone, now);
+            return self.send_report(true, reports, BTreeMap::new(), gone, facts, now);
         }
-        if late || reconciler.has_reports() || !gone.is_empty() {
+        if late || reconciler.has_reports() || !gone.is_empty() || facts.is_some() {
             let kept = self.in_flight.take().map(|report| report.reports).unwrap_or_default();
-            self.send_report(false, reconciler.take_reports(wall), kept, gone, now);
+            self.send_report(false, reconciler.take_reports(wall), kept, gone, facts, now);
         }
     }
 
@@ -180,6 +197,7 @@ impl Open {
         news: Vec<pb::InstanceReport>,
         mut reports: BTreeMap<u64, pb::InstanceReport>,
         mut gone: Vec<InstanceId>,
+        facts: Option<pb::HostFacts>,
         now: Monotonic,
     ) {
         reports.extend(news.into_iter().map(|report| (report.instance_id, report)));
@@ -189,12 +207,12 @@ impl Open {
             sequence: self.sequence,
             full,
             instances: reports.values().cloned().collect(),
-            facts: None,
+            facts: facts.clone(),
             gone: gone.iter().map(|instance| instance.0).collect(),
         };
         // When the network is too slow to take it now, it is repeated like one that was lost.
         self.send(Message::Report(message));
-        self.in_flight = Some(InFlight { sequence: self.sequence, full, reports, gone, sent: now });
+        self.in_flight = Some(InFlight { sequence: self.sequence, full, reports, gone, facts, sent: now });
     }
 
     fn send(&self, message: Message) -> bool {

@@ -212,6 +212,12 @@ pub(crate) struct Logs {
     /// Only lines since then: 5m ago, or a time such as 2026-11-26T14:00:00Z
     #[arg(long, value_parser = when::parse_since, value_name = "T")]
     pub(crate) since: Option<Timestamp>,
+    /// Only lines up to then, given as for --since
+    #[arg(long, value_parser = when::parse_since, value_name = "T", conflicts_with = "follow")]
+    pub(crate) until: Option<Timestamp>,
+    /// Only lines with this text in them
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) grep: Option<String>,
     /// Only this instance, for example i-42
     #[arg(long, value_name = "ID")]
     pub(crate) instance: Option<String>,

@@ -9,6 +9,7 @@ mod fleet;
 mod hosts;
 mod idle;
 mod load;
+mod output;
 mod plan;
 mod start;
 mod throughput;
@@ -20,10 +21,13 @@ type Measurement = fn() -> anyhow::Result<()>;
 
 fn main() -> anyhow::Result<()> {
     let what = std::env::args().nth(1).unwrap_or_else(|| "all".to_owned());
+    if what == output::WRITER {
+        return output::write();
+    }
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 10] = [
+    let rooms: [(&str, Measurement); 11] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -37,6 +41,7 @@ fn main() -> anyhow::Result<()> {
         ("watchers", watchers::run),
         ("faults", faults::run),
         ("hosts", hosts::run),
+        ("output", output::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {

@@ -12,12 +12,13 @@ use crate::manifests::sleeper;
 use crate::members::{under_load, versions};
 
 /// A small file system of its own below a member's data folder; unmounted when it goes out of scope.
-struct Small(PathBuf);
+pub(crate) struct Small(PathBuf);
 
 impl Small {
-    fn mount(at: &Path) -> Self {
+    pub(crate) fn mount(at: &Path, size: &str) -> Self {
         std::fs::create_dir_all(at).expect("a folder");
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some("size=160m")).expect("root may mount");
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(&*format!("size={size}")))
+            .expect("root may mount");
         Self(at.to_owned())
     }
 }
@@ -37,7 +38,7 @@ fn writes_are_refused_and_nothing_is_lost() {
     }
     let mut cluster = Cluster::prepare(&Setup { members: 1, agents: 0 }).expect("prepared");
     let data = cluster.members[0].dir.join("data");
-    let small = Small::mount(&data);
+    let small = Small::mount(&data, "160m");
     cluster.members.iter_mut().for_each(Role::start);
     cluster.wait_for_leader();
     cluster.apply(&sleeper("kept", 0), &[]).expect(0);
@@ -64,7 +65,7 @@ fn writes_are_refused_and_nothing_is_lost() {
 }
 
 /// Writes until the file system is full.
-fn fill(path: &Path) {
+pub(crate) fn fill(path: &Path) {
     use std::io::Write as _;
     let mut file = std::fs::File::create(path).expect("created");
     let block = vec![0u8; 1 << 20];
@@ -80,7 +81,7 @@ fn a_follower_whose_disk_is_full_holds_nobody_up_and_comes_back_with_room() {
     }
     let mut cluster = Cluster::prepare(&Setup { members: 3, agents: 0 }).expect("prepared");
     let data = cluster.members[2].dir.join("data");
-    let small = Small::mount(&data);
+    let small = Small::mount(&data, "160m");
     cluster.members.iter_mut().for_each(Role::start);
     if cluster.wait_for_leader() == 2 {
         cluster.nave(&["cluster", "transfer", "--to", "member-1"]).expect(0);

@@ -1,7 +1,12 @@
 //! Promise: what processes print is there, in order, from all hosts, and goes on while they run.
 
+use std::path::Path;
+use std::process::Command;
+
 use nave_tests::cluster::SOON;
-use nave_tests::{Cluster, Setup, eventually};
+use nave_tests::process::{Process, send};
+use nave_tests::{Cluster, Setup, eventually, nave};
+use nix::sys::signal::Signal;
 
 use crate::manifests::{web, web_with};
 
@@ -37,4 +42,98 @@ fn no_line_is_missing_and_the_tail_is_the_end() {
     let tail = cluster.nave(&["logs", "web", "--tail", "2"]).expect(0);
     assert_eq!(tail.stdout.lines().count(), 2, "{}", tail.stdout);
     assert!(tail.stdout.contains("line 20000") && tail.stdout.contains("listening on"), "{}", tail.stdout);
+}
+
+/// Some 400 lines a second, so that a file of the log is full every two seconds and the follower never lags behind them.
+const COUNTING: &str = r#"
+name = "web"
+command = ["sh", "-c", "n=0; while :; do for k in 1 2 3 4 5 6 7 8; do n=$((n+1)); echo count $n ${PAD}; done; sleep 0.02; done"]
+env = { PAD = "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx" }
+logs = { max_size = "512KiB" }
+"#;
+
+#[test]
+fn following_has_no_gap_and_no_repeat_through_rotation_and_the_end_of_the_agent() {
+    let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
+    cluster.apply(COUNTING, &["--wait"]).expect(0);
+    let seen = cluster.dir().join("followed");
+    let context = cluster.context();
+    let mut follow = Command::new(nave::binary());
+    follow.args(["logs", "web", "-f", "--grep", "count", "--context"]).arg(&context);
+    let mut follow = Process::start("a follower", &mut follow, &seen).expect("it starts");
+
+    let agent = cluster.agents[0].agent_pid();
+    let mut reached = |what: &str, at_least: usize| {
+        eventually(what, SOON, || counted(&seen).len() >= at_least);
+        assert_eq!(follow.ended(), None, "the follower goes on");
+        counted(&seen).len()
+    };
+    let so_far = reached("lines are followed", 200);
+    send(agent, Signal::SIGKILL);
+    let so_far = reached("and after the agent was killed", so_far + 800);
+    let segments = std::fs::read_dir(cluster.agents[0].dir.join("data/logs/web/i-1-1")).expect("its logs");
+    let rotated = segments.flatten().all(|file| file.file_name() != "0000000001.log");
+    reached("and through rotation", so_far + if rotated { 1 } else { 3000 });
+    follow.kill();
+
+    let numbers = counted(&seen);
+    assert!(numbers.iter().copied().eq(1..=numbers.len()), "{numbers:?}");
+
+    // Limits take effect on what runs.
+    let kept = || {
+        let lines = cluster.nave(&["logs", "web"]).expect(0).stdout;
+        lines.lines().count()
+    };
+    let before = cluster.wait_ready("web", 1)[0]["pid"].clone();
+    cluster.apply(&COUNTING.replace("512KiB", "64KiB"), &["--wait"]).expect(0);
+    eventually("all but the newest lines go", SOON, || kept() < 1000);
+    assert_eq!(cluster.wait_ready("web", 1)[0]["pid"], before, "and the process stays");
+
+    let some = cluster.nave(&["logs", "web", "--grep", "7 x", "--tail", "3"]).expect(0).stdout;
+    assert!(some.lines().count() == 3 && some.lines().all(|line| line.contains("7 x")), "{some}");
+    let none = cluster.nave(&["logs", "web", "--until", "1h"]).expect(0);
+    assert!(none.stdout.is_empty() && none.stderr.contains("nothing in that time"), "{}", none.stderr);
+}
+
+/// The numbers in a follower's output, whole lines only.
+fn counted(seen: &Path) -> Vec<usize> {
+    let text = std::fs::read_to_string(seen).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let number = |line: &str| line.split_once("count ")?.1.split(' ').next()?.parse().ok();
+    whole.lines().filter_map(number).collect()
+}
+
+#[test]
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn a_full_log_disk_holds_nobody_up_is_told_and_counted() {
+    if !nave_tests::machine::is_root() {
+        eprintln!("skipped: mounting a small file system needs root");
+        return;
+    }
+    let mut cluster = Cluster::prepare(&Setup { members: 1, agents: 1 }).expect("prepared");
+    let logs = cluster.agents[0].dir.join("data/logs");
+    let small = crate::full_disk::Small::mount(&logs, "8m");
+    cluster.members.iter_mut().for_each(nave_tests::cluster::Role::start);
+    cluster.agents.iter_mut().for_each(nave_tests::cluster::Role::start);
+    cluster.wait_for_leader();
+    cluster.wait_for_agents(1);
+    crate::full_disk::fill(&logs.join("filler"));
+    cluster.apply(COUNTING, &["--wait"]).expect(0);
+    let alarms = || cluster.json(&["hosts"])[0]["alarms"].as_array().cloned().unwrap_or_default();
+    eventually("the host raises an alarm", SOON, || {
+        alarms().iter().any(|alarm| alarm.as_str().is_some_and(|text| text.contains("No space left")))
+    });
+    let told = cluster.nave(&["events"]).stdout;
+    assert!(told.contains("host_alarm") || told.contains("takes nothing"), "{told}");
+    assert_eq!(cluster.wait_ready("web", 1)[0]["restarts"], 0, "what it prints held it up or ended it");
+
+    std::fs::remove_file(logs.join("filler")).expect("the filler can go");
+    eventually("lines are taken again, and what is missing is said in its place", SOON, || {
+        let lines = cluster.nave(&["logs", "web"]).stdout;
+        let dropped = lines.find("lines dropped]");
+        dropped.is_some_and(|at| lines[at..].contains("count "))
+    });
+    eventually("the alarm is over", SOON, || alarms().is_empty());
+    drop(cluster);
+    drop(small);
 }

@@ -1,24 +1,48 @@
 //! What waits between the thread that reads output and the one that writes it, with a bound.
 //!
 //! A plain bound would lose lines whenever the writing thread is not scheduled for a moment; a plain wait would let a
-//! stuck disk hold up every process. So the reading thread waits while the disk goes on, for a short time when it does
-//! nothing, and not at all after that until it has caught up.
+//! slow disk hold up every process. So the reading thread waits a little, with an allowance that holds for all logs
+//! together: while it waits for one, nobody reads the others, and their processes too must never notice.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::clock;
 use crate::segment::Counters;
 
-/// How long a process may be held up by a disk that does nothing at all, once, before its lines are dropped instead:
-/// longer than an ordinary pause of the other thread, shorter than anyone's time-out.
-const STALL_MS: u16 = 200;
+/// How long the reading thread waits for the disk in all within each [`WINDOW_NS`], before lines are dropped instead:
+/// longer than an ordinary pause of the other thread, and such that a process whose FIFO is full is held up for less
+/// than a tenth of a second even when another's log is what is waited for.
+const ALLOWANCE_NS: i64 = 40_000_000;
+const WINDOW_NS: i64 = 200_000_000;
 /// Waiting for the disk: of one log, and of all.
 const LOG_QUEUE_BYTES_MAX: u64 = 1024 * 1024;
 const QUEUE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// What is left of the time in which the reading thread may wait.
+#[derive(Debug)]
+pub(crate) struct Patience {
+    window_began: i64,
+    left_ns: i64,
+    allowance_ns: i64,
+}
+
+impl Patience {
+    pub(crate) fn new() -> Self {
+        Self { window_began: 0, left_ns: ALLOWANCE_NS, allowance_ns: ALLOWANCE_NS }
+    }
+
+    fn left(&mut self, now: i64) -> i64 {
+        if now - self.window_began >= WINDOW_NS {
+            (self.window_began, self.left_ns) = (now, self.allowance_ns);
+        }
+        self.left_ns
+    }
+}
 
 /// How much waits for the disk in all logs, and a bell for when it has become less.
 #[derive(Debug)]
@@ -58,18 +82,23 @@ impl Backlog {
         self.has_room(log, bytes + LOG_QUEUE_BYTES_MAX / 2)
     }
 
-    /// Waits for room while the disk goes on; `false` once it has done nothing for [`STALL_MS`].
-    pub(crate) fn wait_for_room(&self, log: &Counters, bytes: u64) -> bool {
+    /// Waits for room as long as the patience lasts; `false` when there is none by then.
+    pub(crate) fn wait_for_room(&self, log: &Counters, bytes: u64, patience: &mut Patience) -> bool {
         loop {
             self.waiting.store(true, Ordering::Release);
             if self.has_room(log, bytes) {
                 return true;
             }
-            let mut bell = [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
-            if !matches!(poll(&mut bell, STALL_MS), Ok(1..)) {
-                return self.has_room(log, bytes);
+            let began = clock::boottime_ns();
+            // Rounded up, so that the last part of a millisecond is not spent turning in circles.
+            let left_ms = (patience.left(began) + 999_999) / 1_000_000;
+            if left_ms <= 0 {
+                return false;
             }
+            let mut bell = [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+            let _ = poll(&mut bell, PollTimeout::try_from(left_ms).unwrap_or(PollTimeout::ZERO));
             let _ = self.bell.read();
+            patience.left_ns -= clock::boottime_ns() - began;
         }
     }
 }
@@ -83,28 +112,45 @@ mod tests {
     #[test]
     fn a_disk_that_stands_still_is_not_waited_for_long() {
         let (backlog, log) = (Backlog::new().unwrap(), Counters::default());
-        assert!(backlog.wait_for_room(&log, FULL));
+        let mut patience = Patience::new();
+        assert!(backlog.wait_for_room(&log, FULL, &mut patience));
         backlog.add(&log, FULL);
-        assert!(!backlog.wait_for_room(&log, 1));
+        assert!(!backlog.wait_for_room(&log, 1, &mut patience));
+        assert!(patience.left_ns <= 0, "all of it was spent: {patience:?}");
         backlog.done(&log, 10);
-        assert!(backlog.wait_for_room(&log, 10));
+        assert!(backlog.wait_for_room(&log, 10, &mut patience), "room needs no patience");
         assert!(!backlog.has_caught_up(&log, 10), "not before half of it is written");
         backlog.done(&log, usize::try_from(FULL / 2).unwrap());
         assert!(backlog.has_caught_up(&log, 10));
     }
 
     #[test]
+    fn patience_is_for_all_logs_together_and_comes_back() {
+        let backlog = Backlog::new().unwrap();
+        let (first, second) = (Counters::default(), Counters::default());
+        let mut patience = Patience::new();
+        backlog.add(&first, FULL);
+        backlog.add(&second, FULL);
+        assert!(!backlog.wait_for_room(&first, 1, &mut patience));
+        let now = patience.window_began;
+        assert!(patience.left(now) <= 0, "nothing is left for the second");
+        assert_eq!(patience.left(now + WINDOW_NS), ALLOWANCE_NS);
+    }
+
+    #[test]
     fn a_disk_that_goes_on_is_waited_for() {
         let (backlog, log) = (Backlog::new().unwrap(), Counters::default());
+        let minute = 60_000_000_000;
+        let mut patience = Patience { window_began: 0, left_ns: minute, allowance_ns: minute };
         backlog.add(&log, FULL);
         std::thread::scope(|threads| {
             threads.spawn(|| {
-                // A little at a time, each within the patience: in the end there is room.
+                // A little at a time: in the end there is room.
                 for _ in 0..FULL / 1024 {
                     backlog.done(&log, 1024);
                 }
             });
-            assert!(backlog.wait_for_room(&log, FULL));
+            assert!(backlog.wait_for_room(&log, FULL, &mut patience));
         });
     }
 

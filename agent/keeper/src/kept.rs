@@ -151,7 +151,17 @@ impl Kept {
             started_unix_ns,
             adopted,
             leftover: self.process().is_none(),
+            log_limits: Some(log_limits(&self.spawn)),
         }
+    }
+}
+
+/// As the orders say.
+pub(crate) fn log_limits(spawn: &pb::Spawn) -> pb::LogLimits {
+    pb::LogLimits {
+        segment_bytes: spawn.log_segment_bytes,
+        segments: spawn.log_segments,
+        age_ms: spawn.log_age_ms,
     }
 }
 

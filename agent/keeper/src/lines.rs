@@ -104,7 +104,7 @@ impl Splitter {
     pub(crate) fn push(&mut self, out: &mut Vec<u8>, stamp: &Stamp, stream: Stream, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = LINE_BYTES_MAX - self.held.len();
-            let end = bytes.iter().take(room + 1).position(|byte| *byte == b'\n');
+            let end = memchr::memchr(b'\n', &bytes[..bytes.len().min(room + 1)]);
             match end {
                 Some(end) => {
                     stamp.record(out, stream, b'F', [&self.held, &bytes[..end]]);

@@ -15,25 +15,31 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use nave_proto::pb;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::read;
 
-use crate::backlog::Backlog;
+use crate::backlog::{Backlog, Patience};
 use crate::clock;
 use crate::fifo;
 use crate::lines::{STREAMS, Splitter, Stamp, Stream};
-use crate::segment::{self, Counters, Job, Place};
+use crate::segment::{self, Counters, Job, Limits, Place};
+use crate::sys;
 
 /// Enough for both threads' few frames, and for the thread-local data of the large binary around us.
 const STACK_BYTES: usize = 128 * 1024;
 /// One read. A FIFO holds 64 KiB, or 256 KiB where we may say so.
-const READ_BYTES: usize = 16 * 1024;
+const READ_BYTES: usize = 64 * 1024;
 /// A line without an end is written as a part after this long, so that a prompt is seen and a kill loses little.
 const PARTIAL_MS: u16 = 250;
 /// Reads of one FIFO when it is to be emptied: its capacity and some, so that a fast writer cannot hold us for ever.
-const DRAIN_READS: usize = 64;
+const DRAIN_READS: usize = 16;
+
+/// Of the reading thread.
+const NICE: i32 = -10;
 
 const SEGMENT_BYTES: u64 = 10 * 1024 * 1024;
 const SEGMENTS: usize = 5;
@@ -105,6 +111,20 @@ pub(crate) struct Output {
 pub(crate) struct OpenLog {
     pub(crate) log: u32,
     pub(crate) counters: Arc<Counters>,
+    /// What the agent was last told of the disk: the number of its error, 0 when it takes lines.
+    pub(crate) told_errno: i32,
+}
+
+/// As orders say it.
+impl From<pb::LogLimits> for Limits {
+    fn from(limits: pb::LogLimits) -> Self {
+        let or = |given: u64, default: u64| if given == 0 { default } else { given };
+        Self {
+            segment_bytes: or(limits.segment_bytes, SEGMENT_BYTES),
+            segments: usize::try_from(limits.segments).ok().filter(|count| *count > 0).unwrap_or(SEGMENTS),
+            age: (limits.age_ms > 0).then(|| Duration::from_millis(limits.age_ms)),
+        }
+    }
 }
 
 impl Output {
@@ -122,7 +142,12 @@ impl Output {
         let dropped = Arc::new(AtomicBool::new(false));
         let sender = EventSender { events: events_out, wake: events_wake.clone(), dropped: dropped.clone() };
         let backlog = Arc::new(Backlog::new()?);
-        let onward = Onward { jobs: jobs.clone(), events: sender.clone(), backlog: backlog.clone() };
+        let onward = Onward {
+            jobs: jobs.clone(),
+            events: sender.clone(),
+            backlog: backlog.clone(),
+            patience: Patience::new(),
+        };
         let reader = Reader::new(wake.clone(), commands_in, onward)?;
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
         let threads = vec![
@@ -151,22 +176,22 @@ impl Output {
     ///
     /// # Errors
     /// When the directory or a FIFO cannot be made, or something else has its name.
-    pub(crate) fn open(&mut self, dir: &Path, segment_bytes: u64, segments: u32) -> io::Result<OpenLog> {
+    pub(crate) fn open(&mut self, dir: &Path, limits: pb::LogLimits) -> io::Result<OpenLog> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let directory = fifo::open_directory(dir)?;
         let fifos = fifo::reading_ends(&directory)?;
         self.last_log += 1;
         let log = self.last_log;
         let counters = Arc::<Counters>::default();
-        let place = Place {
-            path: dir.to_path_buf(),
-            directory,
-            segment_bytes: if segment_bytes == 0 { SEGMENT_BYTES } else { segment_bytes },
-            segments: if segments == 0 { SEGMENTS } else { usize::try_from(segments).unwrap_or(SEGMENTS) },
-        };
+        let place = Place { path: dir.to_path_buf(), directory, limits: limits.into() };
         let _ = self.jobs.send(Job::Open { log, place, counters: counters.clone() });
         self.command(Command::Open { log, fifos, counters: counters.clone() });
-        Ok(OpenLog { log, counters })
+        Ok(OpenLog { log, counters, told_errno: 0 })
+    }
+
+    /// Other limits from now on.
+    pub(crate) fn limit(&self, log: u32, limits: pb::LogLimits) {
+        let _ = self.jobs.send(Job::Limit { log, limits: limits.into() });
     }
 
     /// The process has ended: its last line is whole even without an end.
@@ -224,6 +249,9 @@ impl Reader {
     }
 
     fn run(mut self) {
+        // Before those who write: where cores are short, a FIFO that nobody empties holds its process up. Not granted
+        // to a keeper that is not root.
+        let _ = sys::set_nice(NICE);
         let mut ready = [EpollEvent::empty(); 16];
         loop {
             // Silent processes cost nothing: no time-out unless something is held.
@@ -331,11 +359,12 @@ struct Onward {
     jobs: Sender<Job>,
     events: EventSender,
     backlog: Arc<Backlog>,
+    patience: Patience,
 }
 
 impl Onward {
     /// Hands lines on to the disk, or drops and counts them when it stands still.
-    fn submit(&self, log: u32, entry: &mut ReadLog, text: Vec<u8>) {
+    fn submit(&mut self, log: u32, entry: &mut ReadLog, text: Vec<u8>) {
         if text.is_empty() && entry.missing == [0; 2] {
             return;
         }
@@ -344,7 +373,7 @@ impl Onward {
         let room = if entry.stalled {
             self.backlog.has_caught_up(&entry.counters, size)
         } else {
-            self.backlog.wait_for_room(&entry.counters, size)
+            self.backlog.wait_for_room(&entry.counters, size, &mut self.patience)
         };
         entry.stalled = !room;
         if !room {

@@ -1,8 +1,9 @@
 //! The second of the two output threads: formatted lines into segment files, and what happens when the disk refuses.
 //!
 //! It may be stopped by a slow disk, which is why it is not the thread that reads the FIFOs. Files are
-//! `<log_dir>/<10 digits>.log`, at most `segments` of them, each of about `segment_bytes`. A write that fails is cut
-//! back to whole lines; the rest is counted, and a `D` record stands where it is missing as soon as writing works.
+//! `<log_dir>/<10 digits>.log`, at most `segments` of them, each of about `segment_bytes`, none written to for longer
+//! than a share of `age`, so that lines go by their age too. A write that fails is cut back to whole lines; the rest is
+//! counted, and a `D` record stands where it is missing as soon as writing works.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -10,21 +11,25 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{FileStat, Mode, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use crate::backlog::Backlog;
-use crate::clock;
+use crate::clock::{self, SECOND};
 use crate::lines::{self, STREAMS, Stamp};
 use crate::output::{Event, EventSender};
 
 /// How soon a log that lacks lines is tried again when nothing else comes.
 const RETRY: Duration = Duration::from_secs(1);
+/// A segment is left for the next when this part of the age that lines may have is over: they go by whole segments.
+const AGE_PARTS: u32 = 8;
+/// How often what is too old is looked for, at most and at least.
+const LOOK: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(600)];
 
 /// Numbers of one log that both threads and the loop look at.
 #[derive(Debug, Default)]
@@ -36,6 +41,8 @@ pub(crate) struct Counters {
     /// Not yet told to the agent.
     pub(crate) dropped_lines: AtomicU64,
     pub(crate) dropped_bytes: AtomicU64,
+    /// What the disk said when it last refused to take lines; 0: it takes them.
+    pub(crate) refused_errno: AtomicI32,
 }
 
 impl Counters {
@@ -50,8 +57,16 @@ impl Counters {
 pub(crate) struct Place {
     pub(crate) path: PathBuf,
     pub(crate) directory: OwnedFd,
+    pub(crate) limits: Limits,
+}
+
+/// How much of a log is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
     pub(crate) segment_bytes: u64,
     pub(crate) segments: usize,
+    /// `None`: however old.
+    pub(crate) age: Option<Duration>,
 }
 
 /// From the reading thread.
@@ -59,6 +74,7 @@ pub(crate) struct Place {
 pub(crate) enum Job {
     Open { log: u32, place: Place, counters: Arc<Counters> },
     Write { log: u32, text: Vec<u8>, missing: [u64; 2] },
+    Limit { log: u32, limits: Limits },
     Close { log: u32, remove_fifos: bool, remove_logs: bool },
     Stop,
 }
@@ -67,21 +83,22 @@ pub(crate) enum Job {
 pub(crate) fn run(jobs: &Receiver<Job>, events: &EventSender, backlog: &Backlog) {
     let mut logs: BTreeMap<u32, Segments> = BTreeMap::new();
     loop {
-        let job = if logs.values().any(Segments::lacks_lines) {
-            jobs.recv_timeout(RETRY)
-        } else {
-            jobs.recv().map_err(|_| RecvTimeoutError::Disconnected)
-        };
-        match job {
+        match wait_for_job(jobs, &logs) {
             Ok(Job::Open { log, place, counters }) => {
                 logs.insert(log, Segments::open(place, counters));
             }
             Ok(Job::Write { log, text, missing }) => {
                 let Some(segments) = logs.get_mut(&log) else { continue };
-                if !segments.write(&text, missing) {
+                let refused = segments.refused;
+                if !segments.write(&text, missing) || segments.refused != refused {
                     events.send_dropped();
                 }
                 backlog.done(&segments.counters, text.len());
+            }
+            Ok(Job::Limit { log, limits }) => {
+                if let Some(segments) = logs.get_mut(&log) {
+                    segments.limit(limits);
+                }
             }
             Ok(Job::Close { log, remove_fifos, remove_logs }) => {
                 if let Some(mut segments) = logs.remove(&log) {
@@ -92,7 +109,9 @@ pub(crate) fn run(jobs: &Receiver<Job>, events: &EventSender, backlog: &Backlog)
             }
             Err(RecvTimeoutError::Timeout) => {
                 for segments in logs.values_mut().filter(|segments| segments.lacks_lines()) {
-                    segments.say_missing();
+                    if segments.say_missing() {
+                        events.send_dropped();
+                    }
                 }
             }
             Ok(Job::Stop) | Err(RecvTimeoutError::Disconnected) => {
@@ -102,6 +121,22 @@ pub(crate) fn run(jobs: &Receiver<Job>, events: &EventSender, backlog: &Backlog)
                 return;
             }
         }
+        let now = clock::boottime_ns();
+        for segments in logs.values_mut().filter(|segments| segments.look_at.is_some_and(|at| at <= now)) {
+            segments.drop_old(clock::unix_ns());
+        }
+    }
+}
+
+/// The next job, or the time-out when something is due. Silent processes without files cost nothing.
+fn wait_for_job(jobs: &Receiver<Job>, logs: &BTreeMap<u32, Segments>) -> Result<Job, RecvTimeoutError> {
+    let look = logs.values().filter_map(|segments| segments.look_at).min();
+    let look = look
+        .map(|at| Duration::from_nanos(u64::try_from(at.saturating_sub(clock::boottime_ns())).unwrap_or(0)));
+    let retry = logs.values().any(Segments::lacks_lines).then_some(RETRY);
+    match look.into_iter().chain(retry).min() {
+        Some(wait) => jobs.recv_timeout(wait),
+        None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
     }
 }
 
@@ -112,6 +147,12 @@ struct Segments {
     counters: Arc<Counters>,
     /// Numbers of the files there are, rising.
     numbers: VecDeque<u64>,
+    /// The highest number ever used here: readers rely on numbers that rise.
+    last_number: u64,
+    /// When the file that is written to was opened, by the wall.
+    begun_unix_ns: i64,
+    /// When what is too old is next looked for; none while there is nothing that could be.
+    look_at: Option<i64>,
     /// Made with the first line, so that a silent process costs no file.
     file: Option<File>,
     length: u64,
@@ -135,8 +176,74 @@ impl Segments {
         found.sort_unstable();
         let bytes = found.iter().map(|(_, bytes)| bytes).sum();
         counters.written_bytes.store(bytes, Ordering::Relaxed);
-        let numbers = found.iter().map(|(number, _)| *number).collect();
-        Self { place, counters, numbers, file: None, length: 0, missing: [0; 2], refused: false }
+        let numbers: VecDeque<u64> = found.iter().map(|(number, _)| *number).collect();
+        let mut segments = Self {
+            place,
+            counters,
+            last_number: numbers.back().copied().unwrap_or(0),
+            numbers,
+            begun_unix_ns: 0,
+            look_at: None,
+            file: None,
+            length: 0,
+            missing: [0; 2],
+            refused: false,
+        };
+        segments.drop_old(clock::unix_ns());
+        segments
+    }
+
+    fn limit(&mut self, limits: Limits) {
+        self.place.limits = limits;
+        let mut sizes: VecDeque<u64> = self.numbers.iter().map(|number| self.size(*number)).collect();
+        let all = limits.segment_bytes.saturating_mul(limits.segments as u64);
+        while self.numbers.len() > 1
+            && (self.numbers.len() > limits.segments || sizes.iter().sum::<u64>() > all)
+        {
+            sizes.pop_front();
+            self.drop_oldest();
+        }
+        self.drop_old(clock::unix_ns());
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(oldest) = self.numbers.pop_front() {
+            self.unlink(&segment_name(oldest));
+        }
+    }
+
+    /// Removes the files whose last line is too old, that of a silent process included.
+    fn drop_old(&mut self, now_unix_ns: i64) {
+        let Some(age) = self.place.limits.age else {
+            self.look_at = None;
+            return;
+        };
+        while let Some(oldest) = self.numbers.front()
+            && self.written_unix_ns(*oldest).is_none_or(|at| is_over(age, at, now_unix_ns))
+        {
+            if self.numbers.len() == 1 {
+                // The one that is written to, if any is: the next line makes another.
+                (self.file, self.length) = (None, 0);
+            }
+            self.drop_oldest();
+        }
+        let pause = (age / AGE_PARTS).clamp(LOOK[0], LOOK[1]);
+        let next = clock::boottime_ns() + i64::try_from(pause.as_nanos()).unwrap_or(i64::MAX / 2);
+        self.look_at = (!self.numbers.is_empty()).then_some(next);
+    }
+
+    fn stat(&self, number: u64) -> Option<FileStat> {
+        let name = segment_name(number);
+        fstatat(self.place.directory.as_fd(), name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW).ok()
+    }
+
+    fn size(&self, number: u64) -> u64 {
+        self.stat(number).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0))
+    }
+
+    /// None: it is not there.
+    fn written_unix_ns(&self, number: u64) -> Option<i64> {
+        self.stat(number).map(|stat| stat.st_mtime.saturating_mul(SECOND).saturating_add(stat.st_mtime_nsec))
     }
 
     fn lacks_lines(&self) -> bool {
@@ -191,9 +298,12 @@ impl Segments {
         match self.try_append(text) {
             Ok(()) => {
                 self.refused = false;
+                self.counters.refused_errno.store(0, Ordering::Relaxed);
                 text.len()
             }
             Err((whole, error)) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                self.counters.refused_errno.store(errno, Ordering::Relaxed);
                 if !self.refused {
                     crate::say!("output in {} is being dropped: {error}", self.place.path.display());
                 }
@@ -204,7 +314,10 @@ impl Segments {
     }
 
     fn try_append(&mut self, text: &[u8]) -> Result<(), (usize, io::Error)> {
-        let full = self.length > 0 && self.length + text.len() as u64 > self.place.segment_bytes;
+        let limits = self.place.limits;
+        let is_old =
+            limits.age.is_some_and(|age| is_over(age / AGE_PARTS, self.begun_unix_ns, clock::unix_ns()));
+        let full = self.length > 0 && (self.length + text.len() as u64 > limits.segment_bytes || is_old);
         if full || self.file.is_none() {
             self.next_file(full).map_err(|error| (0, error))?;
         }
@@ -243,19 +356,24 @@ impl Segments {
         {
             let file = self.open_file(*newest)?;
             let length = file.metadata()?.len();
-            if length < self.place.segment_bytes && ends_whole(&file, length) {
+            if length < self.place.limits.segment_bytes && ends_whole(&file, length) {
                 (self.file, self.length) = (Some(file), length);
+                self.begun_unix_ns = clock::unix_ns();
                 return Ok(());
             }
         }
-        while self.numbers.len() >= self.place.segments.max(1) {
-            let oldest = self.numbers.pop_front().expect("the loop's condition");
-            self.unlink(&segment_name(oldest));
+        while self.numbers.len() >= self.place.limits.segments.max(1) {
+            self.drop_oldest();
         }
-        let number = self.numbers.back().map_or(1, |newest| newest + 1).max(1);
+        let number = self.last_number + 1;
         let file = self.open_file(number)?;
+        self.last_number = number;
         self.numbers.push_back(number);
         (self.file, self.length) = (Some(file), 0);
+        self.begun_unix_ns = clock::unix_ns();
+        if self.look_at.is_none() && self.place.limits.age.is_some() {
+            self.look_at = Some(clock::boottime_ns());
+        }
         Ok(())
     }
 
@@ -291,6 +409,12 @@ impl Segments {
     }
 }
 
+/// Whether `age` has passed since; a clock that was set back makes nothing old.
+fn is_over(age: Duration, since_unix_ns: i64, now_unix_ns: i64) -> bool {
+    let passed = now_unix_ns.saturating_sub(since_unix_ns);
+    u128::try_from(passed).is_ok_and(|passed| passed > age.as_nanos())
+}
+
 /// Whether the last line has its end; a loss of power may have taken it.
 fn ends_whole(file: &File, length: u64) -> bool {
     use std::os::unix::fs::FileExt as _;
@@ -313,8 +437,8 @@ mod tests {
 
     fn segments(dir: &std::path::Path, segment_bytes: u64, segments: usize) -> Segments {
         let directory = OwnedFd::from(File::open(dir).unwrap());
-        let place = Place { path: dir.to_path_buf(), directory, segment_bytes, segments };
-        Segments::open(place, Arc::default())
+        let limits = Limits { segment_bytes, segments, age: None };
+        Segments::open(Place { path: dir.to_path_buf(), directory, limits }, Arc::default())
     }
 
     fn line(index: usize) -> String {
@@ -378,5 +502,54 @@ mod tests {
         log.write(line(1).as_bytes(), [0; 2]);
         assert_eq!(std::fs::read_to_string(&target).unwrap(), "precious\n");
         assert!(log.lacks_lines());
+    }
+
+    #[test]
+    fn lines_go_when_they_are_too_old_and_numbers_go_on_rising() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = line(0).len() as u64;
+        let mut log = segments(dir.path(), 2 * size, 9);
+        for index in 0..5 {
+            assert!(log.write(line(index).as_bytes(), [0; 2]));
+        }
+        let written = log.written_unix_ns(3).unwrap();
+        let age = Duration::from_secs(3600);
+        log.limit(Limits { age: Some(age), ..log.place.limits });
+        assert_eq!(files(dir.path()).len(), 3, "nothing is old yet");
+        assert!(log.look_at.is_some());
+        let hour = i64::try_from(age.as_nanos()).unwrap();
+        log.drop_old(written + hour - SECOND);
+        assert_eq!(files(dir.path()).len(), 3);
+        log.drop_old(written + hour + SECOND);
+        assert_eq!(files(dir.path()), Vec::<String>::new(), "that of a silent process goes too");
+        assert_eq!(log.look_at, None);
+        assert!(log.write(line(5).as_bytes(), [0; 2]));
+        assert_eq!(files(dir.path()), ["0000000004.log"]);
+    }
+
+    #[test]
+    fn an_old_segment_is_left_for_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = segments(dir.path(), 1 << 20, 9);
+        log.limit(Limits { age: Some(Duration::from_secs(3600)), ..log.place.limits });
+        assert!(log.write(line(0).as_bytes(), [0; 2]));
+        assert!(log.write(line(1).as_bytes(), [0; 2]));
+        assert_eq!(files(dir.path()).len(), 1);
+        log.begun_unix_ns -= 3600 / i64::from(AGE_PARTS) * SECOND;
+        assert!(log.write(line(2).as_bytes(), [0; 2]));
+        assert_eq!(files(dir.path()), ["0000000001.log", "0000000002.log"]);
+    }
+
+    #[test]
+    fn smaller_limits_hold_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = line(0).len() as u64;
+        let mut log = segments(dir.path(), 4 * size, 5);
+        for index in 0..20 {
+            assert!(log.write(line(index).as_bytes(), [0; 2]));
+        }
+        assert_eq!(files(dir.path()).len(), 5);
+        log.limit(Limits { segment_bytes: size, segments: 5, age: None });
+        assert_eq!(files(dir.path()), ["0000000005.log"], "5 lines are allowed, a file of 4 is there");
     }
 }

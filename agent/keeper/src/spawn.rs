@@ -24,7 +24,7 @@ use crate::fifo;
 use crate::handover;
 use crate::identity::Stat;
 use crate::keeper::{Keeper, Source};
-use crate::kept::{Asker, Ended, Kept, Phase, Process, Starting};
+use crate::kept::{Asker, Ended, Kept, Phase, Process, Starting, log_limits};
 use crate::ledger::{Key, strip};
 use crate::signal::refusal;
 use crate::stub::{Failure, Step};
@@ -226,7 +226,7 @@ impl Keeper {
     pub(crate) fn open_log(&mut self, spawn: &pb::Spawn) -> io::Result<()> {
         if !spawn.log_dir.is_empty() && !self.logs.contains_key(&spawn.log_dir) {
             let dir = Path::new(&spawn.log_dir);
-            let log = self.output.open(dir, spawn.log_segment_bytes, spawn.log_segments)?;
+            let log = self.output.open(dir, log_limits(spawn))?;
             self.logs.insert(spawn.log_dir.clone(), log);
         }
         Ok(())

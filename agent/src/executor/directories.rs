@@ -4,22 +4,34 @@
 //! `logs/<service>/<id>-<epoch>` its output, of which the last few outlive it. The parents belong to the agent alone
 //! and what a service may write lies beside, never above, what we make: so no link of its making can lead us astray.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nave_proto::ids::InstanceId;
 use nix::unistd::{Gid, Uid, fchown};
 use tracing::{debug, warn};
 
+use crate::clock;
+use crate::logs::limits::MAX_AGE;
 use crate::logs::source::parse_folder;
 
 /// Ended placements whose output is kept, per service: enough to read what a crash loop said.
 const ENDED_LOGS_PER_SERVICE: usize = 5;
 /// And on the whole host: with 5 segments of 10 MiB each, at most 2.5 GiB.
 const ENDED_LOGS: usize = 50;
+
+/// Which logs are not to be removed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct KeptLogs {
+    /// Placements that may still write.
+    pub(crate) alive: BTreeSet<(InstanceId, u64)>,
+    /// How old the logs of each service may become; of one that is not named, [`MAX_AGE`].
+    pub(crate) max_age: BTreeMap<String, Duration>,
+}
 
 /// The agent's directory tree, by name.
 #[derive(Debug, Clone)]
@@ -83,19 +95,27 @@ impl Directories {
         }
     }
 
-    /// Removes the output of all but the last ended placements. `alive` says which may still write.
-    pub(crate) fn prune_logs(&self, alive: &dyn Fn(InstanceId, u64) -> bool) {
+    /// Removes the output of all but the last ended placements, and of those what is too old.
+    pub(crate) fn prune_logs(&self, keep: &KeptLogs) {
         let mut all = Vec::new();
         for service in folders(&self.logs()) {
             let mut ended = folders(&service);
             ended.retain(|folder| {
                 let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
-                name.as_deref().and_then(parse_folder).is_some_and(|(id, epoch)| !alive(id, epoch))
+                name.as_deref()
+                    .and_then(parse_folder)
+                    .is_some_and(|placement| !keep.alive.contains(&placement))
             });
             // Of a process that never said a word there is nothing to keep.
             let (silent, mut ended): (Vec<_>, Vec<_>) =
                 ended.into_iter().partition(|folder| is_silent(folder));
             remove(&silent);
+            let name = service.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let max_age = keep.max_age.get(&name).copied().unwrap_or(MAX_AGE);
+            let (old, kept): (Vec<_>, Vec<_>) =
+                ended.into_iter().partition(|folder| is_older(folder, max_age));
+            remove(&old);
+            ended = kept;
             newest_first(&mut ended);
             let kept = ended.len().min(ENDED_LOGS_PER_SERVICE);
             remove(&ended.split_off(kept));
@@ -130,19 +150,26 @@ fn folders(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Nothing was ever said. While the keeper has it there are FIFOs, also when we do not know of it yet.
 fn is_silent(folder: &Path) -> bool {
-    let mut files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    !files.any(|file| file.path().extension().is_some_and(|extension| extension == "log"))
+    std::fs::read_dir(folder).into_iter().flatten().flatten().next().is_none()
 }
 
 /// By the newest file in each: the directory's own time does not move with writes.
 fn newest_first(folders: &mut [PathBuf]) {
-    let written = |folder: &Path| {
-        let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let times = files.filter_map(|file| file.metadata().ok()?.modified().ok());
-        times.max().unwrap_or(SystemTime::UNIX_EPOCH)
-    };
     folders.sort_by_cached_key(|folder| std::cmp::Reverse(written(folder)));
+}
+
+fn written(folder: &Path) -> SystemTime {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let times = files.filter_map(|file| file.metadata().ok()?.modified().ok());
+    times.max().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+fn is_older(folder: &Path, age: Duration) -> bool {
+    let since = written(folder).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = Duration::from_nanos(u64::try_from(clock::wall_unix_ns()).unwrap_or_default());
+    now.saturating_sub(since) > age
 }
 
 fn remove(folders: &[PathBuf]) {
@@ -183,9 +210,11 @@ mod tests {
             let file = std::fs::File::create(made.logs.join("0000000001.log")).unwrap();
             file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(id)).unwrap();
         }
-        directories.prepare("web", InstanceId(13), 1, None).unwrap();
         directories.prepare("mute", InstanceId(14), 1, None).unwrap();
-        directories.prune_logs(&|instance, _| instance == InstanceId(1));
+        let for_ever = Duration::from_secs(1 << 40);
+        let alive = BTreeSet::from([(InstanceId(1), 1)]);
+        let mut keep = KeptLogs { alive, max_age: BTreeMap::from([("web".to_owned(), for_ever)]) };
+        directories.prune_logs(&keep);
         assert!(!directories.logs().join("mute").exists(), "silent processes leave nothing");
         let mut left: Vec<String> = folders(&directories.logs().join("web"))
             .iter()
@@ -193,6 +222,10 @@ mod tests {
             .collect();
         left.sort();
         assert_eq!(left, ["i-1-1", "i-10-1", "i-11-1", "i-12-1", "i-8-1", "i-9-1"]);
+        // All are of 1970.
+        keep.max_age.insert("web".to_owned(), Duration::from_secs(3600));
+        directories.prune_logs(&keep);
+        assert_eq!(folders(&directories.logs().join("web")), [directories.logs().join("web/i-1-1")]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use tracing::warn;
 use super::directories::Directories;
 use super::users::{self, RunAs};
 use crate::cgroups::Cgroups;
+use crate::logs::limits::log_limits;
 use crate::notify::NotifySockets;
 use crate::probes::ExecCheck;
 
@@ -101,6 +102,7 @@ impl SpawnContext {
             &manifest.resources.unwrap_or_default(),
         );
         let (uid, gid) = run_as.ids.unwrap_or_default();
+        let logs = log_limits(manifest);
         Ok(pb::Spawn {
             instance_id: instance.0,
             epoch: order.key.epoch,
@@ -117,6 +119,9 @@ impl SpawnContext {
             cgroup1: group.cgroup1,
             cgroup_files: group.files,
             log_dir: dirs.logs.display().to_string(),
+            log_segment_bytes: logs.segment_bytes,
+            log_segments: logs.segments,
+            log_age_ms: logs.age_ms,
             rlimits: open_files().into_iter().collect(),
             // A service with a user of its own has no business gaining another one's rights.
             no_new_privileges: run_as.ids.is_some(),

@@ -35,7 +35,8 @@ impl<'a> Line<'a> {
         Some(Self { unix_ns: parse_time(time)?, stderr, partial, dropped, text })
     }
 
-    pub(super) fn to_log_line(&self, service: &str, instance: &str, host: &str, epoch: u64) -> pb::LogLine {
+    /// Where it was found is for the caller to say.
+    pub(super) fn to_log_line(&self, service: &str, instance: &str, host: &str) -> pb::LogLine {
         let text = match self.dropped {
             true => [b"[nave: ", self.text, b"]"].concat().into(),
             false => bytes::Bytes::copy_from_slice(self.text),
@@ -48,7 +49,7 @@ impl<'a> Line<'a> {
             stderr: self.stderr,
             text,
             partial: self.partial,
-            epoch,
+            ..pb::LogLine::default()
         }
     }
 }
@@ -125,7 +126,7 @@ mod tests {
         assert_eq!(parse("1970-01-01T00:00:00Z stdout F ").unwrap().text, b"");
         assert_eq!(parse("1970-01-01T00:00:00Z stdout F").unwrap().text, b"");
         let dropped = parse("1970-01-01T00:00:00Z stdout D 12 lines dropped").unwrap();
-        assert_eq!(dropped.to_log_line("web", "i-1", "a", 1).text, "[nave: 12 lines dropped]");
+        assert_eq!(dropped.to_log_line("web", "i-1", "a").text, "[nave: 12 lines dropped]");
         for damaged in
             ["", "x", "1970-01-01T00:00:00Z stdin F a", "1970-01-01T00:00:00Z stdout X a", "\0\0\0"]
         {

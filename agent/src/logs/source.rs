@@ -13,6 +13,7 @@ use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 
 use super::line::Line;
+use super::selection::{Filter, Selection};
 
 /// Read at once; per open source, so that a host with a hundred instances needs 1.6 MiB to merge all.
 const CHUNK_BYTES: usize = 16 * 1024;
@@ -21,7 +22,7 @@ const LINE_BYTES_MAX: usize = 1024 * 1024;
 
 /// One segment file: epochs and numbers both rise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     pub(super) epoch: u64,
     pub(super) number: u64,
 }
@@ -33,7 +34,7 @@ pub(super) struct Source {
     service: String,
     host: String,
     pub(super) instance: InstanceId,
-    since_unix_ns: i64,
+    filter: Filter,
     /// Where the next read begins; `None`: nothing was seen yet.
     at: Option<(Segment, u64)>,
     open: Option<(Segment, File)>,
@@ -41,17 +42,9 @@ pub(super) struct Source {
     pub(super) lines: VecDeque<pb::LogLine>,
 }
 
-/// What to read.
-#[derive(Debug, Clone)]
-pub(super) struct Selection {
-    pub(super) service: String,
-    pub(super) instance: Option<InstanceId>,
-    pub(super) tail_lines: u64,
-    pub(super) since_unix_ns: i64,
-}
-
 impl Source {
-    /// Begins where `selection` says: at the last so many lines, at a time, or at the oldest line kept.
+    /// Begins where `selection` says: after what was read before, else at the last so many lines, at a time, or at the
+    /// oldest line kept.
     pub(super) fn open(
         service_dir: &Path,
         host: &str,
@@ -63,14 +56,19 @@ impl Source {
             service: selection.service.clone(),
             host: host.to_owned(),
             instance,
-            since_unix_ns: selection.since_unix_ns,
+            filter: selection.filter.clone(),
             at: None,
             open: None,
             lines: VecDeque::new(),
         };
+        if let Some(read) = selection.resume.get(&instance) {
+            source.filter.since_unix_ns = 0;
+            source.at = Some(*read);
+            return Ok(source);
+        }
         let segments = source.segments()?;
-        if selection.since_unix_ns > 0 {
-            source.at = source.position_of_time(&segments, selection.since_unix_ns);
+        if selection.filter.since_unix_ns > 0 {
+            source.at = source.position_of_time(&segments, selection.filter.since_unix_ns);
         }
         if selection.tail_lines > 0 {
             source.at = source.at.max(source.position_of_tail(&segments, selection.tail_lines)?);
@@ -125,12 +123,19 @@ impl Source {
         }
         let (_, file) = self.open.as_ref().expect("opened above");
         let Some(chunk) = whole_lines(file, offset)? else { return Ok(false) };
-        for line in chunk.split(|byte| *byte == b'\n') {
-            if let Some(line) = Line::parse(line)
-                && line.unix_ns >= self.since_unix_ns
+        let instance = self.instance.to_string();
+        let mut end_offset = offset;
+        for line in chunk.split_inclusive(|byte| *byte == b'\n') {
+            end_offset += to_u64(line.len());
+            if let Some(line) = Line::parse(line.trim_ascii_newline())
+                && self.filter.admits(&line)
             {
-                let instance = self.instance.to_string();
-                self.lines.push_back(line.to_log_line(&self.service, &instance, &self.host, segment.epoch));
+                self.lines.push_back(pb::LogLine {
+                    epoch: segment.epoch,
+                    segment: segment.number,
+                    end_offset,
+                    ..line.to_log_line(&self.service, &instance, &self.host)
+                });
             }
         }
         self.at = Some((segment, offset + to_u64(chunk.len())));
@@ -163,7 +168,12 @@ impl Source {
     fn position_of_tail(&self, segments: &[Segment], tail_lines: u64) -> io::Result<Option<(Segment, u64)>> {
         let mut left = tail_lines;
         for segment in segments.iter().rev() {
-            match offset_of_tail(&self.path(*segment), &mut left) {
+            let path = self.path(*segment);
+            let found = match self.filter.admits_all_since() {
+                true => offset_of_tail(&path, &mut left),
+                false => offset_of_admitted_tail(&path, &self.filter, &mut left),
+            };
+            match found {
                 Ok(Some(offset)) => return Ok(Some((*segment, offset))),
                 Ok(None) => {}
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -279,6 +289,37 @@ fn offset_of_tail(path: &Path, left: &mut u64) -> io::Result<Option<u64>> {
     Ok((*left == 0).then_some(0))
 }
 
+/// Likewise, of the lines that a filter admits; the file is read from its beginning.
+fn offset_of_admitted_tail(path: &Path, filter: &Filter, left: &mut u64) -> io::Result<Option<u64>> {
+    let file = open_segment(path)?;
+    let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
+    let mut begins = VecDeque::new();
+    let mut offset = 0;
+    while let Some(chunk) = whole_lines(&file, offset)? {
+        for line in chunk.split_inclusive(|byte| *byte == b'\n') {
+            if Line::parse(line.trim_ascii_newline()).is_some_and(|line| filter.admits(&line)) {
+                begins.push_back(offset);
+                if begins.len() > wanted {
+                    begins.pop_front();
+                }
+            }
+            offset += to_u64(line.len());
+        }
+    }
+    *left -= to_u64(begins.len());
+    Ok(begins.front().copied().filter(|_| *left == 0))
+}
+
+trait TrimNewline {
+    fn trim_ascii_newline(&self) -> &Self;
+}
+
+impl TrimNewline for [u8] {
+    fn trim_ascii_newline(&self) -> &Self {
+        self.strip_suffix(b"\n").unwrap_or(self)
+    }
+}
+
 fn to_u64(length: usize) -> u64 {
     u64::try_from(length).expect("usize fits u64 on every Linux")
 }
@@ -302,7 +343,7 @@ mod tests {
             )
             .unwrap();
         };
-        let selection = Selection { service: "web".into(), instance: None, tail_lines: 0, since_unix_ns: 0 };
+        let selection = Selection { service: "web".into(), ..Selection::default() };
         write(1, "one");
         let mut source = Source::open(dir.path(), "north", InstanceId(1), &selection).unwrap();
         assert!(source.fill().unwrap());

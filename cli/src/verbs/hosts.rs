@@ -35,6 +35,7 @@ struct HostRow<'a> {
     labels: &'a std::collections::BTreeMap<String, String>,
     capabilities: &'a [String],
     lacks: &'a [String],
+    alarms: &'a [String],
     address_prefix: &'a str,
     os: &'a str,
     arch: &'a str,
@@ -62,6 +63,7 @@ impl<'a> HostRow<'a> {
             labels: &facts.labels,
             capabilities: &facts.capabilities,
             lacks: &facts.lacks,
+            alarms: &facts.alarms,
             address_prefix: &facts.address_prefix,
             os: &facts.os,
             arch: &facts.arch,
@@ -116,6 +118,9 @@ pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
         }
         if host.draining && !host.drain_reason.is_empty() {
             out::line(format_args!("{} is drained: {}", host.name, host.drain_reason));
+        }
+        for alarm in host.facts.iter().flat_map(|facts| &facts.alarms) {
+            out::line(out::paint(Tone::Bad, &format!("{}: {alarm}", host.name)));
         }
         for lack in host.facts.iter().flat_map(|facts| &facts.lacks) {
             out::line(out::paint(Tone::Dim, &format!("{}: {lack}", host.name)));

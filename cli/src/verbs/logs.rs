@@ -52,10 +52,10 @@ pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
             instance_id: args.instance.clone().unwrap_or_default(),
             follow: args.follow,
             tail_lines: tail,
-            since: since.map(|time| prost_types::Timestamp {
-                seconds: time.as_second(),
-                nanos: time.subsec_nanosecond(),
-            }),
+            since: since.map(to_proto),
+            until: args.until.map(to_proto),
+            contains: args.grep.clone().unwrap_or_default(),
+            resume: printer.cursors(),
         };
         let trouble = match hub
             .read_status(|mut member| {
@@ -91,9 +91,10 @@ pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
         }
         tries += 1;
         hub.pass_over();
-        // From the last line seen, so that nothing is skipped; what is shown twice is left out by the printer.
-        since = printer.newest().or(since);
-        tail = 0;
+        // From the last line seen of each source; what has come to be since is wanted whole.
+        if !printer.read.is_empty() {
+            tail = 0;
+        }
         tokio::time::sleep(PAUSE).await;
     }
 }
@@ -103,22 +104,14 @@ struct Printer<'a> {
     /// A colour for each instance, in the order in which they spoke.
     sources: BTreeMap<String, usize>,
     width: usize,
-    /// The newest line of each stream of an instance, so that a resumed stream repeats none.
-    newest: BTreeMap<(String, bool), i64>,
-    resumed_at: BTreeMap<(String, bool), i64>,
+    /// What has been read of each instance on each host, so that a stream that broke goes on behind it.
+    read: BTreeMap<(String, String), pb::LogCursor>,
     rows: Vec<LineRow>,
 }
 
 impl<'a> Printer<'a> {
     fn new(args: &'a Logs) -> Self {
-        Self {
-            args,
-            sources: BTreeMap::new(),
-            width: 0,
-            newest: BTreeMap::new(),
-            resumed_at: BTreeMap::new(),
-            rows: Vec::new(),
-        }
+        Self { args, sources: BTreeMap::new(), width: 0, read: BTreeMap::new(), rows: Vec::new() }
     }
 
     fn print(&mut self, response: &pb::ReadLogsResponse) {
@@ -142,12 +135,14 @@ impl<'a> Printer<'a> {
             Stream::Stdout => !line.stderr,
             Stream::Stderr => line.stderr,
         };
-        let source = (line.instance_id.clone(), line.stderr);
-        let seen = self.resumed_at.get(&source).is_some_and(|&at| line.unix_ns <= at);
-        if seen {
-            return;
-        }
-        self.newest.insert(source, line.unix_ns);
+        let cursor = pb::LogCursor {
+            host: line.host.clone(),
+            instance_id: line.instance_id.clone(),
+            epoch: line.epoch,
+            segment: line.segment,
+            offset: line.end_offset,
+        };
+        self.read.insert((line.host.clone(), line.instance_id.clone()), cursor);
         if !wanted {
             return;
         }
@@ -184,26 +179,31 @@ impl<'a> Printer<'a> {
         format!("{prefix}{} {bar} ", out::paint(Tone::Source(number), &name))
     }
 
-    /// Where to go on; from here on lines up to what has been shown of each source are left out.
-    fn newest(&mut self) -> Option<Timestamp> {
-        self.resumed_at.clone_from(&self.newest);
-        self.newest.values().min().and_then(|&at| time(at))
+    /// Where to go on.
+    fn cursors(&self) -> Vec<pb::LogCursor> {
+        self.read.values().cloned().collect()
     }
 
     fn end(&mut self) {
         if self.args.listing.json() && !self.args.follow {
             out::json(&self.rows);
-        } else if self.newest.is_empty() && !self.args.follow {
+        } else if self.read.is_empty() && !self.args.follow {
             out::aside(format_args!(
                 "{} has written nothing{}",
                 self.args.service,
-                match self.args.since {
-                    Some(_) => " since then",
-                    None => " yet",
+                match (&self.args.grep, self.args.until, self.args.since) {
+                    (Some(_), _, _) => " with that text",
+                    (None, Some(_), _) => " in that time",
+                    (None, None, Some(_)) => " since then",
+                    (None, None, None) => " yet",
                 }
             ));
         }
     }
+}
+
+fn to_proto(time: Timestamp) -> prost_types::Timestamp {
+    prost_types::Timestamp { seconds: time.as_second(), nanos: time.subsec_nanosecond() }
 }
 
 fn name(line: &pb::LogLine) -> String {
@@ -256,12 +256,21 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_stream_goes_on_from_the_source_that_is_furthest_behind() {
-        let args = args();
+    fn a_stream_that_broke_goes_on_behind_the_last_line_of_each_source() {
+        let mut args = args();
+        args.stream = Stream::Stdout;
         let mut printer = Printer::new(&args);
-        printer.newest.insert(("i-1".into(), false), 5_000);
-        printer.newest.insert(("i-2".into(), false), 3_000);
-        assert_eq!(printer.newest().unwrap().as_nanosecond(), 3_000);
-        assert_eq!(printer.resumed_at[&("i-1".to_owned(), false)], 5_000);
+        for (instance, host, stderr, end_offset) in [
+            ("i-1", "a", false, 10),
+            ("i-1", "b", false, 20),
+            ("i-1", "a", false, 30),
+            ("i-1", "a", true, 40),
+        ] {
+            let line = pb::LogLine { stderr, end_offset, ..line(instance, host, 7) };
+            printer.line(&line);
+        }
+        let cursors = printer.cursors();
+        let offsets: Vec<(&str, u64)> = cursors.iter().map(|at| (at.host.as_str(), at.offset)).collect();
+        assert_eq!(offsets, [("a", 40), ("b", 20)], "what is left out has been read too");
     }
 }

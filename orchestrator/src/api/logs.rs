@@ -4,7 +4,7 @@
 
 mod merge;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -157,36 +157,42 @@ impl Reading {
             follow: self.request.follow,
             tail_lines: self.request.tail_lines,
             since: self.request.since,
+            until: self.request.until,
+            contains: self.request.contains.clone(),
+            resume: Vec::new(),
         };
+        let asked = self.request.resume.iter().filter(|cursor| cursor.host == source.name).cloned();
+        let mut read: BTreeMap<String, pb::LogCursor> =
+            asked.map(|cursor| (cursor.instance_id.clone(), cursor)).collect();
         let mut warned = false;
         loop {
-            let mut newest = 0;
-            if let Err(what) = self.attempt(&source, &ask, lines, &mut newest).await
+            ask.resume = read.values().cloned().collect();
+            let mut progress = false;
+            if let Err(what) = self.attempt(&source, &mut ask, lines, &mut read, &mut progress).await
                 && !std::mem::replace(&mut warned, true)
             {
                 let warning = format!("no output from host {} ({}): {what}", source.name, source.host);
                 // The reader may have gone meanwhile, which needs no warning.
-                lines.send(pb::ReadLogsResponse { lines: Vec::new(), warning }).await.ok();
+                lines.send(pb::ReadLogsResponse { warning, ..Default::default() }).await.ok();
             }
             if !self.request.follow {
                 return;
             }
-            if newest != 0 {
+            if progress {
                 warned = false;
-                ask.since = convert::timestamp(newest + 1);
-                ask.tail_lines = 0;
             }
             sleep(ASK_AGAIN).await;
         }
     }
 
-    /// One stream of a host, to its end. `newest` becomes the time of the last line handed on.
+    /// One stream of a host, to its end. `read` becomes what of each instance has been handed on.
     async fn attempt(
         &self,
         source: &Source,
-        ask: &pb::ReadHostLogsRequest,
+        ask: &mut pb::ReadHostLogsRequest,
         lines: &mpsc::Sender<pb::ReadLogsResponse>,
-        newest: &mut i64,
+        read: &mut BTreeMap<String, pb::LogCursor>,
+        progress: &mut bool,
     ) -> Result<(), String> {
         let address = address(&self.hub.raft.state(), source.host);
         if address.is_empty() {
@@ -207,20 +213,35 @@ impl Reading {
         loop {
             match answer.message().await {
                 Ok(Some(mut response)) => {
-                    for line in &mut response.lines {
-                        *newest = line.unix_ns.max(*newest);
-                        if line.host.is_empty() {
-                            line.host.clone_from(&source.name);
-                        }
+                    *progress = true;
+                    if response.live {
+                        // What comes to be from now on is new, so all of it is wanted.
+                        ask.tail_lines = 0;
                     }
-                    if lines.send(response).await.is_err() {
+                    for line in &mut response.lines {
+                        line.host.clone_from(&source.name);
+                    }
+                    let cursors: Vec<pb::LogCursor> = response.lines.iter().map(after).collect();
+                    if !cursors.is_empty() && lines.send(response).await.is_err() {
                         return Ok(());
                     }
+                    read.extend(cursors.into_iter().map(|cursor| (cursor.instance_id.clone(), cursor)));
                 }
                 Ok(None) => return Ok(()),
                 Err(status) => return Err(format!("broken off: {}", status.message())),
             }
         }
+    }
+}
+
+/// The place behind a line.
+fn after(line: &pb::LogLine) -> pb::LogCursor {
+    pb::LogCursor {
+        host: line.host.clone(),
+        instance_id: line.instance_id.clone(),
+        epoch: line.epoch,
+        segment: line.segment,
+        offset: line.end_offset,
     }
 }
 

@@ -16,6 +16,8 @@ const PROGRESS_DEADLINE: Duration = Duration::from_secs(2 * 60);
 const STOP_SIGNAL: i32 = 15;
 const STOP_GRACE: Duration = Duration::from_secs(10);
 const HTTP_SERVICE_PORT: u32 = 80;
+const LOGS_MAX_SIZE_BYTES: u64 = 50 * 1024 * 1024;
+const LOGS_MAX_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Fills in every default that DESIGN names. Changes nothing that is set; twice is the same as once. An unset
 /// `update` gets `auto_revert`, a set one keeps what it says, since the wire cannot tell false from unset.
@@ -40,6 +42,7 @@ pub fn fill_defaults(manifest: &mut pb::Manifest) {
     );
     fill_stop(manifest.stop.get_or_insert_default());
     fill_placement(manifest.placement.get_or_insert_default());
+    fill_logs(manifest.logs.get_or_insert_default());
 }
 
 fn fill_probe(probe: &mut pb::Probe, ports: &std::collections::BTreeMap<String, pb::Port>) {
@@ -91,6 +94,13 @@ fn fill_stop(stop: &mut pb::Stop) {
         stop.signal = STOP_SIGNAL;
     }
     stop.grace.get_or_insert_with(|| to_proto(STOP_GRACE));
+}
+
+fn fill_logs(logs: &mut pb::Logs) {
+    if logs.max_size_bytes == 0 {
+        logs.max_size_bytes = LOGS_MAX_SIZE_BYTES;
+    }
+    logs.max_age.get_or_insert_with(|| to_proto(LOGS_MAX_AGE));
 }
 
 fn fill_placement(placement: &mut pb::Placement) {

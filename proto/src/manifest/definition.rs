@@ -29,6 +29,7 @@ pub(super) const ROOT: Keys = &[
     "update",
     "stop",
     "placement",
+    "logs",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
@@ -39,9 +40,10 @@ pub(super) const RESOURCES: Keys = &["cpu", "cpu_max", "memory"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
 pub(super) const STOP: Keys = &["signal", "grace"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
+pub(super) const LOGS: Keys = &["max_size", "max_age"];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 9] = [
+pub(super) const TABLES: [(&str, Keys); 10] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
     ("[health]", HEALTH),
@@ -51,10 +53,11 @@ pub(super) const TABLES: [(&str, Keys); 9] = [
     ("[update]", UPDATE),
     ("[stop]", STOP),
     ("[placement]", PLACEMENT),
+    ("[logs]", LOGS),
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 21] = [
+const SYNONYMS: [(&str, &str); 26] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -76,6 +79,11 @@ const SYNONYMS: [(&str, &str); 21] = [
     ("ram", "memory"),
     ("timeout", "grace"),
     ("host_port", "port"),
+    ("logging", "logs"),
+    ("log", "logs"),
+    ("size", "max_size"),
+    ("retention", "max_age"),
+    ("keep", "max_age"),
 ];
 
 const CHECKS: Keys = &["http", "tcp", "grpc", "exec", "notify"];
@@ -105,6 +113,7 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.update = field("update").and_then(|field| update(&field, problems));
     manifest.stop = field("stop").and_then(|field| stop(&field, problems));
     manifest.placement = field("placement").and_then(|field| placement(&field, problems));
+    manifest.logs = field("logs").and_then(|field| logs(&field, problems));
     manifest
 }
 
@@ -358,6 +367,22 @@ fn placement(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Placement
         spread: table.field("spread").and_then(|field| field.text(problems)).unwrap_or_default().to_owned(),
         on_disconnect: on_disconnect.unwrap_or_default().into(),
         priority: table.field("priority").and_then(|field| field.whole(problems)),
+    })
+}
+
+fn logs(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Logs> {
+    let table = field.table("such as { max_size = \"50MiB\" }", problems)?;
+    unknown_keys(&table, LOGS, problems);
+    let max_size = table.field("max_size").and_then(|field| {
+        match field.parsed(problems, "a size in quotes, such as \"50MiB\"", values::parse_size)? {
+            0 => field.refuse(problems, "0 bytes hold no line; leave the key out for 50MiB"),
+            bytes => return Some(bytes),
+        }
+        None
+    });
+    Some(pb::Logs {
+        max_size_bytes: max_size.unwrap_or(0),
+        max_age: table.field("max_age").and_then(|field| field.duration(problems)).map(to_proto),
     })
 }
 

@@ -64,6 +64,9 @@ pub(super) struct Document {
     /// On which hosts instances may run.
     #[serde(skip_serializing_if = "Option::is_none")]
     placement: Option<PlacementDocument>,
+    /// How much of each instance's output its host keeps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logs: Option<LogsDocument>,
 }
 
 /// The value of an environment variable.
@@ -277,6 +280,19 @@ struct PlacementDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 100))]
     priority: Option<u32>,
+}
+
+/// How much of each instance's output its host keeps.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct LogsDocument {
+    /// Beyond it the oldest lines go: `50MiB` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?([KMGT]iB|[kMGT]B|B)$"))]
+    max_size: Option<String>,
+    /// Lines go when they are older, give or take an eighth: 30d by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_age: Option<DurationText>,
 }
 
 /// The manifest as a TOML file that [`parse`](super::parse) reads back to the same.

@@ -33,6 +33,10 @@ const MEMORY_MIN_BYTES: u64 = 1 << 20;
 /// More memory than any machine has.
 const MEMORY_MAX_BYTES: u64 = 1 << 50;
 const RESTARTS_MAX: u32 = 10_000;
+/// Less would be a file for every few lines.
+const LOGS_MIN_BYTES: u64 = 64 * 1024;
+const LOGS_MAX_BYTES: u64 = 1 << 40;
+const LOGS_AGE_MAX: Duration = Duration::from_secs(3650 * 24 * 3600);
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -89,6 +93,7 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.update(manifest);
     rules.stop(manifest.stop.as_ref());
     rules.placement(manifest.placement.as_ref());
+    rules.logs(manifest.logs.as_ref());
     rules.broken
 }
 
@@ -346,6 +351,17 @@ impl Rules {
         if let Some(priority) = placement.priority.filter(|priority| *priority > PRIORITY_MAX) {
             self.at(&["placement", "priority"], format!("must be at most {PRIORITY_MAX}, not {priority}"));
         }
+    }
+
+    fn logs(&mut self, logs: Option<&pb::Logs>) {
+        let Some(logs) = logs else { return };
+        let bytes = logs.max_size_bytes;
+        if bytes != 0 && !(LOGS_MIN_BYTES..=LOGS_MAX_BYTES).contains(&bytes) {
+            let (least, most) = (format_size(LOGS_MIN_BYTES), format_size(LOGS_MAX_BYTES));
+            let why = format!("must be {least} to {most}, not {}", format_size(bytes));
+            self.at(&["logs", "max_size"], why);
+        }
+        self.duration(&["logs", "max_age"], logs.max_age.as_ref(), Duration::from_secs(1), LOGS_AGE_MAX);
     }
 
     /// The duration, when it is set and in bounds. Less than a millisecond cannot be written in a file.

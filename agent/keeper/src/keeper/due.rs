@@ -155,12 +155,24 @@ impl Keeper {
             return;
         };
         let mut reports = Vec::new();
-        for (dir, log) in &self.logs {
+        for (dir, log) in &mut self.logs {
             let lines = log.counters.dropped_lines.swap(0, Ordering::Relaxed);
             let bytes = log.counters.dropped_bytes.swap(0, Ordering::Relaxed);
             let kept = self.table.values().rev().find(|kept| kept.spawn.log_dir == *dir);
-            if let Some(kept) = kept.filter(|_| lines > 0) {
-                reports.push(pb::OutputDropped { instance_id: kept.spawn.instance_id, lines, bytes });
+            let errno = log.counters.refused_errno.load(Ordering::Relaxed);
+            let news = lines > 0 || errno != log.told_errno;
+            if let Some(kept) = kept.filter(|_| news) {
+                log.told_errno = errno;
+                let refused = match errno {
+                    0 => String::new(),
+                    errno => nix::errno::Errno::from_raw(errno).desc().to_owned(),
+                };
+                reports.push(pb::OutputDropped {
+                    instance_id: kept.spawn.instance_id,
+                    lines,
+                    bytes,
+                    refused,
+                });
             }
         }
         for report in reports {

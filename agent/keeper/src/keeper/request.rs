@@ -83,6 +83,7 @@ impl Keeper {
                 Ok(Some(Reply::Descriptors(pb::DescriptorList { names })))
             }
             Some(Request::SetDeadline(deadline)) => self.set_deadline(deadline),
+            Some(Request::SetLogLimits(request)) => self.set_log_limits(&request),
             Some(Request::Forget(forget)) => self.forget(asker, &forget),
         };
         match answer {
@@ -107,6 +108,9 @@ impl Keeper {
         }
         self.agent_connection = Some(connection);
         self.told_sequence = 0;
+        // It hears again of a disk that refuses.
+        self.logs.values_mut().for_each(|log| log.told_errno = 0);
+        self.dropped_report_at.get_or_insert(boottime_ns());
         self.agent.said_hello();
         Reply::Welcome(pb::KeeperWelcome {
             version: client::PROTOCOL_VERSION,
@@ -148,6 +152,20 @@ impl Keeper {
         kept.deadline = (request.boottime_ns != 0).then_some(request);
         kept.deadline_begun = false;
         self.ledger.note(Record::Deadline(request));
+        DONE
+    }
+
+    fn set_log_limits(&mut self, request: &pb::SetLogLimits) -> Answer {
+        let key = Key { instance_id: request.instance_id, epoch: request.epoch };
+        let kept = self.table.get_mut(&key).ok_or_else(|| not_kept(key))?;
+        let limits = request.limits.unwrap_or_default();
+        kept.spawn.log_segment_bytes = limits.segment_bytes;
+        kept.spawn.log_segments = limits.segments;
+        kept.spawn.log_age_ms = limits.age_ms;
+        // The next keeper hears of it from its agent.
+        if let Some(open) = self.logs.get(&kept.spawn.log_dir) {
+            self.output.limit(open.log, limits);
+        }
         DONE
     }
 

@@ -130,8 +130,16 @@ impl Tx<'_> {
         let id = HostId(record.id);
         let renamed = record.shown() != facts.name;
         let message = format!("{} is called {} from now on", record.shown(), facts.name);
+        let known = record.facts.as_ref().map(|facts| facts.alarms.clone()).unwrap_or_default();
+        let alarms = facts.alarms.clone();
         self.put_host(pb::HostRecord { facts: Some(facts), ..record.clone() });
         self.touch_services_on(id);
+        for alarm in alarms.iter().filter(|alarm| !known.contains(alarm)) {
+            self.event("host_alarm", Subject::host(id), format!("{}: {alarm}", record.shown()));
+        }
+        for alarm in known.iter().filter(|alarm| !alarms.contains(alarm)) {
+            self.event("host_alarm_over", Subject::host(id), format!("{}: over: {alarm}", record.shown()));
+        }
         if renamed {
             self.event("host_renamed", Subject::host(id), message);
         }

@@ -79,11 +79,11 @@ impl Merge {
     pub(super) async fn next(&mut self) -> Option<pb::ReadLogsResponse> {
         loop {
             if let Some(warning) = self.warnings.pop_front() {
-                return Some(pb::ReadLogsResponse { lines: Vec::new(), warning });
+                return Some(pb::ReadLogsResponse { warning, ..Default::default() });
             }
             let lines = self.due();
             if !lines.is_empty() {
-                return Some(pb::ReadLogsResponse { lines, warning: String::new() });
+                return Some(pb::ReadLogsResponse { lines, ..Default::default() });
             }
             let until = match self.decide() {
                 Next::End => return None,
@@ -219,7 +219,7 @@ mod tests {
     fn lines(host: &str, times: &[i64]) -> pb::ReadLogsResponse {
         let line =
             |unix_ns: &i64| pb::LogLine { host: host.to_owned(), unix_ns: *unix_ns, ..Default::default() };
-        pb::ReadLogsResponse { lines: times.iter().map(line).collect(), warning: String::new() }
+        pb::ReadLogsResponse { lines: times.iter().map(line).collect(), ..Default::default() }
     }
 
     async fn all(merge: &mut Merge) -> (Vec<i64>, Vec<String>) {

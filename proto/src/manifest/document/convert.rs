@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    Document, DurationText, HealthDocument, OnDisconnectWord, PlacementDocument, PolicyWord, PortDocument,
-    ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, StopDocument, UpdateDocument,
+    Document, DurationText, HealthDocument, LogsDocument, OnDisconnectWord, PlacementDocument, PolicyWord,
+    PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, StopDocument,
+    UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
 use crate::pb;
@@ -31,6 +32,7 @@ impl From<&pb::Manifest> for Document {
             update: manifest.update.as_ref().map(UpdateDocument::from),
             stop: manifest.stop.as_ref().map(StopDocument::from),
             placement: manifest.placement.as_ref().map(PlacementDocument::from),
+            logs: manifest.logs.as_ref().map(LogsDocument::from),
         }
     }
 }
@@ -129,6 +131,15 @@ impl From<&pb::Placement> for PlacementDocument {
             on_disconnect: (on_disconnect != pb::OnDisconnect::Unspecified)
                 .then(|| OnDisconnectWord(words::on_disconnect(on_disconnect))),
             priority: placement.priority,
+        }
+    }
+}
+
+impl From<&pb::Logs> for LogsDocument {
+    fn from(logs: &pb::Logs) -> Self {
+        Self {
+            max_size: (logs.max_size_bytes != 0).then(|| format_size(logs.max_size_bytes)),
+            max_age: DurationText::of(logs.max_age.as_ref()),
         }
     }
 }

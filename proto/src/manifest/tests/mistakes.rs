@@ -53,6 +53,26 @@ fn a_mistake_in_a_value_is_answered_in_place() {
 }
 
 #[test]
+fn a_mistake_in_logs_is_answered_in_place() {
+    for (body, message) in [
+        ("[logs]\nmax_size = \"1KiB\"", "f:4:12: logs.max_size: must be 64KiB to 1TiB, not 1KiB"),
+        (
+            "[logs]\nmax_size = \"0B\"",
+            "f:4:12: logs.max_size: 0 bytes hold no line; leave the key out for 50MiB",
+        ),
+        (
+            "[logs]\nmax_size = 50",
+            "f:4:12: logs.max_size: must be a size in quotes, such as \"50MiB\", not the number 50",
+        ),
+        ("[logs]\nmax_age = \"500ms\"", "f:4:11: logs.max_age: must be 1s to 3650d, not 500ms"),
+        ("[logs]\nmax_sise = \"1MiB\"", "f:4:1: logs.max_sise: unknown key; did you mean `max_size`?"),
+        ("[logging]\nmax_size = \"1MiB\"", "f:3:2: logging: unknown key; did you mean `logs`?"),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
 fn a_mistake_in_ports_is_answered_in_place() {
     for (body, message) in [
         (
@@ -288,7 +308,7 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
         ("[restart]\nbanana = 1", "f:4:1: restart.banana: unknown key; known here: policy, budget"),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement\nf:5:1: restart.x: unknown key; known here: policy, budget",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs\nf:5:1: restart.x: unknown key; known here: policy, budget",
         ),
     ] {
         assert_eq!(told(body), message);

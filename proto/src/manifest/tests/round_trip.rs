@@ -133,28 +133,32 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
             resources(),
             update(count.unwrap_or(0)),
             rest(),
+            (1u64..1000, duration(1000..86_400_000)),
         )
-            .prop_map(move |(names, env, user, working_dir, health, resources, update, rest)| {
-                let (name, command, needs) = names;
-                let (restart, stop, placement) = rest;
-                pb::Manifest {
-                    name,
-                    command,
-                    count: count.unwrap_or(0),
-                    per_host: count.is_none(),
-                    env,
-                    user,
-                    working_dir,
-                    needs: needs.into_iter().collect(),
-                    ports: ports.clone(),
-                    health,
-                    restart: Some(restart),
-                    resources: Some(resources),
-                    update: Some(update),
-                    stop: Some(stop),
-                    placement: Some(placement),
-                }
-            })
+            .prop_map(
+                move |(names, env, user, working_dir, health, resources, update, rest, logs)| {
+                    let (name, command, needs) = names;
+                    let (restart, stop, placement) = rest;
+                    pb::Manifest {
+                        name,
+                        command,
+                        count: count.unwrap_or(0),
+                        per_host: count.is_none(),
+                        env,
+                        user,
+                        working_dir,
+                        needs: needs.into_iter().collect(),
+                        ports: ports.clone(),
+                        health,
+                        restart: Some(restart),
+                        resources: Some(resources),
+                        update: Some(update),
+                        stop: Some(stop),
+                        placement: Some(placement),
+                        logs: Some(pb::Logs { max_size_bytes: logs.0 << 20, max_age: logs.1 }),
+                    }
+                },
+            )
     })
 }
 
