@@ -11,6 +11,7 @@ mod hosts;
 mod members;
 mod reports;
 mod services;
+mod sessions;
 mod versions;
 
 use std::collections::BTreeMap;
@@ -58,7 +59,8 @@ pub fn unknown_command(command: &pb::Command) -> bool {
             | Body::SetHostStatus(_)
             | Body::SetHostDraining(_)
             | Body::ForgetHost(_)
-            | Body::NoteHost(_),
+            | Body::NoteHost(_)
+            | Body::OpenSession(_),
         ) => false,
     }
 }
@@ -150,6 +152,7 @@ impl Tx<'_> {
             Body::ForgetHost(command) => self.forget_host(&command),
             Body::ChangeMember(command) => self.change_member(command),
             Body::NoteHost(command) => self.note_host(command),
+            Body::OpenSession(command) => self.open_session(&command),
         }
     }
 

@@ -18,6 +18,7 @@ pub enum RowId {
     Event(u64, u32),
     Token(String),
     Dedup(String),
+    Session(HostId),
 }
 
 /// A row as it is now, or the id of one that is no more.
@@ -31,6 +32,7 @@ pub enum Change {
     Event(Arc<pb::EventRecord>),
     Token(Arc<pb::TokenRecord>),
     Dedup(Arc<pb::DedupRecord>),
+    Session(Arc<pb::SessionRecord>),
     Deleted(RowId),
 }
 
@@ -43,6 +45,7 @@ const INSTANCE: u8 = 5;
 const EVENT: u8 = 6;
 const TOKEN: u8 = 7;
 const DEDUP: u8 = 8;
+const SESSION: u8 = 9;
 
 impl RowId {
     fn tag(&self) -> u8 {
@@ -55,6 +58,7 @@ impl RowId {
             RowId::Event(..) => EVENT,
             RowId::Token(_) => TOKEN,
             RowId::Dedup(_) => DEDUP,
+            RowId::Session(_) => SESSION,
         }
     }
 
@@ -69,6 +73,7 @@ impl RowId {
             RowId::Event(revision, index) => event_key(*revision, *index),
             RowId::Token(id) => text_key(TOKEN, id),
             RowId::Dedup(client) => text_key(DEDUP, client),
+            RowId::Session(host) => number_key(SESSION, host.0),
         }
     }
 }
@@ -85,6 +90,7 @@ impl Change {
             Change::Event(record) => RowId::Event(record.revision, record.index),
             Change::Token(record) => RowId::Token(record.id.clone()),
             Change::Dedup(record) => RowId::Dedup(record.client_id.clone()),
+            Change::Session(record) => RowId::Session(HostId(record.host_id)),
             Change::Deleted(id) => id.clone(),
         }
     }
@@ -100,6 +106,7 @@ impl Change {
             Change::Event(_) => EVENT,
             Change::Token(_) => TOKEN,
             Change::Dedup(_) => DEDUP,
+            Change::Session(_) => SESSION,
             Change::Deleted(id) => id.tag(),
         }
     }
@@ -120,6 +127,7 @@ impl Change {
             Change::Event(record) => event_key(record.revision, record.index),
             Change::Token(record) => text_key(TOKEN, &record.id),
             Change::Dedup(record) => text_key(DEDUP, &record.client_id),
+            Change::Session(record) => number_key(SESSION, record.host_id),
             Change::Deleted(id) => id.key(),
         }
     }
@@ -135,6 +143,7 @@ impl Change {
             Change::Event(record) => Some(encode(EVENT, record.as_ref())),
             Change::Token(record) => Some(encode(TOKEN, record.as_ref())),
             Change::Dedup(record) => Some(encode(DEDUP, record.as_ref())),
+            Change::Session(record) => Some(encode(SESSION, record.as_ref())),
             Change::Deleted(_) => None,
         }
     }
@@ -151,6 +160,7 @@ impl Change {
             Change::Event(record) => Row::Event(record.as_ref().clone()),
             Change::Token(record) => Row::Token(record.as_ref().clone()),
             Change::Dedup(record) => Row::Dedup(record.as_ref().clone()),
+            Change::Session(record) => Row::Session(record.as_ref().clone()),
             Change::Deleted(_) => return None,
         };
         Some(pb::Row { row: Some(row) })
@@ -221,6 +231,7 @@ mod tests {
             Change::Event(Arc::new(pb::EventRecord { revision: 5, index: 1, ..Default::default() })),
             Change::Token(Arc::new(pb::TokenRecord { id: "t".into(), ..Default::default() })),
             Change::Dedup(Arc::new(pb::DedupRecord { client_id: "c".into(), ..Default::default() })),
+            Change::Session(Arc::new(pb::SessionRecord { host_id: 7, session: 5, sequence: 2 })),
         ]
     }
 

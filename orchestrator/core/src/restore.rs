@@ -78,7 +78,7 @@ fn is_kept(row: &pb::Row, same: bool, deleting: &BTreeSet<String>) -> bool {
         Some(Row::Service(service)) => same || !deleting.contains(&service.name),
         Some(Row::Version(version)) => same || !deleting.contains(&version.service),
         Some(Row::Event(_)) => true,
-        Some(Row::Host(_) | Row::Instance(_) | Row::Token(_) | Row::Dedup(_)) => same,
+        Some(Row::Host(_) | Row::Instance(_) | Row::Token(_) | Row::Dedup(_) | Row::Session(_)) => same,
         // The reader has refused these.
         None => true,
     }

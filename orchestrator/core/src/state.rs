@@ -44,6 +44,8 @@ pub struct ClusterState {
     pub(crate) events: Events,
     pub(crate) tokens: BTreeMap<String, Arc<pb::TokenRecord>>,
     pub(crate) dedup: DedupTable,
+    /// How far each host's reports have been taken.
+    pub(crate) sessions: BTreeMap<HostId, Arc<pb::SessionRecord>>,
 }
 
 impl ClusterState {

@@ -115,6 +115,7 @@ pub(crate) fn rejected(rejected: &pb::Rejected) -> Status {
         pb::RejectedCode::Invalid => with_reason(Code::InvalidArgument, "INVALID", message),
         pb::RejectedCode::Expired => with_reason(Code::PermissionDenied, "TOKEN_EXPIRED", message),
         pb::RejectedCode::Forgotten => with_reason(Code::DeadlineExceeded, "OUTCOME_UNKNOWN", message),
+        pb::RejectedCode::Superseded => with_reason(Code::Aborted, "SUPERSEDED", message),
         pb::RejectedCode::Exhausted => with_reason(Code::ResourceExhausted, "EXHAUSTED", message),
         pb::RejectedCode::Unspecified => with_reason(Code::Internal, "REJECTED", message),
     }
@@ -287,6 +288,7 @@ mod tests {
             (pb::RejectedCode::Invalid, Code::InvalidArgument, "INVALID"),
             (pb::RejectedCode::Expired, Code::PermissionDenied, "TOKEN_EXPIRED"),
             (pb::RejectedCode::Forgotten, Code::DeadlineExceeded, "OUTCOME_UNKNOWN"),
+            (pb::RejectedCode::Superseded, Code::Aborted, "SUPERSEDED"),
             (pb::RejectedCode::Exhausted, Code::ResourceExhausted, "EXHAUSTED"),
             (pb::RejectedCode::Unspecified, Code::Internal, "REJECTED"),
         ];

@@ -79,7 +79,8 @@ impl Merged {
         merged
     }
 
-    fn report(&self, host: HostId) -> Option<Body> {
+    /// `session`: its number, so that it is void once a newer one is open.
+    fn report(&self, host: HostId, session: u64) -> Option<Body> {
         let empty = self.instances.is_empty() && self.gone.is_empty() && !self.full;
         (!empty).then(|| {
             Body::ReportInstances(pb::ReportInstances {
@@ -87,6 +88,8 @@ impl Merged {
                 full: self.full,
                 instances: self.instances.values().cloned().collect(),
                 gone: self.gone.iter().copied().collect(),
+                session,
+                sequence: self.sequence,
             })
         })
     }
@@ -101,6 +104,8 @@ pub(super) enum Progress {
     Later,
     /// Never: the session has to end, for this reason.
     Hopeless(Status),
+    /// Never: a newer session of the host speaks for it, or did and is gone.
+    Superseded,
 }
 
 type Attempt = BoxFuture<'static, (Merged, Result<u64, Failure>)>;
@@ -108,12 +113,14 @@ type Attempt = BoxFuture<'static, (Merged, Result<u64, Failure>)>;
 enum Failure {
     Again,
     Never(Box<Status>),
+    Superseded,
 }
 
 /// The reports of one session.
 pub(super) struct Reports {
     hub: Arc<Hub>,
     host: HostId,
+    session: u64,
     waiting: Merged,
     attempt: Option<Attempt>,
     not_before: Instant,
@@ -121,10 +128,10 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// Begins with the facts of the hello.
-    pub(super) fn new(hub: Arc<Hub>, host: HostId, facts: Option<pb::HostFacts>) -> Self {
+    /// Begins with the facts of the hello. `session`: the number that the log gave it.
+    pub(super) fn new(hub: Arc<Hub>, host: HostId, session: u64, facts: Option<pb::HostFacts>) -> Self {
         let waiting = Merged { facts, ..Merged::default() };
-        Self { hub, host, waiting, attempt: None, not_before: Instant::now(), delay: RETRY }
+        Self { hub, host, session, waiting, attempt: None, not_before: Instant::now(), delay: RETRY }
     }
 
     pub(super) fn add(&mut self, report: pb::Report) {
@@ -141,7 +148,7 @@ impl Reports {
         }
         let attempt = self.attempt.get_or_insert_with(|| {
             let merged = std::mem::take(&mut self.waiting);
-            Box::pin(commit(self.hub.clone(), self.host, merged))
+            Box::pin(commit(self.hub.clone(), self.host, self.session, merged))
         });
         let (merged, outcome) = attempt.await;
         self.attempt = None;
@@ -157,18 +164,20 @@ impl Reports {
                 Progress::Later
             }
             Err(Failure::Never(status)) => Progress::Hopeless(*status),
+            Err(Failure::Superseded) => Progress::Superseded,
         }
     }
 }
 
 /// Proposes facts, when they are news, and the report. Both may be repeated without harm. Returns the revision of the
 /// last; 0 when there was nothing to propose.
-async fn commit(hub: Arc<Hub>, host: HostId, merged: Merged) -> (Merged, Result<u64, Failure>) {
+async fn commit(hub: Arc<Hub>, host: HostId, session: u64, merged: Merged) -> (Merged, Result<u64, Failure>) {
     let known = hub.raft.state().host(host).and_then(|record| record.facts.clone());
     let news = merged.facts.clone().filter(|facts| known.as_ref() != Some(facts));
-    let facts = news.map(|facts| Body::UpdateHost(pb::UpdateHost { host_id: host.0, facts: Some(facts) }));
+    let update = |facts| pb::UpdateHost { host_id: host.0, facts: Some(facts), session };
+    let facts = news.map(|facts| Body::UpdateHost(update(facts)));
     let mut revision = 0;
-    for body in facts.into_iter().chain(merged.report(host)) {
+    for body in facts.into_iter().chain(merged.report(host, session)) {
         match propose(&hub, host, body).await {
             Ok(committed) => revision = committed,
             Err(failure) => return (merged, Err(failure)),
@@ -191,6 +200,9 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<u64, Failure> {
         }
     };
     match reply.result {
+        Some(pb::reply::Result::Rejected(rejected)) if rejected.code() == pb::RejectedCode::Superseded => {
+            Err(Failure::Superseded)
+        }
         Some(pb::reply::Result::Rejected(rejected)) if of_facts => {
             // For instance a name that another host has: the host goes on under its old one.
             warn!(%host, reason = rejected.message, "the host's facts were refused");
@@ -208,7 +220,7 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<u64, Failure> {
 }
 
 /// A host that was forgotten has to join again; anything else is told as it is.
-fn refused(host: HostId, rejected: &pb::Rejected) -> Status {
+pub(super) fn refused(host: HostId, rejected: &pb::Rejected) -> Status {
     match rejected.code() {
         pb::RejectedCode::NotFound => errors::forgotten(host),
         _ => errors::rejected(rejected),
@@ -273,7 +285,10 @@ mod tests {
     fn an_empty_report_is_acknowledged_and_proposes_nothing() {
         let empty = merged(&[report(7, false, &[], &[])]);
         assert!(!empty.is_empty());
-        assert_eq!(empty.report(HostId(1)), None);
-        assert!(merged(&[report(1, true, &[], &[])]).report(HostId(1)).is_some(), "full and empty is news");
+        assert_eq!(empty.report(HostId(1), 9), None);
+        assert!(
+            merged(&[report(1, true, &[], &[])]).report(HostId(1), 9).is_some(),
+            "full and empty is news"
+        );
     }
 }

@@ -20,7 +20,7 @@ use tonic::{Status, Streaming};
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use super::beats::{Answer, Given};
-use super::reports::{Progress, Reports};
+use super::reports::{self, Progress, Reports};
 use super::wanted::{self, Told};
 use crate::api::enroll::check_facts;
 use crate::api::errors::{self, Reach};
@@ -44,6 +44,8 @@ pub(super) struct Greeted {
     pub(super) host: HostId,
     answers: watch::Receiver<Answer>,
     facts: Option<pb::HostFacts>,
+    /// The session's number in the log.
+    session: u64,
 }
 
 /// Hello, then the leader's word that no other machine acts for this host. Before that the agent is told nothing, for
@@ -64,15 +66,17 @@ pub(super) async fn begin(
         () = until_leaderless(&mut leaderless) => Err(End::Elsewhere(NO_LEADER.to_owned())),
         () = tokio::time::sleep(ADMISSION_TIMEOUT) => Err(End::Elsewhere(NO_LEADER.to_owned())),
     };
-    let settled = match let_in {
-        Ok(()) => settle(hub, host, place).await,
+    let opened = match let_in {
+        Ok(()) => open(hub, host, place).await,
         Err(end) => Err(end),
     };
-    if let Err(end) = settled {
-        hub.beats.close(number);
-        return Err(end);
+    match opened {
+        Ok(session) => Ok(Greeted { host, answers, facts: hello.facts, session }),
+        Err(end) => {
+            hub.beats.close(number);
+            Err(end)
+        }
     }
-    Ok(Greeted { host, answers, facts: hello.facts })
 }
 
 /// The leader's first answer.
@@ -85,18 +89,16 @@ async fn admission(hub: &Hub, host: HostId, answers: &mut watch::Receiver<Answer
     }
 }
 
-/// The log has to know which place acts for the host before that place is told what to run: a leader that does not
-/// remember it would let another one in.
-async fn settle(hub: &Hub, host: HostId, place: u64) -> Result<(), End> {
-    let known = hub.raft.state().host(host).and_then(|record| record.facts.clone()).unwrap_or_default();
-    if place == 0 || known.place == place {
-        return Ok(());
-    }
-    let body =
-        Body::UpdateHost(pb::UpdateHost { host_id: host.0, facts: Some(pb::HostFacts { place, ..known }) });
+/// The log makes this session the one that speaks for the host, and knows which place acts for it before that place is
+/// told what to run: a leader that does not remember it would let another one in. Returns the session's number.
+async fn open(hub: &Hub, host: HostId, place: u64) -> Result<u64, End> {
+    let body = Body::OpenSession(pb::OpenSession { host_id: host.0, place });
     let command = api::command(format!("agent/{host}"), None, body);
     match hub.raft.propose(command, Instant::now() + ADMISSION_TIMEOUT).await {
-        Ok(_) => Ok(()),
+        Ok(pb::Reply { result: Some(pb::reply::Result::Rejected(rejected)), .. }) => {
+            Err(End::Refused(reports::refused(host, &rejected)))
+        }
+        Ok(reply) => Ok(reply.revision),
         Err(error) => Err(End::Refused(errors::propose(&error, Reach::default()))),
     }
 }
@@ -249,7 +251,7 @@ impl Session {
             route: hub.changes.route(host),
             leaderless: hub.leaderless.clone(),
             addresses: hub.addresses.subscribe(),
-            reports: Reports::new(hub.clone(), host, greeted.facts),
+            reports: Reports::new(hub.clone(), host, greeted.session, greeted.facts),
             told: Told::nothing(host),
             generation: None,
             welcomed: false,
@@ -313,6 +315,9 @@ impl Session {
                         self.reported = self.reported.max(Some(revision));
                     }
                     Progress::Hopeless(status) => return End::Refused(status),
+                    Progress::Superseded => {
+                        return End::Elsewhere("another session of this host has begun since".to_owned());
+                    }
                 },
                 () = self.route.bell.rung(), if look_at.is_none() => {
                     self.look_at = Some(Instant::now() + COALESCE);

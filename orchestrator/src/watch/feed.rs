@@ -71,7 +71,7 @@ impl Interest {
             Change::Deleted(RowId::Service(name)) => name == service,
             Change::Deleted(RowId::Instance(id)) => self.shown.remove(id),
             Change::Deleted(_) | Change::Host(_) | Change::Version(_) => false,
-            Change::Token(_) | Change::Dedup(_) | Change::Cluster(_) => false,
+            Change::Token(_) | Change::Dedup(_) | Change::Cluster(_) | Change::Session(_) => false,
         }
     }
 
@@ -289,7 +289,7 @@ fn item(state: &ClusterState, change: &Change) -> Option<Item> {
         Change::Deleted(RowId::Instance(id)) => Some(Item::DeletedInstance(id.to_string())),
         Change::Deleted(RowId::Host(id)) => Some(Item::DeletedHost(id.to_string())),
         Change::Deleted(_) | Change::Version(_) | Change::Token(_) => None,
-        Change::Dedup(_) | Change::Cluster(_) => None,
+        Change::Dedup(_) | Change::Cluster(_) | Change::Session(_) => None,
     }
 }
 

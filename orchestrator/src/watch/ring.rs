@@ -123,12 +123,16 @@ impl Ring {
     }
 }
 
-/// Tokens, deduplication and version records are nobody's to watch.
+/// Tokens, deduplication, sessions and version records are nobody's to watch.
 fn is_watched(change: &Change) -> bool {
     match change {
         Change::Service(_) | Change::Host(_) | Change::Instance(_) | Change::Event(_) => true,
         Change::Deleted(row) => matches!(row, RowId::Service(_) | RowId::Host(_) | RowId::Instance(_)),
-        Change::Version(_) | Change::Token(_) | Change::Dedup(_) | Change::Cluster(_) => false,
+        Change::Version(_)
+        | Change::Token(_)
+        | Change::Dedup(_)
+        | Change::Cluster(_)
+        | Change::Session(_) => false,
     }
 }
 
@@ -143,6 +147,7 @@ fn cost(change: &Change) -> usize {
         | Change::Token(_)
         | Change::Dedup(_)
         | Change::Cluster(_)
+        | Change::Session(_)
         | Change::Deleted(_) => 0,
     };
     RECORD_OVERHEAD_BYTES + 2 * encoded

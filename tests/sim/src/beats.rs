@@ -135,31 +135,26 @@ impl Hub {
         }
     }
 
-    /// The log has to know the place before the agent is told what to run.
+    /// The log has to know the session and its place before the agent is told what to run.
     fn admit(&mut self, cx: &mut Context, member: usize, sent: &Sent) {
-        let record = self.members[member].state.host(sent.host);
-        let known = record.and_then(|record| record.facts.clone()).unwrap_or_default();
-        if known.place == sent.place {
-            return self.welcome(cx, member, sent.stream);
-        }
-        let facts = pb::HostFacts { place: sent.place, ..known };
-        let body = Body::UpdateHost(pb::UpdateHost { host_id: sent.host.0, facts: Some(facts) });
-        self.propose(cx, member, body, Origin::Place { member, stream: sent.stream }, None);
+        let body = Body::OpenSession(pb::OpenSession { host_id: sent.host.0, place: sent.place });
+        self.propose(cx, member, body, Origin::Open { member, stream: sent.stream }, None);
     }
 
-    pub(crate) fn placed(&mut self, cx: &mut Context, member: usize, stream: u64, committed: bool) {
-        match committed {
-            true => self.welcome(cx, member, stream),
-            false => {
+    /// `number`: of the session in the log; none: it was not committed.
+    pub(crate) fn opened(&mut self, cx: &mut Context, member: usize, stream: u64, number: Option<u64>) {
+        match number {
+            Some(number) => self.welcome(cx, member, stream, number),
+            None => {
                 self.members[member].sessions.remove(&stream);
                 cx.close(stream, Way::Up);
             }
         }
     }
 
-    fn welcome(&mut self, cx: &mut Context, member: usize, stream: u64) {
+    fn welcome(&mut self, cx: &mut Context, member: usize, stream: u64, number: u64) {
         let Some(session) = self.members[member].sessions.get_mut(&stream) else { return };
-        session.welcomed = true;
+        session.welcomed = Some(number);
         let welcome = pb::Welcome { member: format!("{member}"), ..Default::default() };
         cx.send(stream, Way::Down, Word::Hub(Box::new(ToAgent::Welcome(welcome))));
         self.tell(cx, member, stream);

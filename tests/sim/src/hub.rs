@@ -42,8 +42,8 @@ pub(crate) enum Origin {
         member: usize,
         term: u64,
     },
-    /// The place of a host, before its session begins.
-    Place {
+    /// A session is being opened in the log, before its agent is told anything.
+    Open {
         member: usize,
         stream: u64,
     },
@@ -232,7 +232,7 @@ impl Hub {
         cx.after(DEADLINE, Event::Answer { proposal, reply: None });
         let actor = match origin {
             Origin::Operator(_) => "operator/sim",
-            Origin::Report { .. } | Origin::Place { .. } => "agent",
+            Origin::Report { .. } | Origin::Open { .. } => "agent",
             Origin::Plan { .. } | Origin::Verdict { .. } => "hub",
         };
         let command = pb::Command {

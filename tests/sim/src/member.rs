@@ -384,7 +384,7 @@ impl Hub {
             return;
         }
         let merged = std::mem::take(&mut session.reports);
-        match merged.body(session.host) {
+        match merged.body(session.host, session.welcomed.unwrap_or_default()) {
             Some(body) => {
                 session.attempt = Some(merged);
                 self.propose(cx, member, body, Origin::Report { member, stream }, None);
@@ -411,6 +411,12 @@ impl Hub {
             }
             Some(pb::reply::Result::Rejected(rejected)) if rejected.code() == pb::RejectedCode::NotFound => {
                 return self.refuse(cx, member, stream, Refusal::Forgotten);
+            }
+            Some(pb::reply::Result::Rejected(rejected))
+                if rejected.code() == pb::RejectedCode::Superseded =>
+            {
+                self.members[member].sessions.remove(&stream);
+                return cx.close(stream, Way::Up);
             }
             // Lost and about to be called back, or nothing is known of it.
             Some(pb::reply::Result::Rejected(_)) | None => {

@@ -43,8 +43,8 @@ pub(crate) struct Session {
     pub(crate) fresh: bool,
     /// The leader has answered: no other place speaks for the host.
     pub(crate) admitted: bool,
-    /// The log knows the place, and the agent has been welcomed.
-    pub(crate) welcomed: bool,
+    /// The number that the log gave the session, once it is open and the agent has been welcomed.
+    pub(crate) welcomed: Option<u64>,
     /// A lease that the agent has not been told of: counted from this beat, to be told once it knows all up to the
     /// revision.
     pub(crate) given: Option<(u64, u64)>,
@@ -67,13 +67,13 @@ impl Session {
             heard: now,
             fresh: true,
             admitted: false,
-            welcomed: false,
+            welcomed: None,
             given: None,
         }
     }
 
     pub(crate) fn is_let_in(&self) -> bool {
-        self.welcomed
+        self.welcomed.is_some()
     }
 
     /// Its host was judged lost and called back while the session went on.
@@ -157,7 +157,7 @@ impl Merged {
     }
 
     /// None: it says nothing, and is acknowledged as it is.
-    pub(crate) fn body(&self, host: HostId) -> Option<Body> {
+    pub(crate) fn body(&self, host: HostId, session: u64) -> Option<Body> {
         let empty = self.instances.is_empty() && self.gone.is_empty() && !self.full;
         (!empty).then(|| {
             Body::ReportInstances(pb::ReportInstances {
@@ -165,6 +165,8 @@ impl Merged {
                 full: self.full,
                 instances: self.instances.values().cloned().collect(),
                 gone: self.gone.iter().copied().collect(),
+                session,
+                sequence: self.sequence,
             })
         })
     }

@@ -220,7 +220,12 @@ impl World {
             Origin::Operator(usize::MAX) => {}
             Origin::Operator(index) => self.operated(index, reply),
             Origin::Report { member, stream } => hub.reported(cx, member, stream, reply),
-            Origin::Place { member, stream } => hub.placed(cx, member, stream, reply.is_some()),
+            Origin::Open { member, stream } => {
+                let accepted =
+                    |reply: &pb::Reply| matches!(reply.result, Some(pb::reply::Result::Accepted(_)));
+                let number = reply.filter(accepted).map(|reply| reply.revision);
+                hub.opened(cx, member, stream, number);
+            }
             Origin::Plan { member, term } => hub.planned(cx, member, term, reply.as_ref()),
             Origin::Verdict { member, term } => hub.judged(member, term),
         }

@@ -115,6 +115,7 @@ impl Tx<'_> {
     pub(super) fn update_host(&mut self, command: pb::UpdateHost) -> Outcome {
         let id = HostId(command.host_id);
         let record = self.known_host(id)?;
+        self.check_session(id, command.session)?;
         let Some(facts) = command.facts.filter(|facts| !facts.name.is_empty()) else {
             return Err(rejected(RejectedCode::Invalid, "a host needs a name"));
         };
@@ -123,7 +124,7 @@ impl Tx<'_> {
         Ok(pb::Accepted { host_id: id.0, ..Default::default() })
     }
 
-    fn replace_facts(&mut self, record: &pb::HostRecord, facts: pb::HostFacts) {
+    pub(super) fn replace_facts(&mut self, record: &pb::HostRecord, facts: pb::HostFacts) {
         if record.facts.as_ref() == Some(&facts) {
             return;
         }
@@ -305,7 +306,7 @@ impl Tx<'_> {
     }
 
     /// A host that has been forgotten is nobody's to command.
-    fn known_host(&self, id: HostId) -> Result<Arc<pb::HostRecord>, pb::Rejected> {
+    pub(super) fn known_host(&self, id: HostId) -> Result<Arc<pb::HostRecord>, pb::Rejected> {
         self.state.host(id).filter(|record| !record.forgotten).cloned().ok_or_else(|| no_host(id))
     }
 
@@ -346,6 +347,7 @@ impl Tx<'_> {
     fn remove_host(&mut self, id: HostId) {
         if self.state.hosts.remove(id, self.revision).is_some() {
             self.changes.push(Change::Deleted(RowId::Host(id)));
+            self.remove_session(id);
         }
     }
 }

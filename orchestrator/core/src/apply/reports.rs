@@ -15,7 +15,7 @@ use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _, observed};
 
 impl Tx<'_> {
     /// Refused from a host that is lost: its instances may be running elsewhere by now. It first has to be
-    /// connected again, by `SetHostStatus`.
+    /// connected again, by `SetHostStatus`. Refused, too, from a session that is not the host's newest.
     pub(super) fn report_instances(&mut self, command: pb::ReportInstances) -> Outcome {
         let host = HostId(command.host_id);
         match self.state.host(host) {
@@ -24,7 +24,10 @@ impl Tx<'_> {
                 let message = format!("{host} is lost; it has to be connected again before it reports");
                 return Err(rejected(RejectedCode::Conflict, message));
             }
-            Some(_) => {}
+            Some(_) => self.check_session(host, command.session)?,
+        }
+        if !self.take_sequence(host, command.session, command.sequence) {
+            return Ok(pb::Accepted { host_id: host.0, ..Default::default() });
         }
         let mut named: BTreeSet<InstanceId> = command.gone.iter().copied().map(InstanceId).collect();
         for report in command.instances {

@@ -40,7 +40,12 @@ impl ClusterState {
         same("instances", &mine.instances, &derived.instances)?;
         same("events", &mine.events, &derived.events)?;
         same("tokens", &mine.tokens, &derived.tokens)?;
-        same("dedup", &mine.dedup, &derived.dedup)
+        same("dedup", &mine.dedup, &derived.dedup)?;
+        same("sessions", &mine.sessions, &derived.sessions)?;
+        match self.sessions.keys().find(|host| self.hosts.get(**host).is_none()) {
+            Some(host) => Err(format!("a session of {host}, which has no row")),
+            None => Ok(()),
+        }
     }
 
     fn check_service(&self, entry: &ServiceEntry) -> Result<(), String> {

@@ -38,6 +38,7 @@ impl ClusterState {
         let events = self.events.iter().cloned().map(Change::Event);
         let tokens = self.tokens.values().cloned().map(Change::Token);
         let dedup = self.dedup.iter().cloned().map(Change::Dedup);
+        let sessions = self.sessions.values().cloned().map(Change::Session);
         cluster
             .chain(services)
             .chain(versions)
@@ -46,6 +47,7 @@ impl ClusterState {
             .chain(events)
             .chain(tokens)
             .chain(dedup)
+            .chain(sessions)
     }
 
     /// Every row, copied.
@@ -77,6 +79,9 @@ impl ClusterState {
                     state.tokens.insert(record.id.clone(), Arc::new(record));
                 }
                 Row::Dedup(record) => state.dedup.insert(Arc::new(record)),
+                Row::Session(record) => {
+                    state.sessions.insert(HostId(record.host_id), Arc::new(record));
+                }
             }
         }
         versions.into_iter().try_for_each(|record| state.adopt_version(record))?;

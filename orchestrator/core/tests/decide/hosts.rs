@@ -67,7 +67,7 @@ fn a_name_belongs_to_one_living_host() {
     assert_eq!(code, RejectedCode::Conflict);
     assert!(message.contains("the name alpha belongs to h-1"), "{message}");
     assert_eq!(world.refuse(register("t", 2, "alpha")).0, RejectedCode::Conflict, "by renaming neither");
-    let rename = pb::UpdateHost { host_id: 2, facts: Some(facts("alpha")) };
+    let rename = pb::UpdateHost { host_id: 2, facts: Some(facts("alpha")), session: 0 };
     assert_eq!(world.refuse(Body::UpdateHost(rename)).0, RejectedCode::Conflict);
 }
 
@@ -98,7 +98,7 @@ fn what_a_host_says_of_itself_must_have_a_name_and_a_key() {
         let register = pb::RegisterHost { token_id: "t".into(), public_key_sha256: key, facts };
         assert_eq!(world.refuse(Body::RegisterHost(register)).0, RejectedCode::Invalid);
     }
-    let update = pb::UpdateHost { host_id: 7, facts: Some(facts("a")) };
+    let update = pb::UpdateHost { host_id: 7, facts: Some(facts("a")), session: 0 };
     assert_eq!(world.refuse(Body::UpdateHost(update)).0, RejectedCode::NotFound);
     assert_eq!(world.refuse(status_of(7, HostStatus::Lost, "")).0, RejectedCode::NotFound);
 }
@@ -106,7 +106,11 @@ fn what_a_host_says_of_itself_must_have_a_name_and_a_key() {
 #[test]
 fn the_same_facts_again_change_nothing() {
     let mut world = World::with_hosts(1);
-    let command = world.command(Body::UpdateHost(pb::UpdateHost { host_id: 1, facts: Some(facts("alpha")) }));
+    let command = world.command(Body::UpdateHost(pb::UpdateHost {
+        host_id: 1,
+        facts: Some(facts("alpha")),
+        session: 0,
+    }));
     assert!(world.apply(command).changes.is_empty());
     world.set_status("alpha", HostStatus::Connected);
     assert_eq!(world.last_event("host_connected"), "");
@@ -183,7 +187,7 @@ fn a_host_that_is_given_up_is_replaced_and_its_key_opens_nothing() {
         for body in [
             forget(1),
             Body::SetHostDraining(pb::SetHostDraining { host_id: 1, draining: true, ..Default::default() }),
-            Body::UpdateHost(pb::UpdateHost { host_id: 1, facts: Some(facts("alpha")) }),
+            Body::UpdateHost(pb::UpdateHost { host_id: 1, facts: Some(facts("alpha")), session: 0 }),
             status_of(1, HostStatus::Connected, ""),
         ] {
             assert_eq!(world.refuse(body).0, RejectedCode::NotFound);

@@ -11,4 +11,5 @@ mod random;
 mod reports;
 mod rollout;
 mod services;
+mod sessions;
 mod world;

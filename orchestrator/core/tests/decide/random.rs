@@ -267,7 +267,7 @@ impl History {
         let mut facts = record.facts.clone().unwrap();
         facts.cpu_millicores = cores * 1000;
         facts.labels.insert("zone".into(), if zone_b { "b" } else { "a" }.into());
-        self.send(Body::UpdateHost(pb::UpdateHost { host_id: record.id, facts: Some(facts) }));
+        self.send(Body::UpdateHost(pb::UpdateHost { host_id: record.id, facts: Some(facts), session: 0 }));
     }
 
     fn report(&mut self, pick: usize, state: u8, older: bool, attempt: u32, host: Option<u64>) {

@@ -21,7 +21,7 @@ fn instance(world: &World) -> pb::InstanceRecord {
 }
 
 fn full(host_id: u64, instances: Vec<pb::InstanceReport>, gone: Vec<u64>) -> Body {
-    Body::ReportInstances(pb::ReportInstances { host_id, full: true, instances, gone })
+    Body::ReportInstances(pb::ReportInstances { host_id, full: true, instances, gone, ..Default::default() })
 }
 
 #[test]

@@ -186,7 +186,7 @@ impl World {
         let id = self.host_id(name);
         let mut facts = self.state.host(id).unwrap().facts.clone().unwrap();
         change(&mut facts);
-        self.accept(Body::UpdateHost(pb::UpdateHost { host_id: id.0, facts: Some(facts) }));
+        self.accept(Body::UpdateHost(pb::UpdateHost { host_id: id.0, facts: Some(facts), session: 0 }));
     }
 
     pub(crate) fn set_draining(&mut self, name: &str, draining: bool) {
