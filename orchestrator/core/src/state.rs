@@ -116,6 +116,12 @@ impl ClusterState {
         self.hosts.get(id).map(|entry| &entry.record)
     }
 
+    /// The session that speaks for a host: the revision in which it was opened. None: it has yet to open one, since it
+    /// joined or since it was lost.
+    pub fn session(&self, id: HostId) -> Option<u64> {
+        self.sessions.get(&id).map(|record| record.session)
+    }
+
     pub fn hosts(&self) -> impl ExactSizeIterator<Item = &Arc<pb::HostRecord>> + '_ {
         self.hosts.iter().map(|(_, entry)| &entry.record)
     }

@@ -98,8 +98,8 @@ impl Merged {
 /// What became of the reports that were under way.
 #[derive(Debug)]
 pub(super) enum Progress {
-    /// Committed up to this sequence, which may be told to the agent, as of this revision.
-    Committed { sequence: u64, revision: u64 },
+    /// Committed up to this sequence, which may be told to the agent.
+    Committed { sequence: u64 },
     /// Not yet; it is tried again by itself.
     Later,
     /// Never: the session has to end, for this reason.
@@ -108,7 +108,7 @@ pub(super) enum Progress {
     Superseded,
 }
 
-type Attempt = BoxFuture<'static, (Merged, Result<u64, Failure>)>;
+type Attempt = BoxFuture<'static, (Merged, Result<(), Failure>)>;
 
 enum Failure {
     Again,
@@ -153,9 +153,9 @@ impl Reports {
         let (merged, outcome) = attempt.await;
         self.attempt = None;
         match outcome {
-            Ok(revision) => {
+            Ok(()) => {
                 self.delay = RETRY;
-                Progress::Committed { sequence: merged.sequence, revision }
+                Progress::Committed { sequence: merged.sequence }
             }
             Err(Failure::Again) => {
                 self.waiting = merged.under(std::mem::take(&mut self.waiting));
@@ -169,24 +169,21 @@ impl Reports {
     }
 }
 
-/// Proposes facts, when they are news, and the report. Both may be repeated without harm. Returns the revision of the
-/// last; 0 when there was nothing to propose.
-async fn commit(hub: Arc<Hub>, host: HostId, session: u64, merged: Merged) -> (Merged, Result<u64, Failure>) {
+/// Proposes facts, when they are news, and the report. Both may be repeated without harm.
+async fn commit(hub: Arc<Hub>, host: HostId, session: u64, merged: Merged) -> (Merged, Result<(), Failure>) {
     let known = hub.raft.state().host(host).and_then(|record| record.facts.clone());
     let news = merged.facts.clone().filter(|facts| known.as_ref() != Some(facts));
     let update = |facts| pb::UpdateHost { host_id: host.0, facts: Some(facts), session };
     let facts = news.map(|facts| Body::UpdateHost(update(facts)));
-    let mut revision = 0;
     for body in facts.into_iter().chain(merged.report(host, session)) {
-        match propose(&hub, host, body).await {
-            Ok(committed) => revision = committed,
-            Err(failure) => return (merged, Err(failure)),
+        if let Err(failure) = propose(&hub, host, body).await {
+            return (merged, Err(failure));
         }
     }
-    (merged, Ok(revision))
+    (merged, Ok(()))
 }
 
-async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<u64, Failure> {
+async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<(), Failure> {
     let of_facts = matches!(body, Body::UpdateHost(_));
     let command = api::command(format!("agent/{host}"), None, body);
     let reply = match hub.raft.propose(command, Instant::now() + DEADLINE).await {
@@ -206,7 +203,7 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<u64, Failure> {
         Some(pb::reply::Result::Rejected(rejected)) if of_facts => {
             // For instance a name that another host has: the host goes on under its old one.
             warn!(%host, reason = rejected.message, "the host's facts were refused");
-            Ok(reply.revision)
+            Ok(())
         }
         // The host is lost and about to be called back.
         Some(pb::reply::Result::Rejected(rejected)) if rejected.code() == pb::RejectedCode::Conflict => {
@@ -215,7 +212,7 @@ async fn propose(hub: &Hub, host: HostId, body: Body) -> Result<u64, Failure> {
         Some(pb::reply::Result::Rejected(rejected)) => {
             Err(Failure::Never(Box::new(refused(host, &rejected))))
         }
-        Some(pb::reply::Result::Accepted(_)) | None => Ok(reply.revision),
+        Some(pb::reply::Result::Accepted(_)) | None => Ok(()),
     }
 }
 

@@ -36,6 +36,7 @@ const ADMISSION_TIMEOUT: Duration = Duration::from_secs(5);
 const COALESCE: Duration = Duration::from_millis(10);
 /// How long a last word may take to leave.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
+const VOID: &str = "this host was taken for lost or has opened another session, and has to report anew";
 const NO_LEADER: &str = "this member knows no leader";
 
 /// A session whose agent has proved to be the host's, and that the leader has let in.
@@ -232,10 +233,10 @@ pub(super) struct Session {
     lease: Option<Given>,
     /// The state no longer has this host.
     forgotten: bool,
-    /// The revision of the newest report of this session that is committed.
-    reported: Option<u64>,
-    /// The host was judged lost and called back since: what it reported is no longer known.
-    unheard: bool,
+    /// The session's number in the log.
+    session: u64,
+    /// The log knows of this session no more.
+    void: bool,
 }
 
 impl Session {
@@ -262,8 +263,8 @@ impl Session {
             seen: 0,
             lease: None,
             forgotten: false,
-            reported: None,
-            unheard: false,
+            session: greeted.session,
+            void: false,
             hub,
             host,
             sender,
@@ -309,15 +310,10 @@ impl Session {
                     }
                 },
                 progress = self.reports.progress() => match progress {
-                    Progress::Committed { sequence: 0, .. } | Progress::Later => {}
-                    Progress::Committed { sequence, revision } => {
-                        self.acknowledge = Some(sequence);
-                        self.reported = self.reported.max(Some(revision));
-                    }
+                    Progress::Committed { sequence: 0 } | Progress::Later => {}
+                    Progress::Committed { sequence } => self.acknowledge = Some(sequence),
                     Progress::Hopeless(status) => return End::Refused(status),
-                    Progress::Superseded => {
-                        return End::Elsewhere("another session of this host has begun since".to_owned());
-                    }
+                    Progress::Superseded => return End::Elsewhere(VOID.to_owned()),
                 },
                 () = self.route.bell.rung(), if look_at.is_none() => {
                     self.look_at = Some(Instant::now() + COALESCE);
@@ -331,9 +327,9 @@ impl Session {
                     if self.forgotten {
                         return End::Refused(unknown(&self.hub.raft.state(), self.host));
                     }
-                    if self.unheard {
+                    if self.void {
                         // A session begins with everything; the agent does not repeat itself within one.
-                        return End::Elsewhere("this host was taken for lost, and has to report anew".to_owned());
+                        return End::Elsewhere(VOID.to_owned());
                     }
                 }
                 () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() && !self.has_words() => {
@@ -428,7 +424,7 @@ impl Session {
             return None;
         }
         self.seen = state.revision();
-        self.unheard = self.reported.is_some_and(|reported| wanted::is_unheard(&state, self.host, reported));
+        self.void = wanted::is_void(&state, self.host, self.session);
         match (self.generation, touched) {
             (Some(generation), Touched::Instances(touched)) => {
                 let delta = self.told.delta(&state, incarnation, generation, touched)?;

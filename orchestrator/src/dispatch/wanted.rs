@@ -80,13 +80,10 @@ impl Told {
     }
 }
 
-/// Whether something on the host has become unknown since its agent reported in this revision: the host was judged lost
-/// and called back while its session went on, and only a full report tells what runs there.
-pub(super) fn is_unheard(state: &ClusterState, host: HostId, reported: u64) -> bool {
-    state.instances_on(host).any(|record| {
-        let state = record.observed.as_ref().and_then(|observed| observed.state.as_ref());
-        record.revision > reported && matches!(state, Some(pb::observed::State::Unknown(_)))
-    })
+/// Whether the log knows of this session no more: the host was judged lost since, so what it reported is forgotten and
+/// has to be said anew, or it has opened a newer one. A state from before the session says nothing about it.
+pub(super) fn is_void(state: &ClusterState, host: HostId, session: u64) -> bool {
+    state.revision() >= session && state.session(host) != Some(session)
 }
 
 fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstance {
@@ -158,14 +155,15 @@ mod tests {
     }
 
     #[test]
-    fn what_became_unknown_after_the_report_has_to_be_reported_anew() {
-        let unknown = pb::observed::State::Unknown(pb::observed::Unknown {});
-        let observed = Some(pb::Observed { state: Some(unknown) });
-        let called_back = pb::InstanceRecord { observed, revision: 8, ..instance(1, 1, 1) };
-        let state = state(&[called_back, instance(2, 2, 1)]);
-        assert!(is_unheard(&state, HOST, 7));
-        assert!(!is_unheard(&state, HOST, 8), "the report is newer");
-        assert!(!is_unheard(&state, HostId(2), 7), "another host");
+    fn a_session_that_the_log_does_not_know_is_void() {
+        let rows = state(&[]).rows().collect::<Vec<_>>();
+        let session = pb::SessionRecord { host_id: HOST.0, session: 7, sequence: 3 };
+        let session = pb::Row { row: Some(pb::row::Row::Session(session)) };
+        let state = ClusterState::from_rows(rows.into_iter().chain([session]), 10).unwrap();
+        assert!(!is_void(&state, HOST, 7));
+        assert!(is_void(&state, HOST, 6), "an older session");
+        assert!(is_void(&state, HostId(2), 9), "lost since");
+        assert!(!is_void(&state, HostId(2), 11), "this member has yet to apply it");
     }
 
     #[test]

@@ -114,6 +114,10 @@ async fn a_host_is_heard_through_any_member_and_lost_when_silent() {
     let took = silent_since.elapsed();
     assert!(took > Duration::from_secs(2), "within its lease a host is not lost: {took:?}");
     assert!(took < Duration::from_secs(10), "{took:?}");
+    // Its session is over: what it said of its instances is forgotten, and a new one begins with all of it.
+    while !matches!(agent.hear().await, Err(_) | Ok(None | Some(ToAgent::Goodbye(_)))) {}
+    let mut agent = Agent::connect(&cluster, other, &credentials, host).await;
+    assert!(matches!(agent.expect().await, ToAgent::Welcome(_)));
     agent.say(FromAgent::Beat(pb::Beat::default())).await;
     status_is("connected").await;
     cluster.end().await;

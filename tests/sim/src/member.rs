@@ -313,7 +313,7 @@ impl Hub {
         if state.host(session.host).is_none_or(|record| record.forgotten) {
             return self.refuse(cx, member, stream, Refusal::Forgotten);
         }
-        if session.is_unheard(state) {
+        if session.is_void(state) {
             sessions.remove(&stream);
             return cx.close(stream, Way::Up);
         }
@@ -402,10 +402,8 @@ impl Hub {
     ) {
         let Some(session) = self.members[member].sessions.get_mut(&stream) else { return };
         let Some(merged) = session.attempt.take() else { return };
-        let revision = reply.as_ref().map(|reply| reply.revision);
         match reply.and_then(|reply| reply.result) {
             Some(pb::reply::Result::Accepted(_)) => {
-                session.reported = session.reported.max(revision);
                 session.retry = RETRY;
                 acknowledge(cx, stream, &merged);
             }

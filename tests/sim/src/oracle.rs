@@ -32,7 +32,7 @@ impl Kind {
     pub(crate) fn of(manifest: &pb::Manifest) -> Self {
         match manifest.command.first().map(String::as_str) {
             Some("crashing") => Self::Crashing,
-            Some("never-healthy") if manifest.health.is_some() => Self::NeverHealthy,
+            Some("never-healthy") => Self::NeverHealthy,
             Some("missing") => Self::Missing,
             Some(_) | None => Self::Good,
         }

@@ -212,7 +212,9 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
         false => Default::default(),
     };
     let probe = pb::Probe { check: Some(pb::probe::Check::Tcp(true)), ..Default::default() };
-    let health = rng.random_bool(0.5).then_some(pb::Health { ready: Some(probe), live: None });
+    // One that is never healthy is judged by that only while somebody asks.
+    let asked = rng.random_bool(0.5) || command == "never-healthy";
+    let health = asked.then_some(pb::Health { ready: Some(probe), live: None });
     let needs = match service {
         2 if rng.random_bool(0.3) => vec![SERVICES[1].to_owned()],
         _ => Vec::new(),

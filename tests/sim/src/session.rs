@@ -29,8 +29,6 @@ pub(crate) struct Session {
     generation: Option<u64>,
     seen: u64,
     pub(crate) reports: Merged,
-    /// The revision of the newest report that is committed.
-    pub(crate) reported: Option<u64>,
     /// What is with the log now.
     pub(crate) attempt: Option<Merged>,
     /// A failed report is not tried again before this time.
@@ -58,7 +56,6 @@ impl Session {
             generation: None,
             seen: 0,
             reports: Merged::default(),
-            reported: None,
             attempt: None,
             not_before: 0,
             retry: 200_000_000,
@@ -76,9 +73,9 @@ impl Session {
         self.welcomed.is_some()
     }
 
-    /// Its host was judged lost and called back while the session went on.
-    pub(crate) fn is_unheard(&self, state: &ClusterState) -> bool {
-        self.reported.is_some_and(|reported| wanted::is_unheard(state, self.host, reported))
+    /// Its host was judged lost while the session went on, or has opened another.
+    pub(crate) fn is_void(&self, state: &ClusterState) -> bool {
+        self.welcomed.is_some_and(|number| wanted::is_void(state, self.host, number))
     }
 
     pub(crate) fn beat(&mut self, now: i64, sequence: u64) {

@@ -177,7 +177,11 @@ impl Tx<'_> {
             ..record.as_ref().clone()
         });
         let affected = match status {
-            HostStatus::Lost => self.observe_all(id, |_| State::Lost(Lost {})),
+            HostStatus::Lost => {
+                // What it said is no longer known: it has to say everything again, which begins with a session.
+                self.remove_session(id);
+                self.observe_all(id, |_| State::Lost(Lost {}))
+            }
             HostStatus::Connected | HostStatus::Silent | HostStatus::Unspecified if was_lost => {
                 self.observe_all(id, |_| State::Unknown(Unknown {}))
             }

@@ -32,7 +32,8 @@ impl Tx<'_> {
         if session == 0 || session == newest {
             return Ok(());
         }
-        let message = format!("{host} has opened a newer session than this one, which ends");
+        let message =
+            format!("{host} has opened a newer session than this one, or was lost since, so this one ends");
         Err(rejected(RejectedCode::Superseded, message))
     }
 
@@ -55,7 +56,7 @@ impl Tx<'_> {
         self.changes.push(Change::Session(record));
     }
 
-    /// With its host.
+    /// With its host, or its host's being lost.
     pub(super) fn remove_session(&mut self, host: HostId) {
         if self.state.sessions.remove(&host).is_some() {
             self.changes.push(Change::Deleted(RowId::Session(host)));

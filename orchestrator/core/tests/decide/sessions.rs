@@ -2,9 +2,9 @@
 
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
-use nave_proto::pb::RejectedCode;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::State;
+use nave_proto::pb::{HostStatus, RejectedCode};
 
 use crate::world::{World, failed, manifest, report, running};
 
@@ -69,6 +69,27 @@ fn a_report_overtaken_by_a_newer_one_changes_nothing() {
     let newer = word(&world, (session, 4), failed());
     world.accept(newer);
     assert!(!is_ready(&world));
+}
+
+#[test]
+fn a_host_that_was_lost_has_to_open_a_new_session() {
+    let mut world = placed();
+    let session = open(&mut world, 1);
+    let ready = word(&world, (session, 1), running(true));
+    world.accept(ready);
+    for status in [HostStatus::Lost, HostStatus::Connected] {
+        world.accept(Body::SetHostStatus(pb::SetHostStatus {
+            host_id: 1,
+            status: status.into(),
+            ..Default::default()
+        }));
+    }
+    let more = word(&world, (session, 2), running(true));
+    assert_eq!(world.refuse(more).0, RejectedCode::Superseded, "it would leave out what did not change");
+    let session = open(&mut world, 1);
+    let all = word(&world, (session, 1), running(true));
+    world.accept(all);
+    assert!(is_ready(&world));
 }
 
 #[test]
