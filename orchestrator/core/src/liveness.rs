@@ -6,7 +6,8 @@
 //!
 //! **The brake.** When more than max(1, a fifth) of the hosts fall silent within a minute, it is more likely us than
 //! them: none is judged, the silent ones are marked so in the log where people see it, and judging goes on only
-//! once so many have returned, or been given up, that the rest are few. Hosts fall silent at once and are noticed
+//! once so many have returned, or been given up, that the rest are few. Who was silent with those that return has a
+//! lease's time to return as well. Hosts fall silent at once and are noticed
 //! within a beat of each other, so a verdict waits for a moment while others are *late*.
 //!
 //! **Flapping.** A host that is lost again and again is called back only after it has been heard for ever longer.
@@ -71,6 +72,8 @@ pub struct Judge {
     lost: Option<BTreeMap<HostId, Duration>>,
     flapping: BTreeMap<HostId, Flapping>,
     braking: bool,
+    /// When a host that had been silent with others was last heard again.
+    returned: Option<Duration>,
 }
 
 /// A host that was lost in this leadership.
@@ -95,7 +98,7 @@ impl Judge {
     /// Of a leadership that began at this moment, or earlier.
     #[must_use]
     pub fn new(leads_since: Duration) -> Self {
-        Self { leads_since, lost: None, flapping: BTreeMap::new(), braking: false }
+        Self { leads_since, lost: None, flapping: BTreeMap::new(), braking: false, returned: None }
     }
 
     /// Whether so many hosts are silent that none is judged.
@@ -126,6 +129,7 @@ impl Judge {
                     }
                 }
                 (Some(_), HostStatus::Silent) => {
+                    self.returned = Some(now);
                     verdicts.push(Verdict::new(host, HostStatus::Connected, ""));
                 }
                 (_, HostStatus::Lost) => {
@@ -180,9 +184,13 @@ impl Judge {
             return unsaid(state, look, together.len(), hosts);
         }
         let waits = |since: &Duration| together.len() + late > few && *since + TTL + WAIT > now;
+        // Those that return do so one after another.
+        let returning = self.returned.is_some_and(|at| at + TTL > now);
+        let is_said =
+            |host: &HostId| state.host(*host).is_some_and(|record| record.status() == HostStatus::Silent);
         let mut verdicts = Vec::new();
         for (host, since) in &look.silent {
-            if waits(since) {
+            if waits(since) || returning && is_said(host) {
                 continue;
             }
             let reason = format!("not heard for {} s", TTL.as_secs());

@@ -199,9 +199,12 @@ fn hosts_that_fall_silent_at_once_are_never_lost_one_by_one() {
     assert_eq!(all, [(7, SILENT), (8, SILENT), (9, SILENT), (10, SILENT)]);
     assert!(leader.judge.is_braking());
 
-    // Two return: the other two are few, and lost.
+    // Two return: the other two are few, and may be on their way.
     leader.hear(&[1, 2, 3, 4, 5, 6, 7, 8], 70.0);
-    assert_eq!(leader.look(70.0), [(7, UP), (8, UP), (9, LOST), (10, LOST)]);
+    assert_eq!(leader.look(70.0), [(7, UP), (8, UP)]);
+    leader.hear(&[9], 71.0);
+    assert_eq!(leader.look(71.0), [(9, UP)]);
+    assert_eq!(leader.pass(71.0, 80.0, &[1, 2, 3, 4, 5, 6, 7, 8, 9]), [(74.0, 10, LOST)]);
 }
 
 #[test]
