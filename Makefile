@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help packages build everything demo test e2e bench sim verify fix
+.PHONY: help packages build everything demo test e2e bench model sim verify fix
 
 CARGO ?= cargo
 # One profile for everything that links RocksDB, so that it is compiled once.
@@ -34,6 +34,9 @@ e2e: everything ## only the tests that start real clusters
 
 bench: everything ## measurements for docs/performance.md (about 10 minutes)
 	target/release/nave-bench all
+
+model: everything ## 100,000 histories of deployments; `RUNS=1000 make model` for fewer
+	NAVE_MODEL_RUNS=$${RUNS:-100000} $(CARGO) test $(RELEASE) --locked --workspace --test decide any_deployment
 
 sim: ## 100,000 seeded worlds through hub and agent; `SEEDS=1000 make sim` for fewer
 	$(CARGO) run $(RELEASE) --locked -p nave-sim -- --seeds $${SEEDS:-100000}

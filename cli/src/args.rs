@@ -65,6 +65,12 @@ pub(crate) enum Verb {
     Restart(Change),
     /// Go back to an earlier version of a service
     Rollback(Rollback),
+    /// Halt the rollout of a service where it is
+    Pause { service: String },
+    /// Let a paused rollout go on
+    Resume(Change),
+    /// The canaries of a new version are good: replace the rest
+    Promote(Change),
     /// Stop a service and forget it
     Delete(Change),
 

@@ -1,4 +1,4 @@
-//! `nave scale`, `restart`, `rollback`, `delete`: one write, then its version, then perhaps the wait.
+//! `nave scale`, `restart`, `rollback`, `pause`, `resume`, `promote`, `delete`: one write, then its version, then perhaps the wait.
 
 use std::time::Duration;
 
@@ -56,6 +56,43 @@ pub(super) async fn rollback(args: &Rollback, hub: &Hub) -> Result<(), Failure> 
         None => "going back to the last stable version".to_owned(),
     };
     after(hub, &args.service, changed, &what, &args.waiting).await
+}
+
+pub(super) async fn pause(service: &str, hub: &Hub) -> Result<(), Failure> {
+    let changed = set_paused(service, true, hub).await?;
+    let waiting = Waiting { wait: false, timeout: Duration::ZERO };
+    after(hub, service, changed, "its rollout is paused", &waiting).await
+}
+
+pub(super) async fn resume(args: &Change, hub: &Hub) -> Result<(), Failure> {
+    let changed = set_paused(&args.service, false, hub).await?;
+    after(hub, &args.service, changed, "its rollout goes on", &args.waiting).await
+}
+
+async fn set_paused(
+    service: &str,
+    paused: bool,
+    hub: &Hub,
+) -> Result<Result<pb::ChangeResponse, Status>, Failure> {
+    let request =
+        pb::PauseServiceRequest { name: service.to_owned(), paused, request_id: Some(hub.request_id()) };
+    hub.write_status(|mut member| {
+        let request = request.clone();
+        async move { member.services.pause_service(request).await }
+    })
+    .await
+}
+
+pub(super) async fn promote(args: &Change, hub: &Hub) -> Result<(), Failure> {
+    let request =
+        pb::PromoteServiceRequest { name: args.service.clone(), request_id: Some(hub.request_id()) };
+    let changed = hub
+        .write_status(|mut member| {
+            let request = request.clone();
+            async move { member.services.promote_service(request).await }
+        })
+        .await?;
+    after(hub, &args.service, changed, "promoted, the rest is being replaced", &args.waiting).await
 }
 
 pub(super) async fn delete(args: &Change, hub: &Hub) -> Result<(), Failure> {

@@ -23,6 +23,7 @@ pub(super) struct ServiceRow<'a> {
     deleting: bool,
     created: String,
     unplaced: &'a [String],
+    waits_for: &'a str,
     revision: u64,
 }
 
@@ -33,6 +34,7 @@ struct DeploymentRow<'a> {
     reason: &'a str,
     from_version: u64,
     reverted_to: u64,
+    canary: u32,
 }
 
 impl<'a> From<&'a pb::Service> for ServiceRow<'a> {
@@ -51,10 +53,12 @@ impl<'a> From<&'a pb::Service> for ServiceRow<'a> {
                 reason: deployment.map_or("", |deployment| &deployment.reason),
                 from_version: deployment.map_or(0, |deployment| deployment.from_version),
                 reverted_to: deployment.map_or(0, |deployment| deployment.reverted_to),
+                canary: deployment.map_or(0, |deployment| deployment.canary),
             },
             deleting: service.deleting,
             created: when::rfc3339(when::timestamp(service.created.as_ref())),
             unplaced: &service.unplaced,
+            waits_for: &service.waits_for,
             revision: service.revision,
         }
     }
@@ -121,6 +125,9 @@ pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
 fn why_not(service: &pb::Service) -> String {
     if let Some(first) = service.unplaced.first() {
         return first.clone();
+    }
+    if !service.waits_for.is_empty() {
+        return service.waits_for.clone();
     }
     match &service.deployment {
         Some(deployment) if deployment_word(Some(deployment)) != "successful" => deployment.reason.clone(),

@@ -76,6 +76,9 @@ fn print(service: &pb::Service, instances: &[pb::Instance], all_events: &[pb::Ev
             out::line(format_args!("  needs       {}", manifest.needs.join(", ")));
         }
     }
+    if !service.waits_for.is_empty() {
+        out::line(format_args!("  waits       {}", out::paint(Tone::Warning, &service.waits_for)));
+    }
     let said = service.deployment.as_ref().map_or("", |deployment| deployment.reason.as_str());
     for reason in service.unplaced.iter().filter(|reason| said.is_empty() || !reason.contains(said)) {
         out::line(format_args!("  missing     {}", out::paint(Tone::Bad, reason)));

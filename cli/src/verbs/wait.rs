@@ -17,8 +17,6 @@ use crate::progress::Progress;
 
 /// The watch tells at once; this is for when it is broken.
 const ASK_AT_LEAST_EVERY: Duration = Duration::from_millis(400);
-/// A program that cannot work mostly says so sooner.
-const HOLD: Duration = Duration::from_millis(400);
 /// Changes come in bursts; one read answers for a burst.
 const BURST: Duration = Duration::from_millis(15);
 
@@ -63,7 +61,6 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
     let mut open: Vec<usize> = (0..targets.len()).collect();
     let mut failures: Vec<Failure> = Vec::new();
     let mut last: Vec<Option<pb::GetServiceResponse>> = vec![None; targets.len()];
-    let mut ready_since: Vec<Option<Instant>> = vec![None; targets.len()];
     let mut wake = Wake::new(hub, targets);
     while !open.is_empty() {
         let asked = open.iter().map(|&index| ask(hub, &targets[index]));
@@ -77,11 +74,7 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
                     Verdict::Going { how_far: "no answer yet".to_owned(), why: first_line(failure) }
                 }
             };
-            if !matches!(verdict, Verdict::Done(_)) {
-                ready_since[index] = None;
-            }
             match verdict {
-                Verdict::Done(_) if !held(&mut ready_since[index], &answer) => still.push(index),
                 Verdict::Going { how_far, why } => {
                     progress.set(index, Tone::Warning, &how_far, &why);
                     still.push(index);
@@ -117,25 +110,6 @@ pub(super) async fn until(hub: &Hub, targets: &[Target], timeout: Duration) -> R
     }
     progress.end();
     merge(failures)
-}
-
-/// A service that nothing probes is ready as soon as it runs, which one that crashes at once does again and again: it
-/// has to hold for a moment to count.
-fn held(since: &mut Option<Instant>, answer: &Answer) -> bool {
-    let Ok(Ok(response)) = answer else { return true };
-    let service = response.service.as_ref();
-    let probed =
-        service.and_then(|service| service.manifest.as_ref()?.health.as_ref()?.ready.as_ref()).is_some();
-    let nothing_runs = service.is_none_or(|service| service.desired == 0);
-    let now = Instant::now();
-    let began = *since.get_or_insert(now);
-    // What has run for long has held for long.
-    let long = response.instances.iter().all(|instance| {
-        let age =
-            crate::when::timestamp(instance.since.as_ref()).map(|at| crate::clock::now().duration_since(at));
-        age.is_some_and(|age| age.as_secs() >= 2)
-    });
-    probed || nothing_runs || long || now - began >= HOLD
 }
 
 /// What was there already took no time.
@@ -197,7 +171,13 @@ fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]
     let of = format!("{ready} of {} ready", service.desired);
     let word = deployment_word(service.deployment.as_ref());
     let reason = service.deployment.as_ref().map_or("", |deployment| deployment.reason.as_str());
+    let canaries = service.deployment.as_ref().is_some_and(|deployment| deployment.canary > 0);
     match word {
+        // A person decides what comes next, so there is nothing left to wait for.
+        "running" if canaries && !service.waits_for.is_empty() => Verdict::Done(service.waits_for.clone()),
+        "paused" => {
+            Verdict::Going { how_far: format!("version {version}, {of}"), why: service.waits_for.clone() }
+        }
         "failed" | "cancelled" if reason.is_empty() => Verdict::Failed {
             reason: format!("the deployment of version {version} is {word}"),
             details: why_not(service, &wanted),

@@ -9,6 +9,7 @@ mod cluster;
 mod commit;
 mod hosts;
 mod members;
+mod promotion;
 mod reports;
 mod services;
 mod sessions;
@@ -51,6 +52,8 @@ pub fn unknown_command(command: &pb::Command) -> bool {
             | Body::ScaleService(_)
             | Body::RestartService(_)
             | Body::RollbackService(_)
+            | Body::SetServicePaused(_)
+            | Body::PromoteService(_)
             | Body::RegisterHost(_)
             | Body::UpdateHost(_)
             | Body::ReportInstances(_)
@@ -141,6 +144,8 @@ impl Tx<'_> {
             Body::ScaleService(command) => self.scale_service(&command.name, command.count),
             Body::RestartService(command) => self.restart_service(&command.name),
             Body::RollbackService(command) => self.rollback_service(&command.name, command.to_version),
+            Body::SetServicePaused(command) => self.set_service_paused(&command.name, command.paused),
+            Body::PromoteService(command) => self.promote_service(&command.name),
             Body::RegisterHost(command) => self.register_host(command),
             Body::UpdateHost(command) => self.update_host(command),
             Body::ReportInstances(command) => self.report_instances(command),

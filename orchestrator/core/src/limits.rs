@@ -51,6 +51,10 @@ pub const ADDRESS_SUFFIXES: std::ops::RangeInclusive<u32> = 256..=65_534;
 /// 1879048191) nor useradd's subordinate ids (100000..) hand out.
 pub const UIDS: std::ops::RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
 
+/// An instance that nothing probes is ready as soon as it runs; only after this is it believed to be, so that a program
+/// that ends at once replaces nothing and is never called stable. Most that cannot work say so sooner.
+pub const UNPROBED_READY_NS: i64 = SECOND_NS;
+
 /// An instance that gave up on its host is placed again after this, doubled each time, at most
 /// [`RESCHEDULE_DELAY_MAX_NS`].
 pub const RESCHEDULE_DELAY_NS: i64 = 30 * SECOND_NS;

@@ -32,8 +32,8 @@ use crate::limits::{HOSTS_JUDGED_PER_SLICE, LOOKS_PER_SLICE};
 use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::InstanceExt as _;
 
-pub(crate) use deployment::may_conclude;
-pub use explain::explain;
+pub(crate) use deployment::{canaries, may_conclude};
+pub use explain::{explain, waits_for};
 pub use leaving::{Leaving, leaving};
 pub(crate) use placement::Room;
 pub(crate) use standing::Standing;

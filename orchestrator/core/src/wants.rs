@@ -33,6 +33,10 @@ pub(crate) trait ManifestExt {
     /// An old instance must be gone before its successor can run.
     fn stop_first(&self) -> bool;
     fn wants_none(&self) -> bool;
+    /// Something says when a process of it is ready.
+    fn is_probed(&self) -> bool;
+    /// Instances of a new template that come first and wait for a promotion.
+    fn canary(&self) -> u32;
 }
 
 impl ManifestExt for pb::Manifest {
@@ -87,6 +91,14 @@ impl ManifestExt for pb::Manifest {
 
     fn wants_none(&self) -> bool {
         !self.per_host && self.count == 0
+    }
+
+    fn is_probed(&self) -> bool {
+        self.health.as_ref().is_some_and(|health| health.ready.is_some())
+    }
+
+    fn canary(&self) -> u32 {
+        self.update.as_ref().map_or(0, |update| update.canary)
     }
 }
 

@@ -48,6 +48,8 @@ pub(crate) fn callers(path: &str) -> Option<Callers> {
             | "ScaleService"
             | "RestartService"
             | "RollbackService"
+            | "PauseService"
+            | "PromoteService"
             | "GetService"
             | "ListServices"
             | "ListServiceVersions"
@@ -166,6 +168,8 @@ mod tests {
         ("/nave.v1.ServiceService/ScaleService", "o"),
         ("/nave.v1.ServiceService/RestartService", "o"),
         ("/nave.v1.ServiceService/RollbackService", "o"),
+        ("/nave.v1.ServiceService/PauseService", "o"),
+        ("/nave.v1.ServiceService/PromoteService", "o"),
         ("/nave.v1.ServiceService/GetService", "o"),
         ("/nave.v1.ServiceService/ListServices", "o"),
         ("/nave.v1.ServiceService/ListServiceVersions", "o"),

@@ -35,6 +35,7 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
         created: timestamp(record.created_unix_ns),
         revision: record.revision,
         unplaced: if missing { core::explain(state, &record.name) } else { Vec::new() },
+        waits_for: core::waits_for(state, &record.name).unwrap_or_default(),
     }
 }
 

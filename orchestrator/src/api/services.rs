@@ -172,6 +172,22 @@ impl ServiceService for Services {
             .await
     }
 
+    async fn pause_service(
+        &self,
+        request: Request<pb::PauseServiceRequest>,
+    ) -> Result<Response<pb::ChangeResponse>, Status> {
+        let pb::PauseServiceRequest { name, paused, request_id } = request.get_ref().clone();
+        self.change(&request, request_id, Body::SetServicePaused(pb::SetServicePaused { name, paused })).await
+    }
+
+    async fn promote_service(
+        &self,
+        request: Request<pb::PromoteServiceRequest>,
+    ) -> Result<Response<pb::ChangeResponse>, Status> {
+        let pb::PromoteServiceRequest { name, request_id } = request.get_ref().clone();
+        self.change(&request, request_id, Body::PromoteService(pb::PromoteService { name })).await
+    }
+
     async fn get_service(
         &self,
         request: Request<pb::GetServiceRequest>,

@@ -50,6 +50,7 @@ impl Tx<'_> {
         }
         let Some(after) = merged(&before, report, self.now) else { return };
         let progressed = after.ready() && !before.ready();
+        let regressed = before.ready() && !after.ready();
         let host = self.host_name(host);
         let exit = untold_exit(&before, &after, &host);
         let event = instance_event(&before, &after, &host);
@@ -60,11 +61,17 @@ impl Tx<'_> {
             self.event(kind, subject.clone(), message);
         }
         if let Some((kind, message)) = event {
-            if progressed {
+            if progressed || (regressed && self.has_canaries(&subject.service)) {
                 self.extend_deadline(&subject.service, template);
             }
             self.event(kind, subject, message);
         }
+    }
+
+    /// A canary may have waited for a person for long; one that is no longer ready gets its full patience too.
+    fn has_canaries(&self, service: &str) -> bool {
+        let record = self.state.services.get(service).map(|entry| &entry.record);
+        record.and_then(|record| record.deployment.as_ref()).is_some_and(|deployment| deployment.canary > 0)
     }
 
     /// Each instance that becomes ready gives a running deployment its full patience again.

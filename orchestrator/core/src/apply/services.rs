@@ -100,7 +100,7 @@ impl Tx<'_> {
     }
 
     /// The manifest of a service that may be changed.
-    fn changeable(&self, name: &str) -> Result<&pb::Manifest, pb::Rejected> {
+    pub(super) fn changeable(&self, name: &str) -> Result<&pb::Manifest, pb::Rejected> {
         let entry = self.state.services.get(name).ok_or_else(|| no_service(name))?;
         match entry.current() {
             Some(manifest) if !entry.record.deleting => Ok(manifest),

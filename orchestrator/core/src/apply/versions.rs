@@ -125,7 +125,10 @@ impl Tx<'_> {
     ) {
         let version = before.map_or(1, |record| record.version + 1);
         let done = self.nothing_to_do(before, &manifest);
-        let deployment = self.deployment(version, &manifest, before, cause, done);
+        let mut deployment = self.deployment(version, &manifest, before, cause, done);
+        if let Some(before) = before.filter(|_| !done) {
+            go_on(&mut deployment, &manifest, before, before.template_version == template_version, cause);
+        }
         let record = pb::ServiceRecord {
             name: manifest.name.clone(),
             version,
@@ -248,6 +251,7 @@ impl Tx<'_> {
             ended_unix_ns: if done { self.now } else { 0 },
             from_version: before.map_or(0, |before| before.version),
             reverted_to: if matches!(cause, Cause::Revert { .. }) { version } else { 0 },
+            canary: 0,
         }
     }
 
@@ -274,5 +278,34 @@ impl Tx<'_> {
         self.edit_service(name, |record| record.oldest_version = oldest);
         let gone = stale.into_iter().map(|version| RowId::Version(name.to_owned(), version));
         self.changes.extend(gone.map(Change::Deleted));
+    }
+}
+
+/// What a person has decided, or has yet to decide, about a version outlives a change that replaces no process: scaled
+/// while it is paused it stays paused, and its canaries wait as before. A new template begins with canaries of its
+/// own; what goes back to a version, or starts the same one anew, needs none.
+fn go_on(
+    deployment: &mut pb::Deployment,
+    manifest: &pb::Manifest,
+    before: &pb::ServiceRecord,
+    same_template: bool,
+    cause: &Cause,
+) {
+    use pb::DeploymentStatus::{Paused, Running};
+    let earlier = before.deployment.as_ref().filter(|d| matches!(d.status(), Running | Paused));
+    match cause {
+        Cause::Apply if !same_template => deployment.canary = manifest.canary(),
+        Cause::Apply | Cause::Scale { .. } if same_template => {
+            let waiting = earlier.map_or(0, |earlier| earlier.canary);
+            deployment.canary = waiting.min(manifest.canary());
+            if matches!(cause, Cause::Scale { .. }) && earlier.is_some_and(|d| d.status() == Paused) {
+                deployment.set_status(Paused);
+            }
+        }
+        Cause::Apply
+        | Cause::Scale { .. }
+        | Cause::Restart
+        | Cause::Rollback { .. }
+        | Cause::Revert { .. } => {}
     }
 }

@@ -30,6 +30,13 @@ pub(crate) fn may_conclude(state: &ClusterState, service: &str, status: Deployme
     entry.and_then(|entry| Rollout::of(state, entry, now)).is_some_and(|rollout| rollout.still(status, now))
 }
 
+/// Canaries that are healthy, and how many there shall be; None: none wait for a promotion.
+pub(crate) fn canaries(state: &ClusterState, service: &str, now: i64) -> Option<(usize, usize)> {
+    let rollout = Rollout::of(state, state.services.get(service)?, now)?;
+    let rules = rollout.rules;
+    rules.canarying().then(|| (rules.current.healthy, rules.wanted_current()))
+}
+
 impl Rollout<'_> {
     /// `unplaced`: why instances are missing, for the sentence of a failure.
     pub(crate) fn verdict(&self, unplaced: &[String], now: i64) -> Verdict {
@@ -112,6 +119,8 @@ impl Rollout<'_> {
     pub(crate) fn deadline(&self) -> Option<i64> {
         let deployment = self.deployment()?;
         match deployment.status() {
+            // Waiting for a person never fails.
+            DeploymentStatus::Running if self.waits_for_promotion() => None,
             DeploymentStatus::Running => Some(deployment.progress_deadline_unix_ns),
             DeploymentStatus::Failed
             | DeploymentStatus::Paused

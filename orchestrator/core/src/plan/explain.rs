@@ -54,12 +54,34 @@ pub(crate) fn why_not_ready(state: &ClusterState, instance: &Arc<pb::InstanceRec
     format!("{service}.{ordinal} ({id}) on {host} {what}{why}")
 }
 
+/// What the deployment of a service waits for that only a person can give: a promotion, or to be resumed.
+pub fn waits_for(state: &ClusterState, service: &str) -> Option<String> {
+    let entry = state.services.get(service)?;
+    let undecided =
+        entry.record.deployment.as_ref().is_some_and(|deployment| {
+            deployment.canary > 0 || deployment.status() == DeploymentStatus::Paused
+        });
+    let rollout = undecided.then(|| Rollout::of(state, entry, state.time_unix_ns())).flatten()?;
+    let waits = rollout.status() == DeploymentStatus::Paused || rollout.waits_for_promotion();
+    waits.then(|| deployment(&rollout)).flatten()
+}
+
 fn deployment(rollout: &Rollout<'_>) -> Option<String> {
     let deployment = rollout.deployment()?;
     let version = deployment.version;
     match deployment.status() {
         DeploymentStatus::Failed => Some(format!("version {version} failed: {}", deployment.reason)),
-        DeploymentStatus::Paused => Some(format!("version {version} is paused")),
+        DeploymentStatus::Paused => {
+            let service = &rollout.entry.record.name;
+            Some(format!("version {version} is paused; `nave resume {service}` lets it go on"))
+        }
+        DeploymentStatus::Running if rollout.waits_for_promotion() => {
+            let (service, ready) = (&rollout.entry.record.name, rollout.rules.current.healthy);
+            let are = if ready == 1 { "canary is" } else { "canaries are" };
+            Some(format!(
+                "{ready} {are} ready, and the rest of version {version} waits for `nave promote {service}`"
+            ))
+        }
         DeploymentStatus::Running if !rollout.old.is_empty() => {
             let (ready, slots) = (rollout.rules.current.healthy, rollout.slots);
             Some(format!("version {version} is being rolled out, {ready} of {slots} instances replaced"))

@@ -82,22 +82,17 @@ impl<'a> Look<'a> {
         self.waits_to_be_replaced(rollout, &who)
     }
 
-    /// The first of what can hold a replacement back: a frozen deployment, no place, one that is not ready, its turn.
+    /// The first of what can hold a replacement back: no place, one that is not ready, its turn.
     fn waits_to_be_replaced(&self, rollout: &Rollout<'_>, who: &str) -> String {
         let service = &rollout.entry.record.name;
-        if rollout.rules.frozen() {
-            let version = rollout.entry.record.version;
-            let status =
-                rollout.status().as_str_name().trim_start_matches("DEPLOYMENT_STATUS_").to_lowercase();
-            return format!(
-                "{who} waits for a decision: version {version} of {service} is {status} and replaces nothing; \
-                 `nave rollback {service}` or apply one that works"
-            );
-        }
         if self.plan.missing > 0 {
             return format!("{who} has no other place: {}", self.plan.reasons.join("; "));
         }
-        let mut unready = rollout.current.iter().filter(|instance| !rollout.healthy(instance));
+        // A version that is held moves under its own number.
+        let moved = rollout.rules.only_leaves();
+        let replacing = if moved { &rollout.old } else { &rollout.current };
+        let leaves = |instance: &&&Arc<pb::InstanceRecord>| moved && rollout.leaves(instance);
+        let mut unready = replacing.iter().filter(|i| !leaves(i) && !rollout.healthy(i));
         match unready.next() {
             Some(new) => format!("{who} waits for its replacement: {}", why_not_ready(rollout.state, new)),
             None => {

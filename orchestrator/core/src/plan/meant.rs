@@ -73,6 +73,13 @@ impl Meant {
         state.hosts.closed.contains(&host) && state.host(host).is_none_or(|host| host.is_lost())
     }
 
+    /// On a host that is being drained.
+    pub(crate) fn is_drained(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+        let host = instance.host();
+        state.hosts.closed.contains(&host)
+            && state.host(host).is_some_and(|host| host.draining && !host.is_lost())
+    }
+
     /// Not on a host that it has to leave.
     pub(crate) fn may_stay(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
         let host = instance.host();

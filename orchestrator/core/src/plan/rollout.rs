@@ -121,6 +121,7 @@ impl<'a> Rollout<'a> {
             max_parallel: self.manifest.max_parallel(),
             stop_first: self.manifest.stop_first(),
             halted,
+            canary: self.deployment().map_or(0, |d| usize::try_from(d.canary).unwrap_or(usize::MAX)),
             ..Rules::default()
         };
         for instance in &self.current {
@@ -129,6 +130,9 @@ impl<'a> Rollout<'a> {
         for instance in &self.old {
             rules.old.add(instance.ready(), self.healthy(instance));
             rules.old_templates += usize::from(self.other_template(instance));
+            if self.leaves(instance) {
+                rules.leaving.add(instance.ready(), self.healthy(instance));
+            }
         }
         for instance in &self.spare {
             rules.spare.add(instance.ready(), self.healthy(instance));
@@ -156,6 +160,16 @@ impl<'a> Rollout<'a> {
 
     fn other_template(&self, instance: &Instance) -> bool {
         instance.template_version != self.meant.template
+    }
+
+    /// Of the version before, on a host that is being drained.
+    pub(crate) fn leaves(&self, instance: &Instance) -> bool {
+        self.other_template(instance) && self.meant.is_drained(self.state, instance)
+    }
+
+    /// The canaries are healthy, and the rest waits for a promotion.
+    pub(crate) fn waits_for_promotion(&self) -> bool {
+        self.rules.canarying() && self.rules.current.healthy >= self.rules.wanted_current()
     }
 
     /// Needed services without a ready instance.
@@ -212,9 +226,13 @@ impl<'a> Rollout<'a> {
         let mut victims = Vec::new();
         for instance in candidates {
             let (ready, other_template) = (instance.ready(), self.other_template(instance));
+            let leaving = self.leaves(instance);
             let makes_room = blocked && rules.may_make_room(ready);
-            if makes_room || rules.may_replace(ready, other_template, held) {
+            if makes_room || rules.may_replace(ready, other_template, leaving, held) {
                 rules.old.remove(ready, self.healthy(instance));
+                if leaving {
+                    rules.leaving.remove(ready, self.healthy(instance));
+                }
                 // Whether it is frozen was settled when the look began.
                 victims.push(instance);
             }
@@ -232,7 +250,11 @@ impl<'a> Rollout<'a> {
 
     /// The lowest ordinals that no wanted instance of the current template has.
     pub(crate) fn free_ordinals(&self) -> impl Iterator<Item = u32> + use<'a> {
-        let (entry, template) = (self.entry, self.meant.template);
+        self.free_ordinals_of(self.meant.template)
+    }
+
+    pub(crate) fn free_ordinals_of(&self, template: u64) -> impl Iterator<Item = u32> + use<'a> {
+        let entry = self.entry;
         let mut taken: Option<BTreeSet<u32>> = None;
         (0..).filter(move |ordinal| {
             let wanted = || entry.instances.values().filter(|i| i.wanted() && i.template_version == template);

@@ -2,7 +2,8 @@
 //! added or taken away then. Plan counts once and chooses; apply counts once per command and checks each step.
 //!
 //! *Start-first*: a new instance is started beside the old ones, at most `max_parallel` not healthy at a time, and
-//! an old one stops once a healthy new one stands for it. *Stop-first* (fixed ports, `per_host`): at most
+//! an old one stops once a healthy new one stands for it. *Canary*: so many new ones come beside (stop-first: in the
+//! place of) old ones, and the rest waits for a promotion. *Stop-first* (fixed ports, `per_host`): at most
 //! `max_parallel` slots are empty or not healthy at a time; those that stand in nobody's place go as others come.
 
 /// What the rules depend on.
@@ -14,10 +15,14 @@ pub(crate) struct Rules {
     pub(crate) stop_first: bool,
     /// The deployment has failed, is paused or cancelled.
     pub(crate) halted: bool,
+    /// Not yet promoted: so many of the new template and no more; 0: all.
+    pub(crate) canary: usize,
     /// Of the template wanted now, on a host where they may stay.
     pub(crate) current: Count,
     /// To be replaced: of another template, or on a host that they have to leave.
     pub(crate) old: Count,
+    /// Those among the old that are of another template, on a host that is being drained.
+    pub(crate) leaving: Count,
     /// In nobody's place, to go once enough others are ready.
     pub(crate) spare: Count,
     /// Those among the old and the spare that are of another template.
@@ -53,9 +58,24 @@ impl Rules {
         self.halted && self.old_templates > 0
     }
 
+    /// The version before still stands, and is given up only after a promotion.
+    pub(crate) fn canarying(&self) -> bool {
+        self.canary > 0 && self.old_templates > 0
+    }
+
+    /// What runs of the version before stays as it is, whatever the new one does.
+    fn holds_old(&self) -> bool {
+        self.frozen() || (self.canarying() && self.old.all <= self.slots)
+    }
+
+    /// Instances of the current template that there shall be, as far as has been decided.
+    pub(crate) fn wanted_current(&self) -> usize {
+        if self.canarying() { self.canary.min(self.slots) } else { self.slots }
+    }
+
     /// How many instances of the current template may be added now.
     pub(crate) fn may_add(&self) -> usize {
-        let missing = self.slots.saturating_sub(self.current.all);
+        let missing = self.wanted_current().saturating_sub(self.current.all);
         if self.frozen() {
             return 0;
         }
@@ -67,14 +87,55 @@ impl Rules {
             return missing.min(self.slots.saturating_sub(there));
         }
         let unhealthy = self.current.all - self.current.healthy;
-        let spare = self.slots.saturating_add(self.max_parallel).saturating_sub(there);
+        let beside = if self.canarying() { self.canary.max(self.max_parallel) } else { self.max_parallel };
+        let spare = self.slots.saturating_add(beside).saturating_sub(there);
         missing.min(self.max_parallel.saturating_sub(unhealthy)).min(spare)
     }
 
-    /// Whether an old instance may be stopped. `held`: what the service needs is not ready, so a new one could not
+    /// How many instances of the version before may be placed anew while it is held, in the place of those on hosts
+    /// that are being drained: the wait for a decision must not hold up a drain.
+    pub(crate) fn may_move(&self) -> usize {
+        if !self.holds_old() {
+            return 0;
+        }
+        let unhealthy = self.staying_old() - self.staying_old_healthy();
+        let stand = self.current.healthy + self.staying_old();
+        let missing = self.slots.saturating_sub(stand).min(self.leaving.all);
+        missing.min(self.max_parallel.saturating_sub(unhealthy))
+    }
+
+    /// Whatever of the version before goes now goes because of its host.
+    pub(crate) fn only_leaves(&self) -> bool {
+        self.holds_old()
+    }
+
+    /// Whether one of the version before may leave a host that is being drained, though the version is held.
+    pub(crate) fn may_leave(&self, ready: bool) -> bool {
+        let stand = self.current.healthy + self.staying_old_healthy();
+        let all_ready = self.current.healthy + self.old.ready;
+        stand + self.leaving.all > self.slots && (!ready || all_ready > self.slots)
+    }
+
+    fn staying_old(&self) -> usize {
+        self.old.all - self.leaving.all
+    }
+
+    fn staying_old_healthy(&self) -> usize {
+        self.old.healthy - self.leaving.healthy
+    }
+
+    /// Whether an old instance may be stopped. `leaving`: it is one of those. `held`: what the service needs is not ready, so a new one could not
     /// take its place.
-    pub(crate) fn may_replace(&self, ready: bool, other_template: bool, held: bool) -> bool {
+    pub(crate) fn may_replace(&self, ready: bool, other_template: bool, leaving: bool, held: bool) -> bool {
+        if self.holds_old() && leaving && self.may_leave(ready) {
+            return true;
+        }
         if self.frozen() && other_template {
+            return false;
+        }
+        // Stop-first has to make the room that its canaries take.
+        let makes_room = self.stop_first && self.slots.saturating_sub(self.old.all) < self.wanted_current();
+        if self.holds_old() && other_template && !makes_room {
             return false;
         }
         let all_ready = self.current.healthy + self.old.ready;
@@ -141,7 +202,7 @@ mod tests {
             ((3, 2), (1, 1), 0, false),
         ] {
             let rules = rules(false, current, old);
-            let found = (rules.may_add(), rules.may_replace(true, true, false));
+            let found = (rules.may_add(), rules.may_replace(true, true, false, false));
             assert_eq!(found, (add, replace_ready), "{current:?} {old:?}");
         }
     }
@@ -156,9 +217,9 @@ mod tests {
             ((1, 1), (2, 1), 0, false),
         ] {
             let rules = rules(true, current, old);
-            let found = (rules.may_add(), rules.may_replace(true, true, false));
+            let found = (rules.may_add(), rules.may_replace(true, true, false, false));
             assert_eq!(found, (add, replace_ready), "{current:?} {old:?}");
-            assert!(!rules.may_replace(true, true, true), "held back");
+            assert!(!rules.may_replace(true, true, false, true), "held back");
         }
     }
 
@@ -179,10 +240,56 @@ mod tests {
     }
 
     #[test]
+    fn canaries_come_beside_the_old_ones_and_the_rest_waits() {
+        let canary = |stop_first, current, old| Rules {
+            canary: 2,
+            max_parallel: 2,
+            ..rules(stop_first, current, old)
+        };
+        for (stop_first, current, old, add, replace_ready) in [
+            (false, (0, 0), (3, 3), 2, false),
+            (false, (1, 0), (3, 3), 1, false),
+            (false, (2, 2), (3, 3), 0, false),
+            (true, (0, 0), (3, 3), 0, true),
+            (true, (0, 0), (2, 2), 1, true),
+            (true, (0, 0), (1, 1), 2, false),
+            (true, (2, 2), (1, 1), 0, false),
+        ] {
+            let rules = canary(stop_first, current, old);
+            let found = (rules.may_add(), rules.may_replace(true, true, false, false));
+            assert_eq!(found, (add, replace_ready), "{stop_first} {current:?} {old:?}");
+        }
+        let promoted = Rules { canary: 0, ..canary(false, (2, 2), (3, 3)) };
+        assert!(promoted.may_replace(true, true, false, false));
+    }
+
+    #[test]
+    fn what_is_held_leaves_a_host_that_is_drained() {
+        let leaving = |all| Count { all, ready: all, healthy: all };
+        let halted =
+            |current, old, left| Rules { halted: true, leaving: leaving(left), ..rules(false, current, old) };
+        for (current, old, left, moves, leaves) in [
+            ((1, 0), (3, 3), 1, 1, false),
+            ((1, 0), (4, 3), 1, 0, false),
+            ((1, 0), (4, 4), 1, 0, true),
+            ((1, 1), (2, 2), 1, 1, false),
+            ((1, 0), (3, 3), 0, 0, false),
+        ] {
+            let rules = halted(current, old, left);
+            assert_eq!(
+                (rules.may_move(), rules.may_leave(true)),
+                (moves, leaves),
+                "{current:?} {old:?} {left}"
+            );
+            assert!(!rules.may_replace(true, true, false, false), "the others stay");
+        }
+    }
+
+    #[test]
     fn a_halted_deployment_replaces_no_other_template() {
         let halted = Rules { halted: true, ..rules(false, (1, 1), (3, 3)) };
-        assert_eq!((halted.may_add(), halted.may_replace(true, true, false)), (0, false));
+        assert_eq!((halted.may_add(), halted.may_replace(true, true, false, false)), (0, false));
         let only_moving = Rules { old_templates: 0, ..halted };
-        assert!(!only_moving.frozen() && only_moving.may_replace(true, false, false));
+        assert!(!only_moving.frozen() && only_moving.may_replace(true, false, false, false));
     }
 }

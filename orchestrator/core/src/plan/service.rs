@@ -135,12 +135,12 @@ impl<'a> Planner<'_, 'a> {
     fn place_all(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> bool {
         let rollout = self.rollout;
         let again = self.due_again(excess);
-        let new = rollout.rules.may_add();
-        if again.is_empty() && new == 0 {
+        let (new, moves) = (rollout.rules.may_add(), rollout.rules.may_move());
+        if again.is_empty() && new == 0 && moves == 0 {
             return false;
         }
         if rollout.held() {
-            self.plan.missing = again.len() + new;
+            self.plan.missing = again.len() + new + moves;
             self.plan.reasons =
                 rollout.missing_needs().map(|name| needs_reason(rollout.state, name)).collect();
             return false;
@@ -156,6 +156,9 @@ impl<'a> Planner<'_, 'a> {
             if self.plan.cut {
                 return false;
             }
+        }
+        if let Err(why) = self.place_moved(moves, &mut placer) {
+            refusals = why;
         }
         let wanted = Reservation::of(rollout.manifest);
         let placed = match rollout.manifest.per_host {
@@ -251,6 +254,32 @@ impl<'a> Planner<'_, 'a> {
         }
     }
 
+    /// Anew, under its own version: one of the version before, which has to leave its host and is not replaced yet.
+    fn place_moved(&mut self, moves: usize, placer: &mut Placer<'a>) -> Result<(), Rc<Refusals>> {
+        let rollout = self.rollout;
+        let leaving = rollout.old.iter().filter(|instance| rollout.leaves(instance));
+        let mut taken: BTreeSet<(u64, u32)> = BTreeSet::new();
+        for (placed, instance) in leaving.take(moves).enumerate() {
+            let (version, template) = (instance.version, instance.template_version);
+            let Some(manifest) = rollout.entry.manifest(version) else { continue };
+            if self.plan.steps.len() >= self.budget {
+                self.plan.cut = true;
+                return Ok(());
+            }
+            let (conditions, wanted) = (Conditions::of(manifest), Reservation::of(manifest));
+            let request = Request { conditions: &conditions, wanted: &wanted };
+            let host = placer
+                .place(self.fleet, version, &request, None)
+                .inspect_err(|_| self.plan.missing += moves - placed)?;
+            let ordinal = rollout.free_ordinals_of(template).find(|free| !taken.contains(&(template, *free)));
+            let ordinal = ordinal.unwrap_or_default();
+            taken.insert((template, ordinal));
+            let place = self.placement(version, host, ordinal);
+            self.push(Step::Place(place));
+        }
+        Ok(())
+    }
+
     fn place_count(
         &mut self,
         new: usize,
@@ -333,13 +362,32 @@ impl<'a> Planner<'_, 'a> {
         let spared: BTreeSet<u64> = placed.chain(excess.iter().map(|instance| instance.id)).collect();
         let mut victims = rollout.replaceable(blocked);
         victims.retain(|victim| !spared.contains(&victim.id));
-        let reason = format!("replaced by version {}", rollout.entry.record.version);
-        self.stop_each(&victims, &reason);
+        for victim in victims {
+            self.stop_each(&[victim], &self.why_replaced(victim));
+        }
         if rollout.old.is_empty() && rollout.spare.is_empty() && rollout.over() {
             return;
         }
-        for instance in rollout.current.iter().filter(|i| i.ready() && !rollout.healthy(i)) {
+        // Those of the version before stand for others only while some of them leave their hosts.
+        let standing = if rollout.rules.leaving.all > 0 { rollout.old.as_slice() } else { &[] };
+        let waiting = rollout.current.iter().chain(standing);
+        for instance in waiting.filter(|i| i.ready() && !rollout.healthy(i)) {
             self.wake_at(rollout.times.healthy_at(instance));
+        }
+    }
+
+    fn why_replaced(&self, instance: &Arc<pb::InstanceRecord>) -> String {
+        let rollout = self.rollout;
+        let record = &rollout.entry.record;
+        let moved = instance.template_version == record.template_version
+            || (rollout.rules.only_leaves() && rollout.leaves(instance));
+        if !moved {
+            return format!("replaced by version {}", record.version);
+        }
+        let host = rollout.state.host(instance.host());
+        match host.filter(|host| host.draining) {
+            Some(host) => format!("{} is being drained", host.shown()),
+            None => "no longer meant for this host".to_owned(),
         }
     }
 

@@ -77,8 +77,9 @@ impl Standing {
             Kind::Current => self.tally(state, entry).rules.may_drop(ready),
             Kind::Old => {
                 let held = self.held(state, entry);
+                let leaving = other_template && self.meant.is_drained(state, instance);
                 let rules = self.tally(state, entry).rules;
-                rules.may_replace(ready, other_template, held) || rules.may_make_room(ready)
+                rules.may_replace(ready, other_template, leaving, held) || rules.may_make_room(ready)
             }
         }
     }
@@ -108,6 +109,9 @@ impl Standing {
                     change(count, ready, healthy);
                     if other_template {
                         rules.old_templates = rules.old_templates + count.all - all;
+                        if kind == Kind::Old && meant.is_drained(state, instance) {
+                            change(&mut rules.leaving, ready, healthy);
+                        }
                     }
                 }
                 Kind::Surplus | Kind::Away | Kind::Stopping => {}
@@ -149,13 +153,34 @@ impl Standing {
         template: u64,
     ) -> bool {
         let host = HostId(step.host_id);
+        let moved = self.is_moved(state, entry, step.version);
         let meant_here = !self.meant.per_host || self.meant.slot_hosts.contains(&host);
         let tally = self.tally(state, entry);
-        step.version == entry.record.version
-            && tally.rules.may_add() > 0
+        let open = match step.version == entry.record.version {
+            true => tally.rules.may_add(),
+            false => {
+                if moved {
+                    tally.rules.may_move()
+                } else {
+                    0
+                }
+            }
+        };
+        open > 0
             && !tally.ordinals.contains(&(template, step.ordinal))
             && meant_here
             && !tally.on_host.contains_key(&host)
+    }
+
+    /// One of this earlier version has to leave a host that is being drained.
+    fn is_moved(&self, state: &ClusterState, entry: &ServiceEntry, version: u64) -> bool {
+        let leaves = |i: &pb::InstanceRecord| {
+            i.version == version
+                && i.template_version != self.meant.template
+                && self.meant.kind(state, i) == Kind::Old
+                && self.meant.is_drained(state, i)
+        };
+        version != entry.record.version && entry.instances.values().any(|instance| leaves(instance))
     }
 
     fn may_place_again(

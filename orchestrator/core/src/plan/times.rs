@@ -7,6 +7,7 @@ use nave_proto::pb::DeploymentStatus;
 use crate::leases::fence_ms;
 use crate::limits::{
     LOSS_DELAY_MAX_NS, LOSS_DELAY_NS, LOSS_MEMORY_NS, RESCHEDULE_DELAY_MAX_NS, RESCHEDULE_DELAY_NS,
+    UNPROBED_READY_NS,
 };
 use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::{InstanceExt as _, ManifestExt as _};
@@ -22,8 +23,10 @@ pub(crate) struct Times<'a> {
 impl<'a> Times<'a> {
     pub(crate) fn of(entry: &'a ServiceEntry, now: i64) -> Self {
         let waits = entry.record.deployment.as_ref().is_none_or(|deployment| deployment.from_version != 0);
-        // A service's first version replaces nothing, so nothing waits for it.
-        let min_ready_ns = entry.current().filter(|_| waits).map_or(0, |manifest| manifest.min_ready_ns());
+        // A service's first version replaces nothing, so nothing waits for it longer than to believe it.
+        let said = entry.current().filter(|_| waits).map_or(0, |manifest| manifest.min_ready_ns());
+        let unprobed = entry.current().is_some_and(|manifest| !manifest.is_probed());
+        let min_ready_ns = said.max(if unprobed { UNPROBED_READY_NS } else { 0 });
         Self { entry, now, min_ready_ns }
     }
 

@@ -6,6 +6,7 @@
 mod cluster;
 mod hosts;
 mod members;
+mod model;
 mod placement;
 mod random;
 mod reports;

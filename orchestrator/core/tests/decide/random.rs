@@ -15,8 +15,8 @@ use nave_proto::pb::{DeploymentStatus, HostStatus};
 use proptest::prelude::*;
 
 use crate::world::{
-    MIB, SECOND, World, apply, delete, exited, facts, failed, forget, manifest, report, restart, rollback,
-    running, scale, seconds, status_of,
+    MIB, SECOND, World, apply, delete, exited, facts, failed, forget, manifest, pause, probe, promote,
+    report, restart, rollback, running, scale, seconds, status_of,
 };
 
 const SERVICES: [&str; 4] = ["api", "db", "web", "zoo"];
@@ -29,6 +29,8 @@ enum Op {
     Restart(usize),
     Rollback(usize, u64),
     Delete(usize),
+    Pause(usize, bool),
+    Promote(usize),
     Join(usize),
     Status(usize, HostStatus),
     /// Lost, and back a moment later.
@@ -88,8 +90,11 @@ fn manifests() -> impl Strategy<Value = pb::Manifest> {
                     min_ready: seconds(min_ready * 5),
                     progress_deadline: seconds(60),
                     auto_revert: revert,
-                    canary: 0,
+                    canary: if command == 2 { 1 } else { 0 },
                 });
+                if count != 1 {
+                    manifest.health = Some(pb::Health { ready: Some(probe()), live: None });
+                }
                 if port {
                     let fixed = pb::Port { service_port: 80, port: 8080, ..Default::default() };
                     manifest.ports.insert("http".into(), fixed);
@@ -122,7 +127,9 @@ fn ops() -> impl Strategy<Value = Op> {
         2 => (service.clone(), 0u32..5).prop_map(|(s, count)| Op::Scale(s, count)),
         1 => service.clone().prop_map(Op::Restart),
         1 => (service.clone(), 0u64..4).prop_map(|(s, to)| Op::Rollback(s, to)),
-        1 => service.prop_map(Op::Delete),
+        1 => service.clone().prop_map(Op::Delete),
+        2 => (service.clone(), prop::bool::weighted(0.5)).prop_map(|(s, paused)| Op::Pause(s, paused)),
+        2 => service.prop_map(Op::Promote),
         2 => host.clone().prop_map(Op::Join),
         2 => (host.clone(), status).prop_map(|(h, status)| Op::Status(h, status)),
         2 => host.clone().prop_map(Op::Flap),
@@ -176,6 +183,8 @@ impl History {
             Op::Restart(service) => self.send(restart(SERVICES[service])),
             Op::Rollback(service, to) => self.send(rollback(SERVICES[service], to)),
             Op::Delete(service) => self.send(delete(SERVICES[service])),
+            Op::Pause(service, paused) => self.send(pause(SERVICES[service], paused)),
+            Op::Promote(service) => self.send(promote(SERVICES[service])),
             Op::Join(host) => self.join(HOSTS[host]),
             Op::Status(host, status) => {
                 if let Some(record) = self.world.state.host_by_name(HOSTS[host]) {
@@ -354,7 +363,8 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
                 "{name}: {was} were ready, {is} are, {floor} is the least: {record:?}"
             );
         }
-        let ceiling = slots + if stop_first { 0 } else { parallel };
+        let canary = manifest.update.as_ref().map_or(0, |update| update.canary as usize);
+        let ceiling = slots + if stop_first { 0 } else { parallel.max(canary) };
         // One of `per_host` on a lost host waits there for its return and stands for nothing.
         let count = if manifest.per_host { wanted_here } else { wanted };
         let (had, has) = (count(before, name), count(after, name));
@@ -497,6 +507,14 @@ fn converges(mut world: World) {
             full: true,
             ..Default::default()
         }));
+    }
+    // Whatever waits for a person gets its word.
+    for name in SERVICES {
+        drop(world.try_apply(pause(name, false)));
+    }
+    world.settle_for(3 * 3600);
+    for name in SERVICES {
+        drop(world.try_apply(promote(name)));
     }
     world.settle_for(3 * 3600);
     assert_eq!(world.steps(), [], "it is quiet");

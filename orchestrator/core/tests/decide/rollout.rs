@@ -3,11 +3,12 @@
 use nave_orchestrator_core::plan;
 use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
+use nave_proto::pb::observed::{BackingOff, State};
 use nave_proto::pb::plan_step::Step;
 
 use crate::world::{
-    SECOND, World, changed, delete, exited, failed, manifest, restart, rollback, running, scale, seconds,
-    with_cpu, with_port, with_update,
+    SECOND, World, changed, delete, exited, failed, manifest, pause, promote, restart, rollback, running,
+    scale, seconds, with_cpu, with_port, with_update,
 };
 
 fn by_version(world: &World, name: &str) -> Vec<(u64, usize)> {
@@ -508,4 +509,129 @@ fn a_stale_stop_never_takes_a_ready_one_in_place_of_an_unready_one() {
     let mut world = stop_after_another_turned_unready(&with_port(manifest("web", 3), 8080));
     world.settle();
     assert_eq!(by_version(&world, "web"), [(2, 3)]);
+}
+
+fn with_canary(manifest: pb::Manifest, canary: u32) -> pb::Manifest {
+    with_update(manifest, |update| update.canary = canary)
+}
+
+#[test]
+fn canaries_run_beside_the_old_ones_until_a_person_promotes_them() {
+    let first = with_canary(manifest("web", 3), 1);
+    let mut world = deployed(&first);
+    assert_eq!(world.service("web").deployment.as_ref().unwrap().canary, 0, "a first version has none");
+    world.deploy(changed(&first, "two"));
+    assert!(world.refuse(promote("web")).1.contains("0 of 1 canaries of web are ready"));
+    world.settle_for(3600);
+    assert_eq!((by_version(&world, "web"), world.ready("web")), (vec![(1, 3), (2, 1)], 4));
+    assert_eq!(world.status("web"), DeploymentStatus::Running, "waiting for a person never fails");
+    let waits = nave_orchestrator_core::waits_for(&world.state, "web").unwrap();
+    assert_eq!(waits, "1 canary is ready, and the rest of version 2 waits for `nave promote web`");
+    // Scaled, it waits on.
+    world.accept(scale("web", 4));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 3), (2, 1)], "the canary stands for the fourth");
+    world.accept(promote("web"));
+    for _ in 0..20 {
+        world.plan_once();
+        assert!(world.ready("web") >= 4);
+        world.agents();
+    }
+    assert_eq!(by_version(&world, "web"), [(2, 4)]);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+    assert!(world.refuse(promote("web")).1.contains("no canaries"));
+}
+
+#[test]
+fn stop_first_canaries_take_the_place_of_old_ones() {
+    let first = with_canary(with_port(manifest("web", 3), 8080), 2);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.settle_for(600);
+    assert_eq!((by_version(&world, "web"), world.ready("web")), (vec![(1, 1), (2, 2)], 3));
+    world.accept(promote("web"));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(2, 3)]);
+}
+
+#[test]
+fn a_bad_canary_is_taken_back_and_the_way_back_needs_no_promotion() {
+    let first = with_canary(manifest("web", 3), 1);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.settle_for(3600);
+    let canary = world.wanted("web").into_iter().find(|instance| instance.template_version == 2).unwrap();
+    world.say(canary.id, running(false));
+    world.plan_all();
+    assert_eq!(world.service("web").version, 2, "one bad answer after an hour is given its patience");
+    world.now += 120 * SECOND;
+    world.plan_all();
+    assert_eq!(world.service("web").version, 3);
+    world.settle();
+    assert_eq!(
+        (by_version(&world, "web"), world.status("web")),
+        (vec![(1, 3)], DeploymentStatus::Successful)
+    );
+}
+
+#[test]
+fn a_paused_deployment_stands_still_and_never_fails() {
+    let first = manifest("web", 3);
+    let mut world = deployed(&first);
+    assert!(world.refuse(pause("web", true)).1.contains("nothing to pause"));
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    world.accept(pause("web", true));
+    world.settle_for(3600);
+    assert_eq!(
+        (by_version(&world, "web"), world.status("web")),
+        (vec![(1, 3), (2, 1)], DeploymentStatus::Paused)
+    );
+    world.accept(scale("web", 2));
+    world.settle();
+    assert_eq!(world.status("web"), DeploymentStatus::Paused, "scaled, it stays paused");
+    assert!(world.ready("web") >= 2);
+    world.accept(pause("web", false));
+    world.settle();
+    assert_eq!(
+        (by_version(&world, "web"), world.status("web")),
+        (vec![(2, 2)], DeploymentStatus::Successful)
+    );
+    assert!(world.refuse(pause("web", false)).1.contains("is not paused"));
+}
+
+#[test]
+fn what_nothing_probes_is_believed_only_after_a_moment() {
+    let first = pb::Manifest { health: None, ..manifest("web", 2) };
+    let mut world = World::with_hosts(2);
+    world.deploy(first.clone());
+    world.settle();
+    assert_eq!((world.ready("web"), world.status("web")), (2, DeploymentStatus::Running));
+    world.settle_for(1);
+    assert_eq!((world.status("web"), world.service("web").stable_version), (DeploymentStatus::Successful, 1));
+    // One that ends at once replaces nothing and is never stable.
+    world.deploy(changed(&first, "crash"));
+    for attempt in 1..6 {
+        world.plan_all();
+        let new = world.wanted("web").into_iter().find(|i| i.template_version == 2).unwrap();
+        world.report(new.host_id, crate::world::report(&new, attempt, running(true)));
+        world.plan_all();
+        world.now += SECOND / 2;
+        world.plan_all();
+        assert!(world.ready("web") >= 2);
+        let new = world.wanted("web").into_iter().find(|i| i.template_version == 2).unwrap();
+        let state = if attempt == 5 { failed() } else { State::BackingOff(BackingOff::default()) };
+        world.report(new.host_id, crate::world::report(&new, attempt, state));
+    }
+    world.settle_for(1);
+    let service = world.service("web");
+    assert_eq!((service.version, service.stable_version, by_version(&world, "web")), (3, 3, vec![(1, 2)]));
+}
+
+#[test]
+fn one_that_leaves_its_host_is_said_to_leave_it() {
+    let mut world = deployed(&manifest("web", 3));
+    world.set_draining("beta", true);
+    world.settle();
+    assert!(world.last_event("instance_stopping").ends_with(": beta is being drained"));
 }

@@ -365,6 +365,14 @@ pub(crate) fn restart(name: &str) -> Body {
     Body::RestartService(pb::RestartService { name: name.into() })
 }
 
+pub(crate) fn pause(name: &str, paused: bool) -> Body {
+    Body::SetServicePaused(pb::SetServicePaused { name: name.into(), paused })
+}
+
+pub(crate) fn promote(name: &str) -> Body {
+    Body::PromoteService(pb::PromoteService { name: name.into() })
+}
+
 pub(crate) fn rollback(name: &str, to_version: u64) -> Body {
     Body::RollbackService(pb::RollbackService { name: name.into(), to_version })
 }
@@ -399,9 +407,15 @@ pub(crate) fn manifest(name: &str, count: u32) -> pb::Manifest {
         name: name.into(),
         command: vec!["serve".into()],
         count,
+        health: Some(pb::Health { ready: Some(probe()), live: None }),
         update: Some(pb::Update { max_parallel: 1, auto_revert: true, ..Default::default() }),
         ..Default::default()
     }
+}
+
+/// So that an instance is ready by its agent's word, at once.
+pub(crate) fn probe() -> pb::Probe {
+    pb::Probe { check: Some(pb::probe::Check::Tcp(true)), ..Default::default() }
 }
 
 /// The same service with another command, so that it needs new processes.
