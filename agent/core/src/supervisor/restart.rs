@@ -1,8 +1,7 @@
 //! Whether and when an ended process is started again (orchestration.md 4.6).
 //!
-//! The first failure after a while of good running is answered at once, since most are one-off and every
-//! millisecond is an outage. After that the waits double, so that a broken program costs little. A ready minute
-//! wipes the slate. A sliding budget ends it, so that the hub can try another host.
+//! An end after a while of good running is answered at once, since most are one-off and every millisecond is an
+//! outage. Others wait, twice as long each time, so that a broken program costs little. A ready minute wipes the slate. A sliding budget ends it, so that the hub can try another host.
 
 use std::time::Duration;
 
@@ -29,7 +28,7 @@ const WINDOW_RESTARTS_MAX: usize = 1_000;
 pub struct RestartMemory {
     /// Restarts decided in this epoch.
     pub restarts: u32,
-    /// 0: fresh, a restart at once is allowed; else the next wait is 100 ms * 2^(step-1).
+    /// The next wait is 100 ms * 2^(step-1), and 0 stands for 1; a process that ran well does not wait.
     pub step: u32,
     /// When restarts were decided, oldest first; those inside the budget's window.
     pub window: Vec<Monotonic>,
@@ -82,8 +81,7 @@ impl RestartMemory {
 
     /// A wait without its place in the budget, for what is not the process's fault.
     pub fn next_delay<R: Rng + ?Sized>(&mut self, rng: &mut R, uptime: Duration) -> Duration {
-        if self.step == 0 && uptime >= UPTIME_FOR_RESTART_AT_ONCE {
-            self.step = 1;
+        if uptime >= UPTIME_FOR_RESTART_AT_ONCE {
             return Duration::ZERO;
         }
         self.step = self.step.max(1);
@@ -233,12 +231,13 @@ mod tests {
     }
 
     #[test]
-    fn first_failure_after_ten_seconds_is_answered_at_once_and_only_the_first() {
+    fn an_end_after_ten_seconds_is_answered_at_once_every_time_and_forgets_nothing() {
         let mut memory = RestartMemory::default();
         let rng = &mut StdRng::seed_from_u64(1);
-        assert_eq!(memory.next_delay(rng, LONG), Duration::ZERO);
         for expected in [100, 200, 400] {
-            let delay = memory.next_delay(rng, LONG);
+            assert_eq!(memory.next_delay(rng, LONG), Duration::ZERO);
+            assert_eq!(memory.next_delay(rng, LONG), Duration::ZERO);
+            let delay = memory.next_delay(rng, QUICK);
             assert!(within(delay, expected), "{delay:?} for {expected} ms");
         }
     }
