@@ -52,6 +52,20 @@ pub(crate) fn members(spawn: &pb::Spawn) -> BTreeSet<u32> {
     pids
 }
 
+/// Whether a process is in this very directory.
+pub(crate) fn is_in(dir: &str, pid: u32) -> bool {
+    let text = fs::read_to_string(Path::new(dir).join("cgroup.procs")).unwrap_or_default();
+    text.lines().any(|line| line.parse() == Ok(pid))
+}
+
+/// The cgroup2 directory, for a child to be made in; none when there is none.
+pub(crate) fn open(spawn: &pb::Spawn) -> Option<fs::File> {
+    if spawn.cgroup2.is_empty() {
+        return None;
+    }
+    fs::File::open(&spawn.cgroup2).ok()
+}
+
 fn collect(dir: &Path, pids: &mut BTreeSet<u32>) {
     let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0));

@@ -193,8 +193,10 @@ impl Keeper {
             .map_err(|_| stub(io::ErrorKind::InvalidInput.into()))?;
         let oom_kills = cgroup::oom_kills(spawn);
         let inherit = [memory.as_fd(), theirs.as_fd(), stdout.as_fd(), stderr.as_fd()];
-        let pid =
-            sys::fork_exec(&argv[0], &argv, &inherit, theirs.as_fd(), Step::Stub as u8).map_err(stub)?;
+        let group = cgroup::open(spawn);
+        let group = group.as_ref().map(AsFd::as_fd);
+        let pid = sys::fork_exec(&argv[0], &argv, &inherit, group, theirs.as_fd(), Step::Stub as u8)
+            .map_err(stub)?;
         // From here on a failure drops our end of the channel, which ends the stub.
         let pidfd = sys::pidfd_open(pid).map_err(stub)?;
         let stat = Stat::read(pid).map_err(stub)?;

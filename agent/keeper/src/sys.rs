@@ -100,7 +100,8 @@ pub(crate) fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
 
 /// Forks, keeps exactly `inherit` (and stderr) across the exec, and executes `program` with `argv` and no
 /// environment. When even that fails, the child sends `failure` followed by errno (4 bytes, little-endian) to
-/// `report` and ends.
+/// `report` and ends. The child begins its life in the cgroup2 directory `cgroup` where that is possible, else where
+/// we are.
 ///
 /// # Errors
 /// The fork's.
@@ -109,6 +110,7 @@ pub(crate) fn fork_exec(
     program: &CStr,
     argv: &[CString],
     inherit: &[BorrowedFd<'_>],
+    cgroup: Option<BorrowedFd<'_>>,
     report: BorrowedFd<'_>,
     failure: u8,
 ) -> io::Result<u32> {
@@ -119,12 +121,12 @@ pub(crate) fn fork_exec(
     let mut message = [failure, 0, 0, 0, 0];
     // SAFETY: the child calls async-signal-safe functions only (fcntl, execve, send, _exit) on memory prepared above.
     unsafe {
-        let pid = libc::fork();
+        let pid = fork_into(cgroup);
         if pid < 0 {
             return Err(io::Error::last_os_error());
         }
         if pid > 0 {
-            return Ok(pid.unsigned_abs());
+            return u32::try_from(pid).map_err(|_| io::ErrorKind::InvalidData.into());
         }
         for fd in inherit {
             libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0);
@@ -133,6 +135,31 @@ pub(crate) fn fork_exec(
         message[1..].copy_from_slice(&(*libc::__errno_location()).to_le_bytes());
         libc::send(report.as_raw_fd(), message.as_ptr().cast(), message.len(), libc::MSG_NOSIGNAL);
         libc::_exit(127)
+    }
+}
+
+/// fork, into a cgroup2 directory where the kernel can do that (from 5.7 on) and the directory takes it.
+///
+/// # Safety
+/// As fork in a process with threads: the child may call async-signal-safe functions only.
+#[expect(unsafe_code, reason = "the C library has no clone3")]
+unsafe fn fork_into(cgroup: Option<BorrowedFd<'_>>) -> libc::c_long {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    // struct clone_args, of which flags, exit_signal and cgroup are wanted.
+    let mut arguments = [0_u64; 11];
+    // SAFETY: the kernel reads as many bytes as we say, of an array that lives; no memory is shared with the child, and
+    // what it may call is the caller's promise.
+    unsafe {
+        if let Some(cgroup) = cgroup {
+            arguments[0] = CLONE_INTO_CGROUP;
+            arguments[4] = u64::from(libc::SIGCHLD.unsigned_abs());
+            arguments[10] = u64::from(cgroup.as_raw_fd().unsigned_abs());
+            let pid = libc::syscall(libc::SYS_clone3, arguments.as_ptr(), size_of_val(&arguments));
+            if pid >= 0 {
+                return pid;
+            }
+        }
+        libc::fork().into()
     }
 }
 
