@@ -94,7 +94,7 @@ fn open_to_services(path: &Path) -> std::io::Result<()> {
     }
 }
 
-fn check_format(path: &Path) -> Result<(), DataDirError> {
+pub(crate) fn check_format(path: &Path) -> Result<(), DataDirError> {
     let file = path.join("format");
     let shown = path.display().to_string();
     match std::fs::read_to_string(&file) {

@@ -6,13 +6,16 @@
 //! repeated by the next agent.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind, Starting, State};
 use nave_agent_core::{Action, Input, Monotonic, Order, Reconciler, Supervisor, WallOffset};
+use nave_keeper::witness::Witness;
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
+use parking_lot::Mutex;
 use pb::hub_message::Message as FromHub;
 use pb::keeper_reply::Reply;
 use pb::ledger_record::Record;
@@ -93,6 +96,7 @@ pub(crate) struct HostTask {
     /// What the keeper was told to keep of the output of each placement that it runs.
     log_limits: BTreeMap<(InstanceId, u64), pb::LogLimits>,
     prune_at: Monotonic,
+    witness: Arc<Mutex<Witness>>,
 }
 
 impl std::fmt::Debug for HostTask {
@@ -124,7 +128,13 @@ impl HostTask {
             alarms: Alarms::default(),
             log_limits: BTreeMap::new(),
             prune_at: clock::monotonic() + PRUNE_EVERY,
+            witness: Arc::default(),
         }
+    }
+
+    /// With one that has watched the processes already.
+    pub(crate) fn witnessed_by(self, witness: Arc<Mutex<Witness>>) -> Self {
+        Self { witness, ..self }
     }
 
     /// Runs until `shutdown`, at the end of a turn; processes are left alone.
@@ -194,8 +204,9 @@ impl HostTask {
 
     fn keeper_event(&mut self, event: KeeperEvent, work: &mut Work) -> Result<(), RunError> {
         match event {
-            KeeperEvent::Exited(exit) => {
+            KeeperEvent::Exited(mut exit) => {
                 self.metrics.process_exits.inc();
+                self.witness.lock().explain(&mut exit);
                 work.orders.extend(self.reconciler.exited(clock::monotonic(), &mut rand::rng(), *exit));
             }
             KeeperEvent::OutputDropped(dropped) => {
@@ -211,11 +222,9 @@ impl HostTask {
                 let input = match *result {
                     Ok(Reply::Spawned(spawned)) => {
                         self.metrics.process_starts.inc();
-                        Input::Spawned {
-                            key,
-                            process: spawned.process.unwrap_or_default(),
-                            started_unix_ns: spawned.started_unix_ns,
-                        }
+                        let process = spawned.process.unwrap_or_default();
+                        self.witness.lock().watch(&process);
+                        Input::Spawned { key, process, started_unix_ns: spawned.started_unix_ns }
                     }
                     other => Input::SpawnFailed { key, error: spawn_error(other) },
                 };
@@ -241,6 +250,10 @@ impl HostTask {
             let alive = processes.iter().filter(|process| !process.leftover).count();
             info!(processes = alive, "the keeper has said what it runs");
         }
+        let running = processes.iter().filter(|process| !process.leftover);
+        running
+            .filter_map(|kept| kept.process.as_ref())
+            .for_each(|process| self.witness.lock().watch(process));
         let now = clock::monotonic();
         work.orders.extend(self.reconciler.keeper_processes(now, &mut rand::rng(), processes));
         self.log_limits = processes

@@ -1,8 +1,8 @@
 //! The agent's connection to its keeper: requests with ids answered whenever they are done, events as they come.
 //!
 //! One task reads and one writes, so that neither side can block the other into a deadlock. When the connection
-//! breaks, every waiting caller hears `Lost` and the agent ends: the next keeper starts the next agent, which
-//! adopts what runs. Descriptors are not passed here: the agent holds none that must outlive it.
+//! breaks, every waiting caller hears `Lost` and the agent begins anew with the next keeper (see `run`), from its
+//! ledger and what that keeper says runs. Descriptors are not passed here: the agent holds none that must outlive it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -28,6 +28,9 @@ const REQUESTS: usize = 256;
 const READ_BYTES: usize = 4096;
 /// A keeper that answers nothing for so long is treated as gone.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Between two looks for a keeper.
+const RETRY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeeperError {
@@ -133,14 +136,20 @@ pub(crate) struct KeeperTask {
     last_id: u64,
 }
 
-/// Connects and says hello.
+/// Connects and says hello; a keeper that is not there is waited for as long as `patience`.
 pub(crate) async fn connect(
     data_dir: &Path,
+    patience: Duration,
 ) -> Result<(KeeperHandle, KeeperTask, pb::KeeperWelcome), KeeperError> {
     let path = socket_path(data_dir);
-    let stream = UnixStream::connect(&path)
-        .await
-        .map_err(|source| KeeperError::Absent { path: path.display().to_string(), source })?;
+    let until = tokio::time::Instant::now() + patience;
+    let stream = loop {
+        match UnixStream::connect(&path).await {
+            Ok(stream) => break stream,
+            Err(_) if tokio::time::Instant::now() < until => tokio::time::sleep(RETRY).await,
+            Err(source) => return Err(KeeperError::Absent { path: path.display().to_string(), source }),
+        }
+    };
     tokio::time::timeout(HELLO_TIMEOUT, hello(stream))
         .await
         .map_err(|_| KeeperError::Silent(HELLO_TIMEOUT))?
@@ -354,7 +363,7 @@ mod tests {
         let listener = UnixListener::bind(socket_path(dir.path())).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(fake_keeper(listener));
-        let (handle, task, _) = connect(dir.path()).await.unwrap();
+        let (handle, task, _) = connect(dir.path(), Duration::ZERO).await.unwrap();
         let (events, mut heard) = mpsc::channel(8);
         let mut ends = JoinSet::new();
         ends.spawn(task.run(events));
@@ -376,7 +385,7 @@ mod tests {
     #[tokio::test]
     async fn without_a_keeper_the_error_says_how_to_start_one() {
         let dir = tempfile::tempdir().unwrap();
-        let error = connect(dir.path()).await.unwrap_err();
+        let error = connect(dir.path(), Duration::ZERO).await.unwrap_err();
         assert!(error.to_string().contains("started by `nave agent`"), "{error}");
     }
 }

@@ -92,6 +92,20 @@ impl Ledger {
         Ok((ledger, records))
     }
 
+    /// Reads what is whole and changes nothing; none when there is no file.
+    pub(crate) fn read(path: &Path) -> Result<Vec<pb::LedgerRecord>, LedgerError> {
+        let shown = || path.display().to_string();
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(LedgerError::Io { path: shown(), action: "read", source }),
+        };
+        if !bytes.starts_with(MAGIC) {
+            return Err(LedgerError::Strange { path: shown() });
+        }
+        Ok(read_frames(&bytes).0)
+    }
+
     /// Writes and syncs all of `records`; they are durable once this returns. Blocks on the disk.
     /// After an error the agent must end: what a failed sync left on disk nobody can know.
     pub(crate) fn append(&mut self, records: Vec<Record>) -> Result<(), LedgerError> {

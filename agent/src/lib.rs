@@ -31,7 +31,7 @@ pub use data_dir::DataDirError;
 pub use identity::IdentityError;
 pub use keeper::KeeperError;
 pub use ledger::LedgerError;
-pub use run::{RunError, run};
+pub use run::{RunError, instances_noted, run};
 
 /// An error and its causes in one line, for logs and for messages that travel.
 fn error_chain(error: &dyn std::error::Error) -> String {

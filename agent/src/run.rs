@@ -3,21 +3,25 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use nave_agent_core::Reconciler;
+use nave_keeper::witness::Witness;
 use nave_proto::pb;
+use parking_lot::Mutex;
 use rand::Rng as _;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::api::{Api, Shown};
 use crate::cgroups::Cgroups;
 use crate::clock;
 use crate::config::{AgentConfig, ConfigError};
-use crate::data_dir::{DataDir, DataDirError};
+use crate::data_dir::{DataDir, DataDirError, check_format};
 use crate::executor::Executor;
 use crate::executor::directories::Directories;
 use crate::executor::spawn::SpawnContext;
@@ -38,6 +42,9 @@ const KEEPER_EVENTS: usize = 256;
 const HUB_EVENTS: usize = 16;
 /// Probe results of some hundred instances within a turn.
 const INPUTS: usize = 256;
+/// Its service manager starts it again within a second or two; one that was upgraded is there at once. The keeper gives
+/// an agent that it finds as long to say hello.
+const NEXT_KEEPER_WITHIN: Duration = Duration::from_secs(10);
 
 /// Why an agent ended.
 #[derive(Debug, thiserror::Error)]
@@ -100,8 +107,32 @@ impl RunError {
 }
 
 /// The agent's whole life. Returns `Ok` after `shutdown`, an error when it cannot go on.
+///
+/// When the keeper ends, everything is begun anew with the next one, in this process: it alone may know how a process
+/// that ended without a keeper had ended.
 pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), RunError> {
     config.check()?;
+    let witness = Arc::<Mutex<Witness>>::default();
+    let mut patience = Duration::ZERO;
+    loop {
+        match with_keeper(&config, &shutdown, &witness, patience).await {
+            Err(RunError::KeeperLost) if !shutdown.is_cancelled() => {
+                let processes = witness.lock().watched();
+                warn!(processes, "the keeper has ended; services go on, waiting for the next keeper");
+                patience = NEXT_KEEPER_WITHIN;
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// From a keeper's hello to its end.
+async fn with_keeper(
+    config: &AgentConfig,
+    shutdown: &CancellationToken,
+    witness: &Arc<Mutex<Witness>>,
+    patience: Duration,
+) -> Result<(), RunError> {
     let data = DataDir::open(&config.data_dir)?;
     let boot_id = clock::boot_id().map_err(RunError::BootId)?;
     info!(?config, "agent begins");
@@ -113,13 +144,22 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     let serving = metrics::serve(metrics_listener, metrics.clone(), shutdown.clone());
     tasks.spawn(async move { serving.await.map_err(RunError::Metrics) });
 
-    let (keeper, keeper_task, welcome) = keeper::connect(data.path()).await?;
+    let (keeper, keeper_task, welcome) = tokio::select! {
+        connected = keeper::connect(data.path(), patience) => connected?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
     let (keeper_events, keeper_inbox) = mpsc::channel(KEEPER_EVENTS);
-    tasks.spawn(async move { Err(keeper_task.run(keeper_events).await.into()) });
+    tasks.spawn(async move {
+        let error = keeper_task.run(keeper_events).await;
+        warn!(error = %crate::error_chain(&error), "the connection to the keeper has ended");
+        // The main loop hears of it by its empty inbox and ends at the end of a turn, so that nothing is half written
+        // when the next begins.
+        std::future::pending().await
+    });
     metrics.keeper_up.set(1);
 
     let cgroups = Cgroups::detect(&[welcome.keeper_pid, std::process::id()]);
-    let mut facts = facts::facts(&config, &cgroups, advertised(&config, &listener).await);
+    let mut facts = facts::facts(config, &cgroups, advertised(config, &listener).await);
     facts.place = data.place(&boot_id).map_err(RunError::Place)?;
     let closed = closed_to_services(data.path());
     facts.lacks.extend(closed.map(|dir| {
@@ -130,7 +170,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     }));
 
     let identity = tokio::select! {
-        identity = identify(&data, &config, &facts, &shutdown) => match identity {
+        identity = identify(&data, config, &facts, shutdown) => match identity {
             Err(IdentityError::Stopped) => return Ok(()),
             identity => identity?,
         },
@@ -184,6 +224,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
     let main = HostTask::new(reconciler, ledger, executor, uplink, inbox, metrics, shown);
+    let main = main.witnessed_by(witness.clone());
     tasks.spawn(main.run(shutdown.clone()));
 
     // The main task ends at the end of a turn, so that what it began to write is whole; the others hold nothing.
@@ -200,6 +241,20 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     tasks.shutdown().await;
     info!("agent ends; services go on");
     result
+}
+
+/// How many instances the ledger of this host knows, to say that this build can read what the running one wrote. Only
+/// reads.
+///
+/// # Errors
+/// What would keep an agent of this build from starting here.
+pub fn instances_noted(config: &AgentConfig) -> Result<usize, RunError> {
+    config.check()?;
+    check_format(&config.data_dir)?;
+    Identity::load(&config.data_dir, config)?;
+    let boot_id = clock::boot_id().map_err(RunError::BootId)?;
+    let records = Ledger::read(&config.data_dir.join("ledger"))?;
+    Ok(Reconciler::restore(&boot_id, records, clock::monotonic()).supervisors().count())
 }
 
 /// Tasks that end only by being dropped: keeper, renewal, hub.

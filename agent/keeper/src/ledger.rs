@@ -67,6 +67,16 @@ impl Ledger {
         Ok((Self { file, content, compacted_length, behind: false }, loaded.torn_bytes))
     }
 
+    /// What is on the disk, as far as it is whole.
+    fn read(path: &Path) -> io::Result<Content> {
+        let mut content = Content::default();
+        let records = RecordFile::read::<pb::KeeperLedgerRecord>(path)?;
+        for record in records.into_iter().filter_map(|record| record.record) {
+            content.take(record);
+        }
+        Ok(content)
+    }
+
     pub(crate) fn content(&self) -> &Content {
         &self.content
     }
@@ -102,6 +112,16 @@ impl Ledger {
             self.compacted_length = self.file.length();
         }
     }
+}
+
+/// How many the ledger of a data directory says run; exit records are read as well.
+///
+/// # Errors
+/// When either file cannot be read.
+pub(crate) fn running(data_dir: &Path) -> io::Result<usize> {
+    let content = Ledger::read(&data_dir.join("keeper.ledger"))?;
+    RecordFile::read::<pb::ExitRecord>(&data_dir.join("exits"))?;
+    Ok(content.kept.values().filter(|noted| !noted.exited).count())
 }
 
 impl Content {

@@ -33,6 +33,7 @@ mod upgrade;
 
 pub mod client;
 pub mod memory;
+pub mod witness;
 
 use std::ffi::OsString;
 use std::io;
@@ -76,6 +77,17 @@ pub enum KeeperError {
         /// Why not.
         source: io::Error,
     },
+}
+
+/// Of the record that a keeper leaves to the image that it becomes; builds with another cannot follow each other.
+pub const HANDOVER_VERSION: u32 = handover::VERSION;
+
+/// How many processes the ledger of a data directory says run. Only reads, also while a keeper writes.
+///
+/// # Errors
+/// When ledger or exit records cannot be read.
+pub fn processes_noted(data_dir: &std::path::Path) -> io::Result<usize> {
+    ledger::running(data_dir)
 }
 
 fn holder(pid: Option<u32>) -> String {

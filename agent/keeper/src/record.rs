@@ -52,6 +52,18 @@ impl RecordFile {
         Ok((Self { path: path.to_path_buf(), file, length }, Loaded { records, torn_bytes }))
     }
 
+    /// Reads what is whole in a file and changes nothing; none when there is no file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(crate) fn read<M: Message + Default>(path: &Path) -> io::Result<Vec<M>> {
+        match std::fs::read(path) {
+            Ok(bytes) => Ok(parse(&bytes).0),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Bytes in the file.
     pub(crate) fn length(&self) -> u64 {
         self.length
