@@ -92,7 +92,7 @@ pub(crate) enum Verb {
     /// Run one hub member
     Orchestrator(Orchestrator),
     /// Run this host's keeper and agent
-    Agent(Agent),
+    Agent(AgentCommand),
     /// Run the agent itself; its keeper starts it
     #[command(hide = true)]
     AgentProcess(Agent),
@@ -426,6 +426,51 @@ pub(crate) struct Orchestrator {
     pub(crate) pid_file: Option<PathBuf>,
 }
 
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct AgentCommand {
+    #[command(flatten)]
+    pub(crate) run: Agent,
+    #[command(subcommand)]
+    pub(crate) verb: Option<AgentVerb>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AgentVerb {
+    /// Write the systemd unit that runs keeper and agent
+    Install(AgentInstall),
+    /// Replace the program of the keeper and agent that run here; services go on
+    Upgrade(AgentUpgrade),
+    /// Say whether this program could replace the one that runs
+    #[command(hide = true)]
+    Prove(Agent),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AgentInstall {
+    #[command(flatten)]
+    pub(crate) agent: Agent,
+    /// Where the unit goes
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, default_value = "/etc/systemd/system/nave-agent.service")]
+    pub(crate) unit: PathBuf,
+    /// Print it instead
+    #[arg(long)]
+    pub(crate) print: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AgentUpgrade {
+    /// Configuration file of the agent
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, required_unless_present = "data_dir", conflicts_with = "data_dir")]
+    pub(crate) config: Option<PathBuf>,
+    /// Its data directory
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// The new program [default: the one that this command is]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) program: Option<PathBuf>,
+}
+
 /// Either a file, or the few things a first start needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub(crate) struct Agent {
@@ -483,6 +528,10 @@ mod tests {
         parse("nave agent --config a.toml").unwrap();
         parse("nave agent --join a:1,b:2 --token-file t --data-dir d").unwrap();
         assert_eq!(parse("nave agent").unwrap_err().exit_code(), 2);
+        parse("nave agent upgrade --data-dir d --program p").unwrap();
+        parse("nave agent install --config a.toml --print").unwrap();
+        assert_eq!(parse("nave agent upgrade").unwrap_err().exit_code(), 2);
+        assert_eq!(parse("nave agent install").unwrap_err().exit_code(), 2);
         assert_eq!(parse("nave agent --data-dir d").unwrap_err().exit_code(), 2);
         assert_eq!(parse("nave agent --config a --join b --data-dir c").unwrap_err().exit_code(), 2);
     }

@@ -4,6 +4,7 @@
 //! and must stay small, so they see neither tokio nor clap nor a logger. `main` alone ends the process, and prints
 //! an error once.
 
+mod agent;
 mod allocator;
 mod args;
 mod client;
@@ -26,7 +27,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use crate::args::{Cli, ClusterVerb, Verb};
+use crate::args::{AgentCommand, Cli, ClusterVerb, Verb};
 use crate::context::Context;
 use crate::failure::Failure;
 
@@ -49,7 +50,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Failure> {
     match cli.verb {
         Verb::Orchestrator(args) => roles::orchestrator(&args),
-        Verb::Agent(args) => roles::keeper(&args),
+        Verb::Agent(AgentCommand { verb: Some(verb), .. }) => agent::run(&verb),
+        Verb::Agent(AgentCommand { run, verb: None }) => roles::keeper(&run),
         Verb::AgentProcess(args) => roles::agent_process(&args),
         Verb::Dev(args) => dev::run(&args),
         Verb::Init(args) => init::run(&args),

@@ -77,16 +77,19 @@ fn plain_agent_args(arguments: impl Iterator<Item = OsString>) -> Option<args::A
 /// This host's keeper, for its whole life.
 pub(crate) fn keeper(args: &args::Agent) -> Result<(), Failure> {
     let config = agent_config(args)?;
-    let options =
-        KeeperOptions { data_dir: absolute(&config.data_dir)?, agent_command: agent_command(args)? };
+    let options = KeeperOptions {
+        data_dir: absolute(&config.data_dir)?,
+        agent_command: agent_command(args, "agent-process")?,
+    };
     drop(config);
     nave_keeper::keeper_main(options).context("the keeper ended").map_err(Failure::from)
 }
 
-/// How the keeper starts the agent: this program, with the same words, and paths that hold in any directory.
-fn agent_command(args: &args::Agent) -> anyhow::Result<Vec<OsString>> {
+/// How the keeper starts the agent (`agent-process`), or a unit the keeper (`agent`): this program, with the same words,
+/// and paths that hold in any directory.
+pub(crate) fn agent_command(args: &args::Agent, verb: &str) -> anyhow::Result<Vec<OsString>> {
     let program = std::env::current_exe().context("find this program")?;
-    let mut command: Vec<OsString> = vec![program.into(), "agent-process".into()];
+    let mut command: Vec<OsString> = vec![program.into(), verb.into()];
     if let Some(config) = &args.config {
         command.extend(["--config".into(), absolute(config)?.into()]);
     }
@@ -106,7 +109,7 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("find {}", path.display()))
 }
 
-fn agent_config(args: &args::Agent) -> anyhow::Result<AgentConfig> {
+pub(crate) fn agent_config(args: &args::Agent) -> anyhow::Result<AgentConfig> {
     if let Some(file) = &args.config {
         return Ok(AgentConfig::load(file)?);
     }
@@ -242,7 +245,7 @@ mod tests {
             let args::Verb::Agent(by_clap) = args::Cli::parse_from(words).verb else {
                 panic!("another verb")
             };
-            assert_eq!(plain(line), Some(by_clap), "{line}");
+            assert_eq!(plain(line), Some(by_clap.run), "{line}");
         }
     }
 
@@ -251,6 +254,7 @@ mod tests {
         for line in [
             "",
             "--help",
+            "upgrade --data-dir d",
             "--config",
             "--config a --data-dir d",
             "--join a",
@@ -264,7 +268,7 @@ mod tests {
     #[test]
     fn the_agent_is_started_with_paths_that_hold_anywhere() {
         let args = plain("--join a:1,b:2 --token-file t --data-dir /d").unwrap();
-        let command = agent_command(&args).unwrap();
+        let command = agent_command(&args, "agent-process").unwrap();
         let here = std::env::current_dir().unwrap();
         let words: Vec<_> = command[1..].iter().map(|word| word.to_str().unwrap()).collect();
         let token_file = here.join("t");
