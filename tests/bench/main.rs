@@ -12,6 +12,7 @@ mod load;
 mod output;
 mod plan;
 mod start;
+mod supervise;
 mod throughput;
 mod watchers;
 
@@ -27,7 +28,7 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 11] = [
+    let rooms: [(&str, Measurement); 12] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -42,6 +43,7 @@ fn main() -> anyhow::Result<()> {
         ("faults", faults::run),
         ("hosts", hosts::run),
         ("output", output::run),
+        ("supervise", supervise::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {

@@ -1,5 +1,6 @@
 //! What Nave promises, proved on real members, keepers and agents: one file per promise.
 
+mod agent_installed;
 mod agent_killed;
 mod agent_partitioned;
 mod all_members_killed;
@@ -14,6 +15,7 @@ mod full_disk;
 mod hosts_lost;
 mod hub_away;
 mod keeper_killed;
+mod kept_through_all;
 mod leader_killed_under_writes;
 mod leader_restarted_at_once;
 mod logs;

@@ -53,6 +53,8 @@ pub struct Role {
     pub port: u16,
     verb: &'static str,
     config: PathBuf,
+    /// What runs it: the `nave` under test, or a copy that may be replaced.
+    pub program: PathBuf,
     process: Option<Process>,
     machine: Option<Namespace>,
 }
@@ -60,7 +62,7 @@ pub struct Role {
 impl Role {
     /// Starts it. Its log goes to `<dir>/log`.
     pub fn start(&mut self) {
-        let mut command = Command::new(nave::binary());
+        let mut command = Command::new(&self.program);
         command.arg(self.verb).arg("--config").arg(&self.config).env("NAVE_LOG", "info");
         let log = self.dir.join("log");
         let name = &self.name;
@@ -173,6 +175,19 @@ impl Cluster {
 
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Has an agent run from a copy of the program in its own folder, which a test may replace. Restarts it; nothing of
+    /// this cluster should run yet.
+    pub fn use_own_program(&mut self, agent: usize) -> anyhow::Result<()> {
+        let role = &mut self.agents[agent];
+        let copy = role.dir.join("nave");
+        std::fs::copy(nave::binary(), &copy).context("copy the program")?;
+        role.terminate();
+        role.program = copy;
+        role.start();
+        self.wait_for_agents(self.agents.len());
+        Ok(())
     }
 
     pub fn context(&self) -> PathBuf {
@@ -377,7 +392,8 @@ pub fn processes_of(data: &Path) -> Vec<u32> {
 }
 
 fn is_nave(pid: u32) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == nave::binary())
+    let own = |exe: PathBuf| exe.file_name().is_some_and(|name| name == "nave" || name == "nave (deleted)");
+    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == nave::binary() || own(exe))
 }
 
 /// Ports for members: +0 to +9 of a cluster's block.
@@ -395,7 +411,8 @@ fn member_named(init: &Path, name: String, port: u16, metrics: u16) -> anyhow::R
     table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
     table.insert("data_dir".into(), path(&dir.join("data")).into());
     std::fs::write(&config, table.to_string())?;
-    Ok(Role { name, dir, port, verb: "orchestrator", config, process: None, machine: None })
+    let program = nave::binary();
+    Ok(Role { name, dir, port, verb: "orchestrator", config, program, process: None, machine: None })
 }
 
 fn agent(
@@ -419,7 +436,8 @@ fn agent(
     table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
     table.insert("address_prefix".into(), format!("127.{}", 88 + k).into());
     std::fs::write(&config, table.to_string())?;
-    Ok(Role { name, dir, port, verb: "agent", config, process: None, machine: None })
+    let program = nave::binary();
+    Ok(Role { name, dir, port, verb: "agent", config, program, process: None, machine: None })
 }
 
 fn path(path: &Path) -> &str {
