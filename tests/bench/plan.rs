@@ -5,15 +5,13 @@
 
 use std::time::Duration;
 
+use nave_orchestrator_core::limits::STEPS_PER_COMMAND;
 use nave_orchestrator_core::{ClusterState, PlanCursor, plan_dirty};
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::{Running, State};
 use tokio::time::Instant;
-
-/// Steps of one slice; the scheduler's loop takes 1,024 by now, the table was made with this.
-const SLICE: usize = 256;
 
 /// Hosts lost one after another; the table has the one in the middle.
 const LOSSES: u64 = 9;
@@ -195,7 +193,7 @@ impl Hub {
         let mut took = Took::default();
         loop {
             let begun = time();
-            let plan = plan_dirty(&self.state, &mut self.cursor, self.now, SLICE);
+            let plan = plan_dirty(&self.state, &mut self.cursor, self.now, STEPS_PER_COMMAND);
             took.plan += time() - begun;
             if plan.steps.is_empty() && !plan.more {
                 return took;

@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
+use nave_tests::cluster::SOON;
 use nave_tests::process::alive;
-use nave_tests::{Cluster, Setup};
+use nave_tests::{Cluster, Setup, eventually};
 
 use crate::deploy_and_serve::pid;
 use crate::manifests::sleeper;
@@ -33,5 +34,28 @@ fn two_of_three_gone_and_back() {
     cluster.wait_for_leader();
     cluster.apply(&sleeper("other", 1), &["--wait"]).expect(0);
     let after: Vec<u32> = cluster.wait_ready("sleeper", 3).iter().map(pid).collect();
+    assert_eq!(before, after, "no process noticed");
+}
+
+/// Five members carry on without two, the leader among them, and refuse without a third.
+#[test]
+fn two_of_five_gone_change_nothing() {
+    let mut cluster = Cluster::start(&Setup { members: 5, agents: 1 });
+    cluster.apply(&sleeper("sleeper", 2), &["--wait"]).expect(0);
+    let before: Vec<u32> = cluster.wait_ready("sleeper", 2).iter().map(pid).collect();
+
+    let leader = cluster.wait_for_leader();
+    let gone = [leader, (leader + 1) % 5, (leader + 2) % 5];
+    cluster.members[gone[0]].kill();
+    cluster.members[gone[1]].kill();
+    cluster.apply(&sleeper("without-two", 1), &["--wait"]).expect(0);
+    cluster.members[gone[2]].kill();
+    assert_eq!(cluster.apply(&sleeper("without-three", 1), &[]).code, 3);
+
+    gone.iter().for_each(|member| cluster.members[*member].start());
+    cluster.wait_for_leader();
+    cluster.apply(&sleeper("with-all", 1), &["--wait"]).expect(0);
+    eventually("all five have everything", SOON, || cluster.settled(5));
+    let after: Vec<u32> = cluster.wait_ready("sleeper", 2).iter().map(pid).collect();
     assert_eq!(before, after, "no process noticed");
 }

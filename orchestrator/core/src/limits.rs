@@ -83,5 +83,8 @@ pub const LOOKS_PER_SLICE: usize = 5_000;
 /// 10 ms. It is what bounds a slice when there is no room, for then every host is judged.
 pub const HOSTS_JUDGED_PER_SLICE: usize = 100_000;
 
+/// Steps of one `CommitPlan`: at about 100 bytes each, 100 KB; and what the state's read lock is held for to find them.
+pub const STEPS_PER_COMMAND: usize = 1_024;
+
 /// One second in nanoseconds.
 pub const SECOND_NS: i64 = 1_000_000_000;

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use nave_orchestrator_core::limits::STEPS_PER_COMMAND;
 use nave_orchestrator_core::{Plan, PlanCursor, plan_dirty};
 use nave_proto::pb;
 use pb::command::Body;
@@ -15,8 +16,6 @@ use super::{leadership, still_leads};
 use crate::api::{self, Hub};
 use crate::clock;
 
-/// Steps of one command: at about 100 bytes each, 100 KB; and what the state's read lock is held for to find them.
-const STEPS_AT_ONCE: usize = 1024;
 /// Changes of this time are planned together.
 const COALESCE: Duration = Duration::from_millis(5);
 /// How long one proposal may take before it is looked again.
@@ -48,7 +47,7 @@ async fn lead(hub: &Arc<Hub>, term: u64) {
         changed.mark_unchanged();
         let now = now(hub);
         let begun = Instant::now();
-        let plan = plan_dirty(&hub.raft.state(), &mut cursor, now, STEPS_AT_ONCE);
+        let plan = plan_dirty(&hub.raft.state(), &mut cursor, now, STEPS_PER_COMMAND);
         hub.metrics.plan_seconds.observe(begun.elapsed().as_secs_f64());
         let Plan { steps, wake_at, more, .. } = plan;
         if !steps.is_empty() {

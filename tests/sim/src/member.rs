@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use nave_orchestrator_core::limits::STEPS_PER_COMMAND;
 use nave_orchestrator_core::{Applied, ClusterState, Judge, Leases, Plan, PlanCursor, Verdict, plan_dirty};
 use nave_proto::ids::HostId;
 use nave_proto::lease::fence;
@@ -20,7 +21,6 @@ use crate::hub::{Hub, Origin, Proposal, touch};
 use crate::network::{Refusal, Way, Word};
 use crate::session::{Merged, Session, Touch};
 
-const STEPS_AT_ONCE: usize = 256;
 const COALESCE_PLAN: i64 = 5 * MS;
 const COALESCE_SESSIONS: i64 = 10 * MS;
 const LOOK_AT_LEAST: i64 = 5 * SECOND;
@@ -259,7 +259,7 @@ impl Hub {
         leads.plan_at = None;
         let now = wall.max(this.state.time_unix_ns());
         let Plan { mut steps, wake_at, more, .. } =
-            plan_dirty(&this.state, &mut leads.cursor, now, STEPS_AT_ONCE);
+            plan_dirty(&this.state, &mut leads.cursor, now, STEPS_PER_COMMAND);
         cx.spoil_plan(&this.state, &mut steps);
         if steps.is_empty() {
             if !more && this.state.applied_index() == committed {
