@@ -77,10 +77,13 @@ impl Leases {
             return BeatAnswer::Refused { why: BeatRefusal::Unknown, after: Duration::ZERO };
         };
         let known = record.facts.as_ref().map_or(0, |facts| facts.place);
-        let held_until = self.last_lease(beat.host) + takeover(state, beat.host);
+        let held_by = self.holders.get(&beat.host).map_or(known, |holder| holder.place);
+        // Looks at all that the host runs, so it is asked only when it matters: beats come by the thousand.
+        let is_rival = beat.place != 0 && held_by != 0 && held_by != beat.place;
+        let held_until = is_rival.then(|| self.last_lease(beat.host) + takeover(state, beat.host));
         let holder =
             self.holders.entry(beat.host).or_insert(Holder { place: known, heard: None, rival: None });
-        if beat.place != 0 && holder.place != 0 && holder.place != beat.place {
+        if let Some(held_until) = held_until {
             if now < held_until {
                 return holder.refuse(beat.place, held_until, now);
             }
