@@ -22,6 +22,7 @@ mod logs;
 mod metrics;
 mod notify;
 mod probes;
+mod provision;
 mod run;
 mod sequence;
 mod uplink;

@@ -6,6 +6,7 @@ mod agent_partitioned;
 mod all_members_killed;
 mod bad_input;
 mod bad_manifests;
+mod beside;
 mod brake;
 mod cloned_host;
 mod deploy_and_serve;

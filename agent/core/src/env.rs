@@ -24,6 +24,8 @@ pub struct EnvironmentInput<'a> {
     /// Of the user the process runs as.
     pub user: &'a str,
     pub home: &'a str,
+    /// More variables, which the manifest's own win over, unless they are `NAVE_*`.
+    pub given: &'a BTreeMap<String, String>,
 }
 
 /// Something expanded, and the names it asked for that nobody knows; those stay as they were written.
@@ -63,6 +65,7 @@ fn base(input: &EnvironmentInput<'_>) -> BTreeMap<String, String> {
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
+    base.extend(input.given.iter().map(|(name, value)| (name.clone(), value.clone())));
     if let Some(port) = input.ports.values().next() {
         base.insert("PORT".to_owned(), port.to_string());
     }
@@ -170,6 +173,7 @@ mod tests {
             pb::Manifest { name: "web".to_owned(), env: pairs.collect(), ..pb::Manifest::default() };
         let ports = ports.iter().map(|&(name, port)| (name.to_owned(), port)).collect();
         environment(&EnvironmentInput {
+            given: &BTreeMap::new(),
             manifest: &manifest,
             ports: &ports,
             instance: InstanceId(42),

@@ -1,6 +1,7 @@
 //! The directories of services and instances, and what becomes of them.
 //!
-//! `services/<name>` is a service's home and data, kept for ever; `instances/<id>` an instance's own, gone with it;
+//! `services/<name>` is a service's home and `data/<name>/<ordinal>` its data, kept for ever; `instances/<id>` an
+//! instance's own and `run/<id>` what is provided for it, gone with it;
 //! `logs/<service>/<id>-<epoch>` its output, of which the last few outlive it. The parents belong to the agent alone
 //! and what a service may write lies beside, never above, what we make: so no link of its making can lead us astray.
 
@@ -18,6 +19,7 @@ use tracing::{debug, warn};
 use crate::clock;
 use crate::logs::limits::MAX_AGE;
 use crate::logs::source::parse_folder;
+use crate::provision;
 
 /// Ended placements whose output is kept, per service: enough to read what a crash loop said.
 const ENDED_LOGS_PER_SERVICE: usize = 5;
@@ -45,6 +47,8 @@ pub(crate) struct InstanceDirectories {
     pub(crate) home: PathBuf,
     pub(crate) own: PathBuf,
     pub(crate) logs: PathBuf,
+    /// Made anew for each start; see `provision`.
+    pub(crate) run: PathBuf,
 }
 
 impl Directories {
@@ -60,6 +64,7 @@ impl Directories {
         InstanceDirectories {
             home: self.root.join("services").join(service),
             own: self.root.join("instances").join(instance.to_string()),
+            run: self.root.join("run").join(instance.to_string()),
             logs: self.logs().join(service).join(format!("{instance}-{epoch}")),
         }
     }
@@ -73,7 +78,7 @@ impl Directories {
         owner: Option<(u32, u32)>,
     ) -> io::Result<InstanceDirectories> {
         let dirs = self.of(service, instance, epoch);
-        for parent in ["services", "instances"] {
+        for parent in ["services", "instances", "run"] {
             // Passed through by services on the way to their own, listed by nobody.
             DirBuilder::new().recursive(true).mode(0o711).create(self.root.join(parent))?;
         }
@@ -83,8 +88,31 @@ impl Directories {
         Ok(dirs)
     }
 
+    /// What outlives all instances of one ordinal of a service; nothing ever removes it.
+    pub(crate) fn data(&self, service: &str, ordinal: u32) -> PathBuf {
+        self.root.join("data").join(service).join(ordinal.to_string())
+    }
+
+    /// Makes that directory, for the service alone.
+    pub(crate) fn prepare_data(
+        &self,
+        service: &str,
+        ordinal: u32,
+        owner: Option<(u32, u32)>,
+    ) -> io::Result<()> {
+        let path = self.data(service, ordinal);
+        for parent in [self.root.join("data"), self.root.join("data").join(service)] {
+            DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+        }
+        make_private(&path, owner)
+    }
+
     /// The instance has left this host for good.
     pub(crate) fn forget(&self, instance: InstanceId) {
+        let run = self.root.join("run").join(instance.to_string());
+        if let Err(error) = provision::remove(&run) {
+            warn!(%instance, path = %run.display(), %error, "its files could not be removed");
+        }
         let own = self.root.join("instances").join(instance.to_string());
         match std::fs::remove_dir_all(&own) {
             Ok(()) => debug!(%instance, "its directory is removed"),

@@ -20,6 +20,7 @@ use crate::cgroups::Cgroups;
 use crate::logs::limits::log_limits;
 use crate::notify::NotifySockets;
 use crate::probes::ExecCheck;
+use crate::provision::{self, ProvisionError, env_file};
 
 /// Open files that a service may have unless the machine allows fewer; what modern servers expect.
 const OPEN_FILES_SOFT: u64 = 65_536;
@@ -86,13 +87,24 @@ impl SpawnContext {
                 message: format!("its directories cannot be made: {e}"),
             }
         })?;
-        let mut around = self.surroundings(instance, wanted, &order.ports, &run_as, order.key.epoch);
+        let mut around = self
+            .surroundings(instance, wanted, &order.ports, &run_as, order.key.epoch)
+            .map_err(|e| SpawnError { kind: SpawnErrorKind::System, errno: e.errno, message: e.message })?;
         if NotifySockets::is_wanted(manifest) {
             let socket = self.notify.path(instance).display().to_string();
             around.env.insert("NOTIFY_SOCKET".to_owned(), socket);
         }
+        if manifest.data {
+            self.directories.prepare_data(name, wanted.ordinal, run_as.ids).map_err(|e| SpawnError {
+                kind: SpawnErrorKind::System,
+                errno: e.raw_os_error().unwrap_or_default(),
+                message: format!("its data directory cannot be made: {e}"),
+            })?;
+        }
+        let of_files = provision::provide(&dirs.run, manifest, &around.env, run_as.ids)
+            .map_err(|e| SpawnError { kind: SpawnErrorKind::System, errno: e.errno, message: e.message })?;
         let argv = arguments(&manifest.command, &around.env);
-        let unknown: Vec<_> = around.unknown.union(&argv.unknown).cloned().collect();
+        let unknown: BTreeSet<_> = around.unknown.union(&argv.unknown).chain(&of_files).cloned().collect();
         if !unknown.is_empty() {
             warn!(service = name, %instance, ?unknown, "variables without a value are left as they are written");
         }
@@ -140,7 +152,8 @@ impl SpawnContext {
         let instance = InstanceId(wanted.instance_id);
         let user = wanted.manifest.as_ref().map(|manifest| manifest.user.as_str()).unwrap_or_default();
         let run_as = users::resolve(user, wanted.uid)?;
-        let around = self.surroundings(instance, wanted, ports, &run_as, wanted.epoch);
+        let around =
+            self.surroundings(instance, wanted, ports, &run_as, wanted.epoch).map_err(|e| e.message)?;
         Ok(ExecCheck {
             command: arguments(command, &around.env).value,
             env: pairs(&around.env),
@@ -156,7 +169,7 @@ impl SpawnContext {
         ports: &BTreeMap<String, u16>,
         run_as: &RunAs,
         epoch: u64,
-    ) -> Surroundings {
+    ) -> Result<Surroundings, ProvisionError> {
         let default = pb::Manifest::default();
         let manifest = wanted.manifest.as_ref().unwrap_or(&default);
         let dirs = self.directories.of(&manifest.name, instance, epoch);
@@ -165,7 +178,11 @@ impl SpawnContext {
             ("", Some(_)) => format!("nave-{}", manifest.name),
             (name, _) => name.to_owned(),
         };
+        let mut given = env_file::read_all(&manifest.env_files)?;
+        let data = self.directories.data(&manifest.name, wanted.ordinal);
+        given.extend(provision::variables(&dirs.run, &data, manifest));
         let expanded = environment(&EnvironmentInput {
+            given: &given,
             manifest,
             ports,
             instance,
@@ -182,7 +199,7 @@ impl SpawnContext {
             "" => dirs.own.display().to_string(),
             given => given.to_owned(),
         };
-        Surroundings { env: expanded.value, unknown: expanded.unknown, working_dir }
+        Ok(Surroundings { env: expanded.value, unknown: expanded.unknown, working_dir })
     }
 }
 

@@ -86,7 +86,7 @@ impl ManifestExt for pb::Manifest {
     }
 
     fn stop_first(&self) -> bool {
-        self.per_host || self.ports.values().any(|port| port.port != 0)
+        self.data || self.per_host || self.ports.values().any(|port| port.port != 0)
     }
 
     fn wants_none(&self) -> bool {

@@ -16,6 +16,10 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         && a.env == b.env
         && a.user == b.user
         && a.working_dir == b.working_dir
+        && a.files == b.files
+        && a.env_files == b.env_files
+        && a.secrets == b.secrets
+        && a.data == b.data
         && a.ports == b.ports
         && limits(a) == limits(b)
         // One that must never run twice is started under a lease.

@@ -30,6 +30,10 @@ pub(super) const ROOT: Keys = &[
     "stop",
     "placement",
     "logs",
+    "file",
+    "env_file",
+    "data",
+    "secrets",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
@@ -40,10 +44,11 @@ pub(super) const RESOURCES: Keys = &["cpu", "cpu_max", "memory"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
 pub(super) const STOP: Keys = &["signal", "grace"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
+pub(super) const FILE: Keys = &["path", "content", "source", "template", "mode", "owner"];
 pub(super) const LOGS: Keys = &["max_size", "max_age"];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 10] = [
+pub(super) const TABLES: [(&str, Keys); 11] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
     ("[health]", HEALTH),
@@ -54,10 +59,11 @@ pub(super) const TABLES: [(&str, Keys); 10] = [
     ("[stop]", STOP),
     ("[placement]", PLACEMENT),
     ("[logs]", LOGS),
+    ("[[file]]", FILE),
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 26] = [
+const SYNONYMS: [(&str, &str); 34] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -80,6 +86,14 @@ const SYNONYMS: [(&str, &str); 26] = [
     ("timeout", "grace"),
     ("host_port", "port"),
     ("logging", "logs"),
+    ("files", "file"),
+    ("configs", "file"),
+    ("env_files", "env_file"),
+    ("environment_file", "env_file"),
+    ("secret", "secrets"),
+    ("volumes", "data"),
+    ("inline", "content"),
+    ("permissions", "mode"),
     ("log", "logs"),
     ("size", "max_size"),
     ("retention", "max_age"),
@@ -113,6 +127,12 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.update = field("update").and_then(|field| update(&field, problems));
     manifest.stop = field("stop").and_then(|field| stop(&field, problems));
     manifest.placement = field("placement").and_then(|field| placement(&field, problems));
+    manifest.files = field("file").map(|field| files(&field, problems)).unwrap_or_default();
+    manifest.env_files = field("env_file")
+        .map(|field| field.texts(problems, "such as [\"/etc/web.env\"]"))
+        .unwrap_or_default();
+    manifest.data = field("data").and_then(|field| field.flag(problems)).unwrap_or(false);
+    manifest.secrets = field("secrets").map(|field| secrets(&field, problems)).unwrap_or_default();
     manifest.logs = field("logs").and_then(|field| logs(&field, problems));
     manifest
 }
@@ -368,6 +388,53 @@ fn placement(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Placement
         on_disconnect: on_disconnect.unwrap_or_default().into(),
         priority: table.field("priority").and_then(|field| field.whole(problems)),
     })
+}
+
+fn files(field: &Field<'_>, problems: &mut Problems) -> Vec<pb::File> {
+    let tables = field.tables(problems, "such as [[file]]");
+    tables.iter().map(|table| file(table, problems)).collect()
+}
+
+fn file(table: &Table<'_>, problems: &mut Problems) -> pb::File {
+    unknown_keys(table, FILE, problems);
+    let text = |key, problems: &mut Problems| {
+        table.field(key).and_then(|field| field.text(problems)).unwrap_or_default().to_owned()
+    };
+    let content = text("content", problems);
+    let source = table.field("source");
+    if table.field("content").is_none() && source.is_none() {
+        problems.add(table.at, table.path.clone(), "has nothing to be made of; add content or source");
+    }
+    if table.field("content").is_some()
+        && let Some(source) = &source
+    {
+        source.refuse(problems, "content and source contradict each other; leave one of them out");
+    }
+    let mode = table.field("mode").and_then(|field| {
+        field.parsed(problems, "octal digits in quotes, such as \"0644\"", values::parse_mode)
+    });
+    let template = table.field("template").and_then(|field| field.flag(problems)).unwrap_or(true);
+    pb::File {
+        path: text("path", problems),
+        content,
+        source: text("source", problems),
+        verbatim: !template,
+        mode: mode.unwrap_or(0),
+        owner: text("owner", problems),
+    }
+}
+
+fn secrets(field: &Field<'_>, problems: &mut Problems) -> BTreeMap<String, String> {
+    let mut secrets = BTreeMap::new();
+    let Some(table) = field.table("such as { password = \"/etc/nave/secrets/web\" }", problems) else {
+        return secrets;
+    };
+    for field in table.fields() {
+        if let Some(path) = field.text(problems) {
+            secrets.insert(field.key.to_owned(), path.to_owned());
+        }
+    }
+    secrets
 }
 
 fn logs(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Logs> {

@@ -32,6 +32,12 @@ pub(super) struct Document {
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     #[schemars(with = "BTreeMap<String, EnvValue>")]
     env: BTreeMap<String, String>,
+    /// Files on the host with more variables, a NAME=value on each line; `env` wins over them.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    env_file: Vec<String>,
+    /// A directory that outlives the instance, NAVE_DATA; the instance is placed where it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<bool>,
     /// User that the process runs as, by name or uid. By default a uid of the service's own when the agent is root,
     /// else the agent's user.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -67,6 +73,12 @@ pub(super) struct Document {
     /// How much of each instance's output its host keeps.
     #[serde(skip_serializing_if = "Option::is_none")]
     logs: Option<LogsDocument>,
+    /// Secrets by name, each from a file on the host; found in the directory NAVE_SECRETS, readable by the service alone.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    secrets: BTreeMap<String, String>,
+    /// Files that an instance finds in the directory NAVE_FILES, made anew for each start.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    file: Vec<FileDocument>,
 }
 
 /// The value of an environment variable.
@@ -280,6 +292,31 @@ struct PlacementDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 100))]
     priority: Option<u32>,
+}
+
+/// A file that an instance finds below NAVE_FILES: of exactly one of `content` and `source`.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct FileDocument {
+    /// Relative to NAVE_FILES.
+    path: String,
+    /// What is in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+    /// A file on the host that it is made of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^/"))]
+    source: Option<String>,
+    /// Whether `${NAME}` is replaced from the process's environment, as in `command`; true by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    template: Option<bool>,
+    /// Permissions in octal digits; 0644 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^0?[0-7]{3}$"))]
+    mode: Option<String>,
+    /// User that it belongs to; by default the service's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
 }
 
 /// How much of each instance's output its host keeps.

@@ -49,6 +49,7 @@ impl Problems {
 #[derive(Debug)]
 pub(super) struct Table<'t> {
     pub(super) path: Path,
+    pub(super) at: Position,
     entries: &'t [Entry],
 }
 
@@ -61,7 +62,7 @@ impl<'t> Table<'t> {
         problems: &mut Problems,
     ) -> Option<Self> {
         match &value.value {
-            Value::Table(entries) => Some(Self { path, entries }),
+            Value::Table(entries) => Some(Self { path, at: value.at, entries }),
             other => {
                 let what = if path.0.is_empty() { "a manifest" } else { "it" };
                 problems.add(
@@ -198,6 +199,16 @@ impl<'t> Field<'t> {
 
     pub(super) fn table(&self, example: &str, problems: &mut Problems) -> Option<Table<'t>> {
         Table::open(self.value, self.path.clone(), example, problems)
+    }
+
+    /// A list of tables; what is none is reported and left out.
+    pub(super) fn tables(&self, problems: &mut Problems, example: &str) -> Vec<Table<'t>> {
+        let Value::List(items) = &self.value.value else {
+            self.must_be::<()>(problems, &format!("a list of tables, {example}"));
+            return Vec::new();
+        };
+        let open = |(index, item)| Table::open(item, self.path.index(index), example, problems);
+        items.iter().enumerate().filter_map(open).collect()
     }
 
     /// A list of texts; what is not text is reported and left out.

@@ -2,6 +2,7 @@
 //! message with its defaults filled in, in the command line to point at the text and in the hub to trust nobody.
 //! What needs the rest of the cluster (a cycle in `needs`, capacity) is not known here.
 
+mod files;
 mod health;
 
 use std::collections::BTreeMap;
@@ -83,7 +84,7 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.command(&Path::default().key("command"), &manifest.command);
     rules.count(manifest);
     rules.env(manifest);
-    rules.user(&manifest.user);
+    rules.user(Path::default().key("user"), &manifest.user);
     rules.working_dir(&manifest.working_dir);
     rules.needs(manifest);
     rules.ports(&manifest.ports);
@@ -94,6 +95,7 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.stop(manifest.stop.as_ref());
     rules.placement(manifest.placement.as_ref());
     rules.logs(manifest.logs.as_ref());
+    rules.files(manifest);
     rules.broken
 }
 
@@ -167,14 +169,14 @@ impl Rules {
         }
     }
 
-    fn user(&mut self, user: &str) {
+    fn user(&mut self, path: Path, user: &str) {
         let is_number = user.bytes().all(|byte| byte.is_ascii_digit());
         let is_name = user.len() <= USER_MAX
             && user.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
             && user.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
         let possible = user.is_empty() || if is_number { user.parse::<u32>().is_ok() } else { is_name };
         if !possible {
-            self.at(&["user"], format!("{:?} is neither a user's name nor a uid", shorten(user)));
+            self.broken(path, format!("{:?} is neither a user's name nor a uid", shorten(user)));
         }
     }
 

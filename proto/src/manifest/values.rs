@@ -64,6 +64,16 @@ pub fn format_size(bytes: u64) -> String {
     format!("{}{unit}", bytes / factor)
 }
 
+/// Permissions, `0640`: octal digits for owner, group and others. The error is a sentence for people.
+pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
+    let octal = (3..=4).contains(&text.len()) && text.bytes().all(|digit| (b'0'..=b'7').contains(&digit));
+    match u32::from_str_radix(text, 8) {
+        Ok(0) => Err("nobody could read it; leave the key out for \"0644\"".to_owned()),
+        Ok(mode) if octal && mode <= 0o777 => Ok(mode),
+        Ok(_) | Err(_) => Err(format!("{text:?} is not a mode, for instance \"0640\"")),
+    }
+}
+
 /// Cores, `0.5`, in thousandths. The error is a sentence for people.
 pub(super) fn parse_cpu(cores: f64) -> Result<u64, String> {
     let millicores = cores * 1000.0;

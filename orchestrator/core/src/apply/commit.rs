@@ -55,6 +55,7 @@ impl Tx<'_> {
     fn place(&mut self, standings: &mut Standings, step: &pb::Place) {
         let Some(manifest) = self.state.manifest(&step.service, step.version) else { return };
         let taken = Reservation::of(manifest);
+        let has_data = manifest.data && !manifest.per_host;
         let Some(standing) = standings.of(self.state, &step.service, self.now) else { return };
         let Some(template_version) = standing.may_place(self.state, step) else { return };
         if !self.fits(step, &taken) {
@@ -63,6 +64,30 @@ impl Tx<'_> {
         match step.instance_id {
             0 => self.place_new(standing, step, template_version),
             id => self.place_again(standing, InstanceId(id), step, template_version),
+        }
+        if has_data {
+            self.note_data(step);
+        }
+    }
+
+    /// Remembers where the data of an ordinal is. Elsewhere than before, since that host is lost: what was there stays.
+    fn note_data(&mut self, step: &pb::Place) {
+        let Some(entry) = self.state.services.get(&step.service) else { return };
+        let before = entry.record.data_hosts.get(&step.ordinal).copied();
+        if before == Some(step.host_id) {
+            return;
+        }
+        let (ordinal, host_id) = (step.ordinal, step.host_id);
+        self.edit_service(&step.service, |record| {
+            record.data_hosts.insert(ordinal, host_id);
+        });
+        if let Some(before) = before {
+            let (old, new) = (self.host_name(HostId(before)), self.host_name(HostId(host_id)));
+            let message = format!(
+                "{}.{ordinal} begins with an empty data directory on {new}; what it had stays on {old}, which is lost",
+                step.service
+            );
+            self.event("data_left_behind", Subject::service(&step.service), message);
         }
     }
 

@@ -141,6 +141,7 @@ impl Tx<'_> {
             created_unix_ns: before.map_or(self.now, |record| record.created_unix_ns),
             revision: self.revision,
             oldest_version: before.map_or(version, |record| record.oldest_version),
+            data_hosts: before.map(|record| record.data_hosts.clone()).unwrap_or_default(),
             manifest: Some(manifest),
         };
         let row = pb::VersionRecord {

@@ -24,6 +24,8 @@ pub(crate) enum Lack {
     Port(u32),
     /// The instance before it has not gone yet.
     Leaving,
+    /// The data of the instance is on another host.
+    Data,
 }
 
 /// What a host has too little of: the first lack, and by how much cpu and memory fall short.
@@ -78,6 +80,7 @@ impl Lack {
             | Lack::Draining
             | Lack::Constraint(_)
             | Lack::Unreadable(_)
+            | Lack::Data
             | Lack::Leaving => false,
         }
     }
@@ -179,6 +182,7 @@ fn sentence(
     let (free, on) = group.most.map_or((0, String::new()), |(free, Reverse(host))| (free, name(host)));
     match lack {
         Lack::Lost => format!("{hosts} {is} lost"),
+        Lack::Data => format!("{hosts} {does} not have its data"),
         Lack::Silent => format!("{hosts} {is} silent"),
         Lack::Draining => format!("{hosts} {is} draining"),
         Lack::Constraint(constraint) => format!("{hosts} {does} not meet {constraint}"),

@@ -248,17 +248,20 @@ impl<'a> Rollout<'a> {
         leaving.next().map(AsRef::as_ref)
     }
 
-    /// The lowest ordinals that no wanted instance of the current template has.
+    /// The lowest ordinals that no wanted instance of the current template has. With data: that no instance at all has,
+    /// the last one gone included, since both would have one directory.
     pub(crate) fn free_ordinals(&self) -> impl Iterator<Item = u32> + use<'a> {
         self.free_ordinals_of(self.meant.template)
     }
 
     pub(crate) fn free_ordinals_of(&self, template: u64) -> impl Iterator<Item = u32> + use<'a> {
-        let entry = self.entry;
+        let (entry, has_data) = (self.entry, self.manifest.data);
         let mut taken: Option<BTreeSet<u32>> = None;
         (0..).filter(move |ordinal| {
-            let wanted = || entry.instances.values().filter(|i| i.wanted() && i.template_version == template);
-            !taken.get_or_insert_with(|| wanted().map(|i| i.ordinal).collect()).contains(ordinal)
+            let counts =
+                |i: &&Arc<pb::InstanceRecord>| has_data || i.wanted() && i.template_version == template;
+            let holders = || entry.instances.values().filter(counts);
+            !taken.get_or_insert_with(|| holders().map(|i| i.ordinal).collect()).contains(ordinal)
         })
     }
 }

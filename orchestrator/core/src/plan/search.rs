@@ -32,6 +32,11 @@ impl<'a> Placer<'a> {
         Self { census, search: None }
     }
 
+    /// Room was taken elsewhere than through here.
+    pub(crate) fn look_again(&mut self) {
+        self.search = None;
+    }
+
     /// Takes room on the best host, or says what each lacks. Requests of one version are the same. `gave_up_on`: for
     /// an instance that gave up, where, and what it still holds there.
     pub(crate) fn place(

@@ -222,12 +222,16 @@ impl<'a> Planner<'_, 'a> {
         let request = Request { conditions: &conditions, wanted: &wanted };
         let held = rollout.state.instances.get(&instance.id()).map(|entry| &entry.taken);
         let gave_up_on = held.filter(|_| instance.gave_up()).map(|held| (instance.host(), held));
-        let host = match rollout.manifest.per_host {
-            true => self.place_back(instance.host(), &request, gave_up_on.map(|(_, held)| held))?,
-            false => placer.place(self.fleet, version, &request, gave_up_on)?,
-        };
         let same = rollout.entry.template_of(version) == Some(instance.template_version);
         let ordinal = if same { instance.ordinal } else { ordinals.next().unwrap_or_default() };
+        let data_host = self.data_host(manifest, ordinal);
+        let host = match rollout.manifest.per_host {
+            true => self.place_back(instance.host(), &request, gave_up_on.map(|(_, held)| held))?,
+            false => match data_host {
+                Some(host) => self.place_with_data(host, &request, held.filter(|_| instance.gave_up()))?,
+                None => placer.place(self.fleet, version, &request, gave_up_on)?,
+            },
+        };
         let place = self.placement(version, host, ordinal);
         self.push(Step::Place(pb::Place {
             instance_id: instance.id,
@@ -235,6 +239,29 @@ impl<'a> Planner<'_, 'a> {
             ..place
         }));
         Ok(())
+    }
+
+    /// Where the data of an ordinal is, while that host lives. When it is lost the instance begins anew elsewhere.
+    fn data_host(&self, manifest: &pb::Manifest, ordinal: u32) -> Option<HostId> {
+        let record = &self.rollout.entry.record;
+        let host = manifest.data.then(|| record.data_hosts.get(&ordinal)).flatten()?;
+        let lives = self.rollout.state.host(HostId(*host)).is_some_and(|record| !record.is_lost());
+        lives.then_some(HostId(*host))
+    }
+
+    /// On the host that has its data, or nowhere.
+    fn place_with_data(
+        &mut self,
+        host: HostId,
+        request: &Request<'_>,
+        held: Option<&Reservation>,
+    ) -> Result<HostId, Rc<Refusals>> {
+        let others = self.rollout.state.hosts.len() - 1;
+        self.place_back(host, request, held).map_err(|refusals| {
+            let mut refusals = refusals.as_ref().clone();
+            refusals.add_hosts(Lack::Data, others);
+            Rc::new(refusals)
+        })
     }
 
     /// On the host where it was, with what it still holds there.
@@ -295,10 +322,24 @@ impl<'a> Planner<'_, 'a> {
                 self.plan.cut = true;
                 return Ok(());
             }
-            let host = placer
-                .place(self.fleet, version, &request, None)
-                .inspect_err(|_| self.plan.missing += new - placed)?;
             let ordinal = ordinals.next().unwrap_or_default();
+            if rollout.manifest.data && usize::try_from(ordinal).is_ok_and(|ordinal| ordinal >= rollout.slots)
+            {
+                // The one before it still has the directory.
+                self.plan.missing += new - placed;
+                let mut refusals = Refusals::default();
+                refusals.add_hosts(Lack::Leaving, 1);
+                return Err(Rc::new(refusals));
+            }
+            let host = match self.data_host(rollout.manifest, ordinal) {
+                Some(host) => {
+                    let found = self.place_with_data(host, &request, None);
+                    placer.look_again();
+                    found
+                }
+                None => placer.place(self.fleet, version, &request, None),
+            };
+            let host = host.inspect_err(|_| self.plan.missing += new - placed)?;
             let place = self.placement(version, host, ordinal);
             self.push(Step::Place(place));
         }

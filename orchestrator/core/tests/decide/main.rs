@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests: what is missing fails the test")]
 
 mod cluster;
+mod data;
 mod hosts;
 mod members;
 mod model;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Document, DurationText, HealthDocument, LogsDocument, OnDisconnectWord, PlacementDocument, PolicyWord,
-    PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, StopDocument,
+    Document, DurationText, FileDocument, HealthDocument, LogsDocument, OnDisconnectWord, PlacementDocument,
+    PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, StopDocument,
     UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
@@ -33,6 +33,10 @@ impl From<&pb::Manifest> for Document {
             stop: manifest.stop.as_ref().map(StopDocument::from),
             placement: manifest.placement.as_ref().map(PlacementDocument::from),
             logs: manifest.logs.as_ref().map(LogsDocument::from),
+            env_file: manifest.env_files.clone(),
+            data: manifest.data.then_some(true),
+            secrets: manifest.secrets.clone(),
+            file: manifest.files.iter().map(FileDocument::from).collect(),
         }
     }
 }
@@ -131,6 +135,20 @@ impl From<&pb::Placement> for PlacementDocument {
             on_disconnect: (on_disconnect != pb::OnDisconnect::Unspecified)
                 .then(|| OnDisconnectWord(words::on_disconnect(on_disconnect))),
             priority: placement.priority,
+        }
+    }
+}
+
+impl From<&pb::File> for FileDocument {
+    fn from(file: &pb::File) -> Self {
+        let text = |text: &String| (!text.is_empty()).then(|| text.clone());
+        Self {
+            path: file.path.clone(),
+            content: file.source.is_empty().then(|| file.content.clone()),
+            source: text(&file.source),
+            template: file.verbatim.then_some(false),
+            mode: (file.mode != 0).then(|| format!("{:04o}", file.mode)),
+            owner: text(&file.owner),
         }
     }
 }

@@ -53,6 +53,54 @@ fn a_mistake_in_a_value_is_answered_in_place() {
 }
 
 #[test]
+fn a_mistake_in_files_and_secrets_is_answered_in_place() {
+    for (body, message) in [
+        ("[[file]]\npath = \"a\"", "f:3:1: file[0]: has nothing to be made of; add content or source"),
+        (
+            "[[file]]\npath = \"a\"\ncontent = \"x\"\nsource = \"/b\"",
+            "f:6:10: file[0].source: content and source contradict each other; leave one of them out",
+        ),
+        (
+            "[[file]]\npath = \"../a\"\ncontent = \"x\"",
+            "f:4:8: file[0].path: \"../a\" must go straight down: without empty parts, . and ..",
+        ),
+        (
+            "[[file]]\npath = \"/etc/a\"\ncontent = \"x\"",
+            "f:4:8: file[0].path: must be relative, not \"/etc/a\": files are made in the directory NAVE_FILES",
+        ),
+        (
+            "[[file]]\npath = \"a\"\ncontent = \"x\"\n[[file]]\npath = \"a/b\"\ncontent = \"x\"",
+            "f:7:8: file[1].path: \"a/b\" cannot be beside \"a\": one is a directory of the other",
+        ),
+        (
+            "[[file]]\npath = \"a\"\ncontent = \"x\"\nmode = \"4755\"",
+            "f:6:8: file[0].mode: \"4755\" is not a mode, for instance \"0640\"",
+        ),
+        (
+            "[[file]]\npath = \"a\"\ncontents = \"x\"",
+            "f:3:1: file[0]: has nothing to be made of; add content or source\nf:5:1: file[0].contents: unknown key; \
+             did you mean `content`?",
+        ),
+        ("file = \"a\"", "f:3:8: file: must be a list of tables, such as [[file]], not the text \"a\""),
+        (
+            "env_file = [\"web.env\"]",
+            "f:3:13: env_file[0]: must be the absolute path of a file on the host, not \"web.env\"",
+        ),
+        (
+            "[secrets]\npassword = \"hunter2\"",
+            "f:4:12: secrets.password: must be the absolute path of a file on the host, not \"hunter2\"",
+        ),
+        (
+            "[secrets]\n\".x\" = \"/x\"",
+            "f:4:8: secrets.\".x\": a secret's name has letters, digits, . _ and -, at most 64, and no . first",
+        ),
+        ("data = \"yes\"", "f:3:8: data: must be true or false, not the text \"yes\""),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
 fn a_mistake_in_logs_is_answered_in_place() {
     for (body, message) in [
         ("[logs]\nmax_size = \"1KiB\"", "f:4:12: logs.max_size: must be 64KiB to 1TiB, not 1KiB"),
@@ -308,7 +356,7 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
         ("[restart]\nbanana = 1", "f:4:1: restart.banana: unknown key; known here: policy, budget"),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs\nf:5:1: restart.x: unknown key; known here: policy, budget",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets\nf:5:1: restart.x: unknown key; known here: policy, budget",
         ),
     ] {
         assert_eq!(told(body), message);

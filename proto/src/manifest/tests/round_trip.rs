@@ -121,6 +121,36 @@ prop_compose! {
     }
 }
 
+type Beside = (Vec<pb::File>, Vec<String>, bool, BTreeMap<String, String>);
+
+fn beside() -> impl Strategy<Value = Beside> {
+    let made_of = prop_oneof![
+        text().prop_map(|content| (content, String::new())),
+        "/[a-z]{1,9}".prop_map(|source| (String::new(), source)),
+    ];
+    let mode = prop_oneof![Just(0u32), 1u32..=0o777];
+    let file = (made_of, any::<bool>(), mode, prop_oneof![Just(String::new()), Just("root".to_owned())]);
+    let files = btree_map("[a-z]{1,4}(/[A-Z.]{3,5})?", file, 0..3).prop_map(|files| {
+        let file = |(path, ((content, source), verbatim, mode, owner))| pb::File {
+            path,
+            content,
+            source,
+            verbatim,
+            mode,
+            owner,
+        };
+        let mut files: Vec<pb::File> = files.into_iter().map(file).collect();
+        // A file is no directory of another.
+        files.retain(|file| file.path.len() > 4 || !file.path.contains('/'));
+        let flat: Vec<String> =
+            files.iter().filter(|f| !f.path.contains('/')).map(|f| format!("{}/", f.path)).collect();
+        files.retain(|file| !flat.iter().any(|folder| file.path.starts_with(folder)));
+        files
+    });
+    let secrets = btree_map("[a-z][a-z0-9._-]{0,9}", "/[a-z]{1,9}", 0..3);
+    (files, vec("/[a-z]{1,9}", 0..3), any::<bool>(), secrets)
+}
+
 fn manifest() -> impl Strategy<Value = pb::Manifest> {
     let count = prop_oneof![Just(None), (0u32..=COUNT_MAX).prop_map(Some)];
     (ports(), count).prop_flat_map(|(ports, count)| {
@@ -134,9 +164,10 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
             update(count.unwrap_or(0)),
             rest(),
             (1u64..1000, duration(1000..86_400_000)),
+            beside(),
         )
             .prop_map(
-                move |(names, env, user, working_dir, health, resources, update, rest, logs)| {
+                move |(names, env, user, working_dir, health, resources, update, rest, logs, beside)| {
                     let (name, command, needs) = names;
                     let (restart, stop, placement) = rest;
                     pb::Manifest {
@@ -155,6 +186,10 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                         update: Some(update),
                         stop: Some(stop),
                         placement: Some(placement),
+                        files: beside.0,
+                        env_files: beside.1,
+                        data: beside.2 && count.unwrap_or(0) <= 256,
+                        secrets: beside.3,
                         logs: Some(pb::Logs { max_size_bytes: logs.0 << 20, max_age: logs.1 }),
                     }
                 },

@@ -1,0 +1,130 @@
+//! Rules for what a process finds beside its command: files, files of variables, secrets.
+
+use std::collections::BTreeSet;
+
+use super::Rules;
+use crate::manifest::tree::{Path, shorten};
+use crate::pb;
+
+const FILES_MAX: usize = 64;
+const SECRETS_MAX: usize = 64;
+const ENV_FILES_MAX: usize = 16;
+const PATH_MAX: usize = 255;
+/// Where the data of each is stands in the service's row.
+const DATA_COUNT_MAX: u32 = 256;
+const SECRET_NAME_MAX: usize = 64;
+
+impl Rules {
+    pub(super) fn files(&mut self, manifest: &pb::Manifest) {
+        let path = Path::default().key("file");
+        if manifest.files.len() > FILES_MAX {
+            self.broken(path.clone(), format!("at most {FILES_MAX} files, not {}", manifest.files.len()));
+        }
+        let mut paths = BTreeSet::new();
+        for (index, file) in manifest.files.iter().enumerate() {
+            self.file(&path.index(index), file);
+            let (path, place) = (path.index(index).key("path"), file.path.as_str());
+            if !paths.insert(place) {
+                self.broken(path, format!("{:?} is the path of another file too", shorten(place)));
+            } else if let Some(within) =
+                paths.iter().find(|other| is_within(place, other) || is_within(other, place))
+            {
+                self.broken(
+                    path,
+                    format!(
+                        "{:?} cannot be beside {:?}: one is a directory of the other",
+                        shorten(place),
+                        shorten(within)
+                    ),
+                );
+            }
+        }
+        if manifest.data && manifest.count > DATA_COUNT_MAX {
+            let why =
+                format!("a service with data has at most {DATA_COUNT_MAX} instances, not {}", manifest.count);
+            self.at(&["data"], why);
+        }
+        self.env_files(&manifest.env_files);
+        self.secrets(manifest);
+    }
+
+    fn file(&mut self, path: &Path, file: &pb::File) {
+        if let Some(why) = bad_place(&file.path) {
+            self.broken(path.key("path"), why);
+        }
+        if !file.source.is_empty() {
+            self.host_path(path.key("source"), &file.source);
+            if !file.content.is_empty() {
+                self.broken(
+                    path.key("source"),
+                    "content and source contradict each other; leave one of them out",
+                );
+            }
+        }
+        if file.mode > 0o777 {
+            self.broken(path.key("mode"), format!("{:o} is more than permissions, 777 at most", file.mode));
+        }
+        self.user(path.key("owner"), &file.owner);
+    }
+
+    fn env_files(&mut self, env_files: &[String]) {
+        let path = Path::default().key("env_file");
+        if env_files.len() > ENV_FILES_MAX {
+            self.broken(path.clone(), format!("at most {ENV_FILES_MAX} files, not {}", env_files.len()));
+        }
+        for (index, file) in env_files.iter().enumerate() {
+            self.host_path(path.index(index), file);
+        }
+    }
+
+    fn secrets(&mut self, manifest: &pb::Manifest) {
+        let path = Path::default().key("secrets");
+        if manifest.secrets.len() > SECRETS_MAX {
+            self.broken(
+                path.clone(),
+                format!("at most {SECRETS_MAX} secrets, not {}", manifest.secrets.len()),
+            );
+        }
+        for (name, source) in &manifest.secrets {
+            let well_formed = (1..=SECRET_NAME_MAX).contains(&name.len())
+                && !name.starts_with('.')
+                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+            if !well_formed {
+                let why = format!(
+                    "a secret's name has letters, digits, . _ and -, at most {SECRET_NAME_MAX}, and no . first"
+                );
+                self.broken(path.key(name), why);
+            }
+            self.host_path(path.key(name), source);
+        }
+    }
+
+    fn host_path(&mut self, path: Path, file: &str) {
+        if file.contains('\0') {
+            self.broken(path, "has a NUL byte, which no path can have");
+        } else if !file.starts_with('/') {
+            let why = format!("must be the absolute path of a file on the host, not {:?}", shorten(file));
+            self.broken(path, why);
+        }
+    }
+}
+
+/// Why a file cannot be there.
+fn bad_place(path: &str) -> Option<String> {
+    let shown = shorten(path);
+    if path.is_empty() {
+        return Some("is missing; where the file is to be, such as \"app.toml\"".to_owned());
+    }
+    if path.starts_with('/') {
+        return Some(format!("must be relative, not {shown:?}: files are made in the directory NAVE_FILES"));
+    }
+    if path.len() > PATH_MAX || path.contains('\0') {
+        return Some(format!("{shown:?} is no path of at most {PATH_MAX} bytes"));
+    }
+    let plain = path.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
+    (!plain).then(|| format!("{shown:?} must go straight down: without empty parts, . and .."))
+}
+
+fn is_within(inner: &str, outer: &str) -> bool {
+    inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('/'))
+}
