@@ -15,11 +15,11 @@ help: ## what there is to make
 packages: ## install the build packages that are missing (Debian and Ubuntu)
 	@tools/packages.sh
 
+# The whole workspace is named here and below, since features of shared crates differ by what is asked for: so nothing
+# is compiled once for the binary and again for the tests.
 build: packages ## build the one binary, target/release/nave
-	$(CARGO) build $(RELEASE) --locked -p nave-cli -p hello
+	$(CARGO) build $(RELEASE) --locked --workspace --bin nave --bin hello
 
-# With the tests come features of shared crates that the binary alone does not ask for. Built in one go, nothing is
-# compiled once for the binary and again for the tests.
 everything: packages ## build the binary, the tests and the measurements
 	$(CARGO) build $(RELEASE) --locked --workspace --all-targets
 
