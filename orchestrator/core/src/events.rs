@@ -97,13 +97,16 @@ pub(crate) fn instance_event(
 }
 
 /// The end of a process that `after` has and `before` had not, when its state does not tell it: a process that was
-/// started again at once, or while the hub was away, would else have ended unseen.
+/// started again at once, or while the hub was away, would else have ended unseen. After `Stopping` comes `Exited`.
 pub(crate) fn untold_exit(
     before: &pb::InstanceRecord,
     after: &pb::InstanceRecord,
     host: &str,
 ) -> Option<(&'static str, String)> {
-    let told = matches!(after.state(), Some(State::BackingOff(_) | State::Exited(_) | State::Failed(_)));
+    let told = matches!(
+        after.state(),
+        Some(State::Stopping(_) | State::BackingOff(_) | State::Exited(_) | State::Failed(_))
+    );
     let exit = after.last_exit.as_ref().filter(|_| !told)?;
     let attempt_of = |exit: &pb::ExitRecord| (exit.epoch, exit.attempt);
     if before.last_exit.as_ref().map(attempt_of) >= Some(attempt_of(exit)) {
@@ -200,6 +203,22 @@ mod tests {
             let found = instance_event(before, after, "alpha").map(|(_, sentence)| sentence);
             assert_eq!(found.as_deref(), expected);
         }
+    }
+
+    #[test]
+    fn an_end_is_told_once() {
+        let (before, with_exit) = (instance(running(true), 1), |state| pb::InstanceRecord {
+            last_exit: exit(0).map(|exit| pb::ExitRecord { attempt: 1, ..exit }),
+            ..instance(state, 1)
+        });
+        let stopping = with_exit(State::Stopping(pb::observed::Stopping::default()));
+        let exited = with_exit(State::Exited(pb::observed::Exited { exit: exit(0) }));
+        assert_eq!(untold_exit(&before, &stopping, "alpha"), None);
+        assert_eq!(untold_exit(&stopping, &exited, "alpha"), None);
+        let told = instance_event(&stopping, &exited, "alpha").map(|(_, sentence)| sentence);
+        assert_eq!(told.as_deref(), Some("web.0 (i-42) exited with code 0 after 1.2 s on alpha"));
+        // Started again at once: no other state tells it.
+        assert!(untold_exit(&before, &with_exit(running(true)), "alpha").is_some());
     }
 
     #[test]
