@@ -1,4 +1,7 @@
-//! How each process ended, in `<data_dir>/exits`: synced before it is told, told until it is acknowledged.
+//! How each process ended, in `<data_dir>/exits`: written before it is told, synced right after, told until it is
+//! acknowledged. A keeper that is killed loses nothing that was written. After a loss of power no process is left; all
+//! that may be missing is how one ended in the last milliseconds before, and waiting for the disk would delay every
+//! restart.
 //!
 //! A disk that is full or failing must not hide an exit from the agent, or nothing would be restarted: the record is
 //! then told from memory and written when that works again. What is lost by that is only a record whose keeper dies
@@ -25,6 +28,8 @@ pub(crate) struct Exits {
     last_sequence: u64,
     /// Sequences above this are in memory only.
     durable_sequence: u64,
+    /// Written since the last sync.
+    unsynced: bool,
 }
 
 impl Exits {
@@ -40,11 +45,19 @@ impl Exits {
         let unacknowledged =
             loaded.records.into_iter().filter(|record| record.sequence > acknowledged).collect();
         let last_sequence = written.max(acknowledged);
-        let exits = Self { file, unacknowledged, last, last_sequence, durable_sequence: last_sequence };
+        let exits = Self {
+            file,
+            unacknowledged,
+            last,
+            last_sequence,
+            durable_sequence: last_sequence,
+            unsynced: false,
+        };
         Ok((exits, loaded.torn_bytes))
     }
 
-    /// Takes a record, gives it the next sequence and returns that. [`Exits::persist`] before it is told.
+    /// Takes a record, gives it the next sequence and returns that. [`Exits::persist`] before it is told, [`Exits::sync`]
+    /// after.
     pub(crate) fn add(&mut self, mut record: pb::ExitRecord) -> u64 {
         self.last_sequence += 1;
         record.sequence = self.last_sequence;
@@ -52,7 +65,7 @@ impl Exits {
         self.last_sequence
     }
 
-    /// Appends and syncs all that is in memory only, in one write and one sync.
+    /// Writes all that is in memory only, in one write.
     ///
     /// # Errors
     /// When the disk refuses; call again later.
@@ -64,10 +77,21 @@ impl Exits {
             return Ok(());
         }
         self.file.append(&pending)?;
-        // Counted as written even when the sync fails: appending it a second time would not make it safer.
         self.durable_sequence = self.last_sequence;
         self.last = pending.into_iter().next_back();
-        self.file.sync()
+        self.unsynced = true;
+        Ok(())
+    }
+
+    /// Makes what was written survive a loss of power.
+    ///
+    /// # Errors
+    /// As fdatasync. It is not tried again for the same records: that would not make them safer.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        match std::mem::take(&mut self.unsynced) {
+            true => self.file.sync(),
+            false => Ok(()),
+        }
     }
 
     /// Whether [`Exits::persist`] has something to do.

@@ -119,7 +119,7 @@ impl Keeper {
         self.exits.add(record);
     }
 
-    /// Writes what has ended in this turn, notes it in the ledger, tells the agent.
+    /// Writes what has ended in this turn, notes it in the ledger, tells the agent, and syncs while that decides.
     pub(crate) fn commit_exits(&mut self) {
         if self.exits.undurable() && boottime_ns() >= self.exits_retry_at {
             match self.exits.persist() {
@@ -148,6 +148,9 @@ impl Keeper {
                 self.told_sequence = record.sequence;
                 self.send(agent, &pb::KeeperReply { id: 0, reply: Some(Reply::Exited(record)) }, None);
             }
+        }
+        if let Err(error) = self.exits.sync() {
+            crate::say!("exit records may not survive a loss of power: {error}");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use nave_tests::cluster::processes_of;
-use nave_tests::process::send;
+use nave_tests::process::{alive, send};
 use nave_tests::wait::pause;
 use nave_tests::{Cluster, eventually, nave};
 use nix::sys::signal::Signal;
@@ -30,7 +30,7 @@ impl End {
             Self::Agent => "agent killed",
             Self::Keeper => "keeper killed",
             Self::Both => "both killed at once",
-            Self::Upgrade => "`nave agent upgrade`",
+            Self::Upgrade => "`nave agent upgrade`, from the end of the old agent",
         }
     }
 }
@@ -70,12 +70,28 @@ fn round(cluster: &mut Cluster, end: End) -> Duration {
             cluster.agents[0].kill();
             cluster.agents[0].start();
         }
-        End::Upgrade => {
-            let data = cluster.agents[0].dir.join("data");
-            let words = ["agent", "upgrade", "--data-dir", data.to_str().expect("plain names")];
-            nave::run(None, &words, None).expect(0);
-        }
+        End::Upgrade => return upgrade(cluster),
     }
+    adopted_after(cluster, began, heard)
+}
+
+/// The command returns once the trial is over, long after the new agent has taken over.
+fn upgrade(cluster: &Cluster) -> Duration {
+    let data = cluster.agents[0].dir.join("data");
+    let words = ["agent", "upgrade", "--data-dir", data.to_str().expect("plain names")];
+    let old = cluster.agents[0].agent_pid();
+    std::thread::scope(|threads| {
+        let command = threads.spawn(|| nave::run(None, &words, None));
+        while alive(old) {
+            pause(Duration::from_millis(1));
+        }
+        let took = adopted_after(cluster, Instant::now(), heard(cluster));
+        command.join().expect("it ends").expect(0);
+        took
+    })
+}
+
+fn adopted_after(cluster: &Cluster, began: Instant, heard: usize) -> Duration {
     let limit = began + PATIENCE;
     while heard_since(cluster, heard) == 0 || running(cluster) != PROCESSES {
         assert!(Instant::now() < limit, "not adopted after {PATIENCE:?}: {}", cluster.agents[0].log());
