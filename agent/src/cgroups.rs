@@ -295,7 +295,11 @@ fn limits(controller: Controller, v2: bool, dir: &Path, resources: &pb::Resource
     match controller {
         Controller::Cpu => cpu_limits(v2, dir, resources),
         Controller::Memory => memory_limits(v2, dir, resources),
-        Controller::Pids => vec![write(&dir.join("pids.max"), PIDS_MAX.to_string(), false)],
+        Controller::Pids => {
+            let (pids, required) =
+                if resources.pids > 0 { (resources.pids, true) } else { (PIDS_MAX, false) };
+            vec![write(&dir.join("pids.max"), pids.to_string(), required)]
+        }
     }
 }
 
@@ -328,7 +332,19 @@ fn cpu_limits(v2: bool, dir: &Path, resources: &pb::Resources) -> Vec<pb::FileWr
 
 /// A hard limit, swap included: a service that outgrows it is killed, it does not slow the whole host down.
 fn memory_limits(v2: bool, dir: &Path, resources: &pb::Resources) -> Vec<pb::FileWrite> {
-    let bytes = resources.memory_bytes;
+    let mut files = hard_memory_limit(v2, dir, resources.memory_bytes);
+    // Soft in the kernel's words as well: v2 takes memory back and slows down, v1 takes it back when the host is short.
+    let soft = (resources.memory_soft_bytes > 0).then(|| resources.memory_soft_bytes.to_string());
+    files.push(match v2 {
+        true => write(&dir.join("memory.high"), soft.unwrap_or_else(|| "max".to_owned()), false),
+        false => {
+            write(&dir.join("memory.soft_limit_in_bytes"), soft.unwrap_or_else(|| "-1".to_owned()), false)
+        }
+    });
+    files
+}
+
+fn hard_memory_limit(v2: bool, dir: &Path, bytes: u64) -> Vec<pb::FileWrite> {
     match (v2, bytes) {
         (true, 0) => vec![write(&dir.join("memory.max"), "max".to_owned(), false)],
         (true, _) => vec![
@@ -408,8 +424,14 @@ mod tests {
 
     #[test]
     fn resources_become_the_files_of_each_hierarchy() {
-        let resources =
-            pb::Resources { cpu_millicores: 500, cpu_max_millicores: 1500, memory_bytes: 128 << 20 };
+        let resources = pb::Resources {
+            cpu_millicores: 500,
+            cpu_max_millicores: 1500,
+            memory_bytes: 128 << 20,
+            memory_soft_bytes: 96 << 20,
+            pids: 100,
+            ..Default::default()
+        };
         let dir = Path::new("/c");
         let shown = |list: &[(String, String)]| {
             list.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("; ")
@@ -417,14 +439,17 @@ mod tests {
         let v2 = [cpu_limits(true, dir, &resources), memory_limits(true, dir, &resources)].concat();
         assert_eq!(
             shown(&values(&v2)),
-            "cpu.weight=50; cpu.max=150000 100000; memory.max=134217728; memory.swap.max=0; memory.oom.group=1"
+            "cpu.weight=50; cpu.max=150000 100000; memory.max=134217728; memory.swap.max=0; memory.oom.group=1; \
+             memory.high=100663296"
         );
         let v1 = [cpu_limits(false, dir, &resources), memory_limits(false, dir, &resources)].concat();
         assert_eq!(
             shown(&values(&v1)),
             "cpu.shares=512; cpu.cfs_period_us=100000; cpu.cfs_quota_us=150000; memory.memsw.limit_in_bytes=-1; \
-             memory.limit_in_bytes=134217728; memory.memsw.limit_in_bytes=134217728"
+             memory.limit_in_bytes=134217728; memory.memsw.limit_in_bytes=134217728; \
+             memory.soft_limit_in_bytes=100663296"
         );
+        assert_eq!(shown(&values(&limits(Controller::Pids, true, dir, &resources))), "pids.max=100");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! done first while instances never wait for each other. Answers come back as inputs, or, from the keeper, as its
 //! events. Called by the main loop alone, after what an action relies on is in the ledger.
 
+mod confine;
 pub(crate) mod directories;
 mod ports;
 pub(crate) mod spawn;
@@ -255,10 +256,14 @@ impl Executor {
             Some(pb::probe::Check::Grpc(_)) => Check::Grpc { port: port()? },
             Some(pb::probe::Check::Exec(exec)) => Check::Exec(self.context.exec_check(
                 supervisor.wanted(),
+                order.key,
                 supervisor.ports(),
                 &exec.command,
             )?),
-            Some(pb::probe::Check::Notify(_)) | None => return Ok(None),
+            Some(pb::probe::Check::Notify(_) | pb::probe::Check::NotifyFd(_) | pb::probe::Check::Log(_))
+            | None => {
+                return Ok(None);
+            }
         };
         Ok(Some(check))
     }

@@ -114,13 +114,28 @@ fn capabilities(cgroups: &Cgroups, root: bool) -> (Vec<String>, Vec<String>) {
         }
     }
     match root {
-        true => can.push("users".to_owned()),
-        false => lacks.push(
-            "services run as the agent's own user and are not protected from each other: the agent is not root"
-                .to_owned(),
+        true => can.extend(["users", "private_tmp", "read_only", "capabilities"].map(str::to_owned)),
+        false => lacks.extend(
+            [
+                "services run as the agent's own user and are not protected from each other",
+                "services share /tmp, and isolation.read_only, hide and capabilities are refused",
+            ]
+            .map(|what| format!("{what}: the agent is not root")),
         ),
     }
+    match nave_keeper::sandbox::has_landlock() {
+        true => can.push("landlock".to_owned()),
+        false => lacks.push("isolation.landlock is refused: this kernel has no Landlock".to_owned()),
+    }
+    match has_seccomp() {
+        true => can.push("seccomp".to_owned()),
+        false => lacks.push("isolation.seccomp is refused: this kernel has no seccomp filters".to_owned()),
+    }
     (can, lacks)
+}
+
+fn has_seccomp() -> bool {
+    std::path::Path::new("/proc/sys/kernel/seccomp/actions_avail").exists()
 }
 
 fn read_line(path: &str) -> String {

@@ -62,6 +62,10 @@ impl NotifySockets {
         manifest.health.as_ref().is_some_and(|health| by_notify(&health.ready) || by_notify(&health.live))
     }
 
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     pub(crate) fn path(&self, instance: InstanceId) -> PathBuf {
         self.dir.join(instance.to_string())
     }

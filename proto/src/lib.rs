@@ -5,6 +5,7 @@
 pub mod constraint;
 pub mod ids;
 pub mod lease;
+pub mod limits;
 pub mod manifest;
 pub mod signals;
 pub mod time;

@@ -23,6 +23,14 @@ macro_rules! words {
 }
 
 words!(
+    /// Which system calls a service is refused.
+    seccomp, parse_seccomp, pb::SeccompPreset, {
+        pb::SeccompPreset::Unspecified => "",
+        pb::SeccompPreset::Standard => "standard",
+        pb::SeccompPreset::Offline => "offline",
+    }
+);
+words!(
     /// What the hub wants of an instance.
     desired, parse_desired, pb::Desired, {
         pb::Desired::Unspecified => "unspecified",

@@ -15,6 +15,7 @@ mod drain;
 mod full_disk;
 mod hosts_lost;
 mod hub_away;
+mod isolation;
 mod keeper_killed;
 mod kept_through_all;
 mod leader_killed_under_writes;

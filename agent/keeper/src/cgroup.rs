@@ -17,6 +17,8 @@ use crate::sys;
 
 /// Rounds of "signal all that are in it": more than a chain of forks can outrun, few enough to end.
 const ROUNDS: usize = 8;
+/// v1 says "no limit" with a number that no machine has.
+const UNLIMITED_BYTES: u64 = 1 << 60;
 
 /// Makes the directories and returns the inode of the cgroup2 one (0: none).
 ///
@@ -166,6 +168,15 @@ pub(crate) fn oom_kills(spawn: &pb::Spawn) -> u64 {
         })
     });
     v2.into_iter().chain(v1).sum()
+}
+
+/// The hard limit of memory, where one is set.
+pub(crate) fn memory_limit_bytes(spawn: &pb::Spawn) -> Option<u64> {
+    let v2 = (!spawn.cgroup2.is_empty()).then(|| Path::new(&spawn.cgroup2).join("memory.max"));
+    let v1 = spawn.cgroup1.iter().map(|dir| Path::new(dir).join("memory.limit_in_bytes"));
+    let limits =
+        v2.into_iter().chain(v1).filter_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok());
+    limits.filter(|limit: &u64| *limit < UNLIMITED_BYTES).min()
 }
 
 fn number_after(text: &str, name: &str) -> Option<u64> {

@@ -67,6 +67,12 @@ impl Stat {
     }
 }
 
+/// What a process is called, while it is there at all.
+pub(crate) fn name(pid: u32) -> Option<String> {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(name.trim_end().to_owned()).filter(|name| !name.is_empty())
+}
+
 /// CLOCK_BOOTTIME of a start, to a tick (10 ms).
 pub(crate) fn started_boottime_ns(start_ticks: u64) -> i64 {
     let ns = u128::from(start_ticks) * SECOND.unsigned_abs() as u128 / u128::from(sys::ticks_per_second());

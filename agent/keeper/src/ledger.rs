@@ -193,6 +193,8 @@ pub(crate) fn strip(spawn: &mut pb::Spawn) {
     spawn.rlimits = Vec::new();
     spawn.groups = Vec::new();
     spawn.working_dir = String::new();
+    spawn.sandbox = None;
+    spawn.notify_fifo = String::new();
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ mod lines;
 mod output;
 mod reap;
 mod record;
+pub mod sandbox;
 mod segment;
 mod signal;
 mod spawn;

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
+use nave_proto::manifest::format_size;
 use nave_proto::pb;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use pb::keeper_ledger_record::Record;
@@ -10,7 +11,7 @@ use pb::keeper_reply::Reply;
 
 use crate::cgroup;
 use crate::clock::{MS, SECOND, boottime_ns, unix_ns};
-use crate::identity::Stat;
+use crate::identity::{self, Stat};
 use crate::keeper::{Keeper, Source};
 use crate::kept::{Ended, Kept, Phase, Process};
 use crate::ledger::Key;
@@ -21,11 +22,13 @@ use crate::sys::{self, Usage};
 const UNKNOWN_AFTER_NS: i64 = SECOND;
 
 /// What is known of an end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ending {
     Status {
         status: i32,
         usage: Usage,
+        /// What it was called in the end, as it may have become another program.
+        name: Option<String>,
     },
     /// Only that, and why no more.
     Unknown(&'static str),
@@ -34,13 +37,17 @@ pub(crate) enum Ending {
 impl Keeper {
     /// Reaps all children that have ended; one SIGCHLD may stand for many.
     pub(crate) fn reap(&mut self) {
-        while let Some(reaped) = sys::reap_one() {
+        while let Some(pid) = sys::ended_one() {
+            let known = self.pids.get(&pid).copied();
+            // Only a zombie still has its name.
+            let name = known.and_then(|_| identity::name(pid));
+            let Some(reaped) = sys::reap_one(pid) else { break };
             if self.agent.pid() == Some(reaped.pid) {
                 self.agent_ended(reaped.status);
-            } else if let Some(key) = self.pids.get(&reaped.pid).copied() {
+            } else if let Some(key) = known {
                 // Started is told before ended, however close they are.
                 self.hear_stub(reaped.pid);
-                self.ended(key, Ending::Status { status: reaped.status, usage: reaped.usage });
+                self.ended(key, Ending::Status { status: reaped.status, usage: reaped.usage, name });
             }
             // Else an orphan of a service, which ended up with us: reaped, and that is all.
         }
@@ -58,7 +65,8 @@ impl Keeper {
             nix::unistd::geteuid().is_root().then_some(stat.exit_status)
         });
         if let Some(status) = status {
-            self.ended(key, Ending::Status { status, usage });
+            let name = identity::name(pid);
+            self.ended(key, Ending::Status { status, usage, name });
         } else if process.unknown_at.is_none() {
             process.unknown_at = Some(boottime_ns() + UNKNOWN_AFTER_NS);
             // Only the news of its being reaped is of interest now (always reported), not that it has ended.
@@ -88,7 +96,7 @@ impl Keeper {
         let failure = starting.as_ref().and_then(|starting| starting.failure.clone());
         let mut record = match &failure {
             Some(failure) => never_ran(&kept.spawn, failure),
-            None => describe(&kept.spawn, &process, ending, cgroup::oom_kills(&kept.spawn)),
+            None => describe(&kept.spawn, &process, ending, &Memory::of(&kept.spawn)),
         };
         record.started_unix_ns = process.started_unix_ns;
         record.ended_unix_ns = unix_ns();
@@ -155,8 +163,41 @@ impl Keeper {
     }
 }
 
-/// An ended process in words. `oom_kills` is the count of its cgroups now.
-fn describe(spawn: &pb::Spawn, process: &Process, ending: Ending, oom_kills: u64) -> pb::ExitRecord {
+/// Of an instance's cgroups, when one of its processes has ended.
+#[derive(Debug, Clone, Copy)]
+struct Memory {
+    oom_kills: u64,
+    limit_bytes: Option<u64>,
+}
+
+impl Memory {
+    fn of(spawn: &pb::Spawn) -> Self {
+        Self { oom_kills: cgroup::oom_kills(spawn), limit_bytes: cgroup::memory_limit_bytes(spawn) }
+    }
+
+    /// Who went beyond which limit, for people.
+    fn explain(&self, pid: u32, name: Option<&str>) -> String {
+        let who = format!("{} (pid {pid})", name.unwrap_or("the process"));
+        match self.limit_bytes {
+            Some(bytes) => format!("{who} reached the limit of {}, resources.memory", format_size(bytes)),
+            None => format!("the host had none left, and {who} was chosen"),
+        }
+    }
+
+    /// What killed one of its children, which may be why it has ended itself.
+    fn explain_children(&self, kills: u64) -> String {
+        let many =
+            if kills == 1 { "a child of it was".to_owned() } else { format!("{kills} of its children were") };
+        match self.limit_bytes {
+            Some(bytes) => format!("{many} killed at the memory limit of {}", format_size(bytes)),
+            None => format!("{many} killed as the host had no memory left"),
+        }
+    }
+}
+
+/// An ended process in words.
+fn describe(spawn: &pb::Spawn, process: &Process, ending: Ending, memory: &Memory) -> pb::ExitRecord {
+    let oom_kills = memory.oom_kills.saturating_sub(process.oom_kills);
     let mut record = pb::ExitRecord {
         instance_id: spawn.instance_id,
         service: spawn.service.clone(),
@@ -166,19 +207,24 @@ fn describe(spawn: &pb::Spawn, process: &Process, ending: Ending, oom_kills: u64
         ..Default::default()
     };
     match ending {
-        Ending::Status { status, usage } => {
+        Ending::Status { status, usage, name } => {
             record.user_cpu_us = usage.user_us;
             record.system_cpu_us = usage.system_us;
             record.max_rss_bytes = usage.max_rss_bytes;
             if libc::WIFSIGNALED(status) {
                 record.signal = libc::WTERMSIG(status);
                 record.core_dumped = libc::WCOREDUMP(status);
-                let oom = record.signal == libc::SIGKILL && oom_kills > process.oom_kills;
+                let oom = record.signal == libc::SIGKILL && oom_kills > 0;
                 let cause = if oom { pb::ExitCause::Oom } else { pb::ExitCause::Signal };
                 record.set_cause(cause);
             } else {
                 record.code = libc::WEXITSTATUS(status);
                 record.set_cause(pb::ExitCause::Exit);
+            }
+            if record.cause() == pb::ExitCause::Oom {
+                record.message = memory.explain(process.identity.pid, name.as_deref());
+            } else if oom_kills > 0 && status != 0 {
+                record.message = memory.explain_children(oom_kills);
             }
         }
         Ending::Unknown(why) => record.message = why.to_owned(),
@@ -233,8 +279,12 @@ mod tests {
                 oom_kills: 5,
                 unknown_at: None,
             };
-            let ending = Ending::Status { status, usage: Usage::default() };
-            let record = describe(&pb::Spawn::default(), &process, ending, 5 + kills);
+            let ending = Ending::Status { status, usage: Usage::default(), name: Some("web".into()) };
+            let memory = Memory { oom_kills: 5 + kills, limit_bytes: Some(32 << 20) };
+            let record = describe(&pb::Spawn::default(), &process, ending, &memory);
+            if record.cause() == C::Oom {
+                assert_eq!(record.message, "web (pid 0) reached the limit of 32MiB, resources.memory");
+            }
             assert_eq!((record.cause(), record.code, record.signal), wanted, "{status} {asked:?} {kills}");
         }
     }

@@ -108,7 +108,7 @@ impl Keeper {
     fn check_spawn(&self, spawn: &pb::Spawn) -> Result<(), pb::KeeperError> {
         let invalid = |message: &str| Err(refusal(Kind::Invalid, message));
         let busy = |message: String| Err(refusal(Kind::Busy, message));
-        let paths = [&spawn.cgroup2, &spawn.log_dir, &spawn.working_dir];
+        let paths = [&spawn.cgroup2, &spawn.log_dir, &spawn.working_dir, &spawn.notify_fifo];
         if spawn.argv.first().is_none_or(String::is_empty) {
             return invalid("argv names no program");
         }

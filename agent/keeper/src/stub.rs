@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::unistd::{Gid, Uid};
 use prost::Message;
 
-use crate::sys;
+use crate::{sandbox, sys};
 
 /// Where starting a program failed. The numbers go between a keeper and a stub of the same build, or of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,9 +43,15 @@ pub(crate) enum Step {
     Lookup = 16,
     Exec = 17,
     Interpreter = 18,
+    Namespace = 19,
+    Mount = 20,
+    Capabilities = 21,
+    Landlock = 22,
+    Seccomp = 23,
+    Notify = 24,
 }
 
-const STEPS: [Step; 18] = [
+const STEPS: [Step; 24] = [
     Step::Stub,
     Step::Orders,
     Step::Session,
@@ -64,6 +70,12 @@ const STEPS: [Step; 18] = [
     Step::Lookup,
     Step::Exec,
     Step::Interpreter,
+    Step::Namespace,
+    Step::Mount,
+    Step::Capabilities,
+    Step::Landlock,
+    Step::Seccomp,
+    Step::Notify,
 ];
 
 /// Why a program does not run: which step, errno, and of what.
@@ -73,6 +85,9 @@ pub(crate) struct Failure {
     pub(crate) errno: i32,
     pub(crate) what: String,
 }
+
+/// The highest number that a program may want its notification descriptor under.
+const NOTIFY_FD_MAX: i32 = 255;
 
 /// Longer names are cut: the report is one datagram.
 const WHAT_BYTES_MAX: usize = 1024;
@@ -119,6 +134,12 @@ impl std::fmt::Display for Failure {
             Step::Group => write!(f, "cannot become group {what}")?,
             Step::User => write!(f, "cannot become user {what}")?,
             Step::Privileges => write!(f, "cannot give up new privileges")?,
+            Step::Namespace => write!(f, "cannot make a mount namespace of its own")?,
+            Step::Mount => write!(f, "cannot mount on {what}")?,
+            Step::Capabilities => write!(f, "cannot set its capabilities")?,
+            Step::Landlock => write!(f, "cannot confine it with Landlock ({what})")?,
+            Step::Seccomp => write!(f, "cannot refuse system calls ({what})")?,
+            Step::Notify => write!(f, "cannot open {what} for its word of being ready")?,
             Step::WorkingDir => write!(f, "cannot enter working directory {what}")?,
             Step::Lookup => return write!(f, "{what}: not found in PATH"),
             Step::Exec => write!(f, "{what}")?,
@@ -177,10 +198,49 @@ fn prepare(orders: &pb::ExecOrders, channel: OwnedFd) -> Prepared<'_> {
         return Err((Failure::new(Step::Orders, Errno::EINVAL, "(no spawn in them)"), channel));
     };
     let channel = standard_descriptors(orders, channel)?;
-    match surroundings(spawn).and_then(|()| user(spawn)).and_then(|()| working_dir(spawn)) {
+    let none = pb::Sandbox::default();
+    let sandbox = spawn.sandbox.as_ref().unwrap_or(&none);
+    let prepared = surroundings(spawn)
+        .and_then(|()| sandbox::make_mounts(sandbox))
+        .and_then(|()| notify_fifo(spawn))
+        .and_then(|fifo| user(spawn, sandbox).map(|()| fifo))
+        .and_then(|fifo| working_dir(spawn).map(|()| fifo));
+    let (fifo, channel) = match prepared {
+        Ok(None) => (None, channel),
+        Ok(Some(fifo)) => match sys::duplicate_above(&channel, NOTIFY_FD_MAX + 1) {
+            Ok(high) => (Some(fifo), high),
+            Err(error) => return Err((Failure::new(Step::Descriptors, error, ""), channel)),
+        },
+        Err(failure) => return Err((failure, channel)),
+    };
+    let confined = fifo
+        .map_or(Ok(()), |fifo| notify_descriptor(spawn, fifo))
+        .and_then(|()| sandbox::restrict_files(sandbox))
+        .and_then(|()| sandbox::restrict_calls(sandbox));
+    match confined {
         Ok(()) => Ok((channel, spawn)),
         Err(failure) => Err((failure, channel)),
     }
+}
+
+/// Opened for both ways, so that it never blocks nor breaks, whoever reads or does not.
+fn notify_fifo(spawn: &pb::Spawn) -> Result<Option<OwnedFd>, Failure> {
+    if spawn.notify_fifo.is_empty() {
+        return Ok(None);
+    }
+    let failed = |error: io::Error| Failure::new(Step::Notify, error, &spawn.notify_fifo);
+    let fifo = OpenOptions::new().read(true).write(true).open(&spawn.notify_fifo).map_err(failed)?;
+    sys::duplicate_above(fifo, NOTIFY_FD_MAX + 1).map(Some).map_err(failed)
+}
+
+/// Under the number that the program expects, which may have been the channel's.
+fn notify_descriptor(spawn: &pb::Spawn, fifo: OwnedFd) -> Result<(), Failure> {
+    let number = i32::try_from(spawn.notify_fd).ok().filter(|number| (3..=NOTIFY_FD_MAX).contains(number));
+    let placed = match number {
+        Some(number) => sys::duplicate_onto(fifo.as_fd(), number, false),
+        None => Err(io::Error::from_raw_os_error(libc::EBADF)),
+    };
+    placed.map_err(|error| Failure::new(Step::Notify, error, &spawn.notify_fifo))
 }
 
 /// 0: /dev/null, 1 and 2: the FIFOs, 3: the channel until exec, nothing else.
@@ -262,7 +322,8 @@ fn enter_cgroups(spawn: &pb::Spawn) -> Result<(), Failure> {
         .map_err(|error| Failure::new(Step::Cgroup, error, dir))
 }
 
-fn user(spawn: &pb::Spawn) -> Result<(), Failure> {
+fn user(spawn: &pb::Spawn, sandbox: &pb::Sandbox) -> Result<(), Failure> {
+    sandbox::bound_capabilities(sandbox)?;
     if spawn.set_user {
         let groups: Vec<Gid> = spawn.groups.iter().copied().map(Gid::from_raw).collect();
         let (uid, gid) = (Uid::from_raw(spawn.uid), Gid::from_raw(spawn.gid));
@@ -273,6 +334,7 @@ fn user(spawn: &pb::Spawn) -> Result<(), Failure> {
         nix::unistd::setresuid(uid, uid, uid)
             .map_err(|error| Failure::new(Step::User, error, spawn.uid.to_string()))?;
     }
+    sandbox::take_capabilities(sandbox)?;
     if spawn.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().map_err(|error| Failure::new(Step::Privileges, error, ""))?;
     }

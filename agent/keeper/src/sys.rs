@@ -24,15 +24,28 @@ pub(crate) struct Usage {
     pub(crate) max_rss_bytes: u64,
 }
 
-/// Reaps one child that has ended, if any.
+/// A child that has ended, if any; it stays, for a last look at it, until it is reaped.
+#[expect(unsafe_code, reason = "nix leaves the pid out for some of the ways to end")]
+pub(crate) fn ended_one() -> Option<u32> {
+    // SAFETY: siginfo_t is plain data, for which all zeroes is a value, and what the kernel writes into it for a child.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        let done = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);
+        (done == 0).then(|| u32::try_from(info.si_pid()).ok()).flatten().filter(|pid| *pid != 0)
+    }
+}
+
+/// Reaps a child that has ended.
 #[expect(unsafe_code, reason = "nix has no wait4")]
-pub(crate) fn reap_one() -> Option<Reaped> {
+pub(crate) fn reap_one(pid: u32) -> Option<Reaped> {
+    let pid = libc::pid_t::try_from(pid).ok()?;
     let mut status = 0;
     // SAFETY: rusage is plain numbers, for which all zeroes is a value.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are to live, writable locals of the right type.
-    let pid = unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut usage) };
-    let pid = u32::try_from(pid).ok().filter(|pid| *pid != 0)?;
+    let reaped = unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
+    let pid = u32::try_from(reaped).ok().filter(|pid| *pid != 0)?;
     let microseconds = |time: libc::timeval| {
         u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_usec).unwrap_or(0)
     };
@@ -261,11 +274,12 @@ pub(crate) fn close_from(first: u32) -> io::Result<()> {
     })
 }
 
-/// Makes `number` (0 to 3) refer to what `fd` does.
+/// Makes `number` refer to what `fd` does.
 #[expect(unsafe_code, reason = "the target is a fixed number")]
 pub(crate) fn duplicate_onto(fd: BorrowedFd<'_>, number: i32, close_on_exec: bool) -> io::Result<()> {
     let flags = if close_on_exec { libc::O_CLOEXEC } else { 0 };
-    // SAFETY: the stub calls this with standard numbers, and with 3 once nothing else lives there.
+    // SAFETY: the stub calls this with standard numbers, with 3 once nothing else lives there, and with the number that
+    // the program expects once its own two descriptors are far above.
     unsafe {
         if fd.as_raw_fd() == number {
             let flags = if close_on_exec { libc::FD_CLOEXEC } else { 0 };
@@ -304,6 +318,98 @@ pub(crate) fn set_resource_limit(resource: u32, soft: u64, hard: u64) -> io::Res
 pub(crate) fn set_nice(nice: i32) -> io::Result<()> {
     // SAFETY: integers only.
     check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }.into())
+}
+
+/// The highest capability that any kernel may have: the sets have 64 bits.
+pub(crate) const CAPABILITY_MAX: u32 = 63;
+
+/// Takes a capability away for good, from this process and all that come from it. One that this kernel does not have
+/// is as good as taken.
+#[expect(unsafe_code, reason = "nix has no PR_CAPBSET_DROP")]
+pub(crate) fn drop_bounding(number: u32) -> io::Result<()> {
+    // SAFETY: integers only.
+    match check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) }.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        done => done,
+    }
+}
+
+/// Makes a capability survive exec; it must be permitted and inheritable.
+#[expect(unsafe_code, reason = "nix has no PR_CAP_AMBIENT")]
+pub(crate) fn raise_ambient(number: u32) -> io::Result<()> {
+    let raise = libc::c_ulong::from(libc::PR_CAP_AMBIENT_RAISE.unsigned_abs());
+    // SAFETY: integers only.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, libc::c_ulong::from(number), 0, 0) }.into())
+}
+
+/// No capability survives exec by itself.
+#[expect(unsafe_code, reason = "nix has no PR_CAP_AMBIENT")]
+pub(crate) fn clear_ambient() -> io::Result<()> {
+    let clear = libc::c_ulong::from(libc::PR_CAP_AMBIENT_CLEAR_ALL.unsigned_abs());
+    // SAFETY: integers only.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0) }.into())
+}
+
+/// Sets effective, permitted and inheritable capabilities to exactly these, one bit each.
+#[expect(unsafe_code, reason = "nix has no capset")]
+pub(crate) fn set_capabilities(wanted: u64) -> io::Result<()> {
+    const VERSION_3: u32 = 0x2008_0522;
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let header = Header { version: VERSION_3, pid: 0 };
+    let half = |shift: u32| {
+        let bits = u32::try_from((wanted >> shift) & 0xffff_ffff).expect("masked to 32 bits");
+        Sets { effective: bits, permitted: bits, inheritable: bits }
+    };
+    let sets = [half(0), half(32)];
+    // SAFETY: header and the two sets of version 3 live, in the kernel's layout.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) })
+}
+
+/// Makes a mount, with `below` also all mounts below it, read-only or writable again.
+#[expect(unsafe_code, reason = "nix has no mount_setattr")]
+pub(crate) fn set_read_only(path: &CStr, read_only: bool, below: bool) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        user_namespace: u64,
+    }
+    const MOUNT_ATTR_RDONLY: u64 = 1;
+    const AT_RECURSIVE: libc::c_long = 0x8000;
+    let (set, clear) = if read_only { (MOUNT_ATTR_RDONLY, 0) } else { (0, MOUNT_ATTR_RDONLY) };
+    let attributes = Attributes { set, clear, propagation: 0, user_namespace: 0 };
+    // SAFETY: the path ends in a zero byte; the struct lives and its size is given.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::c_long::from(libc::AT_FDCWD),
+            path.as_ptr(),
+            if below { AT_RECURSIVE } else { 0 },
+            &raw const attributes,
+            size_of::<Attributes>(),
+        )
+    })
+}
+
+/// The version of Landlock that this kernel has switched on.
+#[expect(unsafe_code, reason = "the crate does not tell")]
+pub(crate) fn landlock_version() -> Option<u32> {
+    const VERSION: libc::c_long = 1;
+    // SAFETY: with this flag the kernel reads no memory.
+    let version =
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION) };
+    u32::try_from(version).ok().filter(|version| *version > 0)
 }
 
 /// Clock ticks per second, the unit of /proc/PID/stat.

@@ -12,6 +12,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nave_agent_core::ProcessKey;
 use nave_proto::ids::InstanceId;
 use nix::unistd::{Gid, Uid, fchown};
 use tracing::{debug, warn};
@@ -49,6 +50,8 @@ pub(crate) struct InstanceDirectories {
     pub(crate) logs: PathBuf,
     /// Made anew for each start; see `provision`.
     pub(crate) run: PathBuf,
+    /// Of one process: its directories `tmp` and `var-tmp` are its /tmp and /var/tmp.
+    pub(crate) tmp: PathBuf,
 }
 
 impl Directories {
@@ -60,12 +63,13 @@ impl Directories {
         self.root.join("logs")
     }
 
-    pub(crate) fn of(&self, service: &str, instance: InstanceId, epoch: u64) -> InstanceDirectories {
+    pub(crate) fn of(&self, service: &str, instance: InstanceId, key: ProcessKey) -> InstanceDirectories {
         InstanceDirectories {
             home: self.root.join("services").join(service),
             own: self.root.join("instances").join(instance.to_string()),
             run: self.root.join("run").join(instance.to_string()),
-            logs: self.logs().join(service).join(format!("{instance}-{epoch}")),
+            logs: self.logs().join(service).join(format!("{instance}-{}", key.epoch)),
+            tmp: self.root.join("tmp").join(format!("{instance}-{}-{}", key.epoch, key.attempt)),
         }
     }
 
@@ -74,10 +78,10 @@ impl Directories {
         &self,
         service: &str,
         instance: InstanceId,
-        epoch: u64,
+        key: ProcessKey,
         owner: Option<(u32, u32)>,
     ) -> io::Result<InstanceDirectories> {
-        let dirs = self.of(service, instance, epoch);
+        let dirs = self.of(service, instance, key);
         for parent in ["services", "instances", "run"] {
             // Passed through by services on the way to their own, listed by nobody.
             DirBuilder::new().recursive(true).mode(0o711).create(self.root.join(parent))?;
@@ -86,6 +90,31 @@ impl Directories {
         make_private(&dirs.own, owner)?;
         DirBuilder::new().recursive(true).mode(0o700).create(&dirs.logs)?;
         Ok(dirs)
+    }
+
+    /// A new, empty /tmp and /var/tmp for the process that is about to start; those of the instance's earlier
+    /// processes go, since nothing starts before all of these have ended.
+    pub(crate) fn prepare_tmp(&self, instance: InstanceId, dirs: &InstanceDirectories) -> io::Result<()> {
+        self.remove_tmp(instance);
+        // The way in leads through the process's own mount alone.
+        DirBuilder::new().recursive(true).mode(0o700).create(&dirs.tmp)?;
+        for name in ["tmp", "var-tmp"] {
+            let path = dirs.tmp.join(name);
+            DirBuilder::new().create(&path)?;
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o1777))?;
+        }
+        Ok(())
+    }
+
+    fn remove_tmp(&self, instance: InstanceId) {
+        let prefix = format!("{instance}-");
+        for folder in folders(&self.root.join("tmp")) {
+            let is_its =
+                folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix.as_str()));
+            if is_its && let Err(error) = std::fs::remove_dir_all(&folder) {
+                warn!(%instance, path = %folder.display(), %error, "an old /tmp could not be removed");
+            }
+        }
     }
 
     /// What outlives all instances of one ordinal of a service; nothing ever removes it.
@@ -113,6 +142,7 @@ impl Directories {
         if let Err(error) = provision::remove(&run) {
             warn!(%instance, path = %run.display(), %error, "its files could not be removed");
         }
+        self.remove_tmp(instance);
         let own = self.root.join("instances").join(instance.to_string());
         match std::fs::remove_dir_all(&own) {
             Ok(()) => debug!(%instance, "its directory is removed"),
@@ -215,17 +245,19 @@ fn remove(folders: &[PathBuf]) {
 mod tests {
     use super::*;
 
+    const FIRST: ProcessKey = ProcessKey { epoch: 1, attempt: 1 };
+
     #[test]
     fn what_a_process_needs_is_private_and_a_link_in_its_place_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let directories = Directories::new(dir.path());
-        let made = directories.prepare("web", InstanceId(1), 1, None).unwrap();
+        let made = directories.prepare("web", InstanceId(1), FIRST, None).unwrap();
         for path in [&made.home, &made.own, &made.logs] {
             assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700, "{path:?}");
         }
         std::fs::remove_dir(&made.own).unwrap();
         std::os::unix::fs::symlink("/etc", &made.own).unwrap();
-        let error = directories.prepare("web", InstanceId(1), 1, None).unwrap_err();
+        let error = directories.prepare("web", InstanceId(1), FIRST, None).unwrap_err();
         assert!(matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)), "{error}");
     }
 
@@ -234,11 +266,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let directories = Directories::new(dir.path());
         for id in 1..=12 {
-            let made = directories.prepare("web", InstanceId(id), 1, None).unwrap();
+            let made = directories.prepare("web", InstanceId(id), FIRST, None).unwrap();
             let file = std::fs::File::create(made.logs.join("0000000001.log")).unwrap();
             file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(id)).unwrap();
         }
-        directories.prepare("mute", InstanceId(14), 1, None).unwrap();
+        directories.prepare("mute", InstanceId(14), FIRST, None).unwrap();
         let for_ever = Duration::from_secs(1 << 40);
         let alive = BTreeSet::from([(InstanceId(1), 1)]);
         let mut keep = KeptLogs { alive, max_age: BTreeMap::from([("web".to_owned(), for_ever)]) };
@@ -260,9 +292,28 @@ mod tests {
     fn an_instance_takes_its_directory_along_and_leaves_the_services_data() {
         let dir = tempfile::tempdir().unwrap();
         let directories = Directories::new(dir.path());
-        let made = directories.prepare("web", InstanceId(1), 1, None).unwrap();
+        let made = directories.prepare("web", InstanceId(1), FIRST, None).unwrap();
         std::fs::write(made.own.join("scratch"), "x").unwrap();
         directories.forget(InstanceId(1));
         assert!(!made.own.exists() && made.home.exists());
+    }
+
+    #[test]
+    fn each_process_finds_an_empty_tmp_and_that_of_the_last_one_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let directories = Directories::new(dir.path());
+        let of = |attempt| directories.of("web", InstanceId(1), ProcessKey { epoch: 1, attempt });
+        directories.prepare_tmp(InstanceId(1), &of(1)).unwrap();
+        std::fs::write(of(1).tmp.join("tmp/secret"), "x").unwrap();
+        let other = directories.of("web", InstanceId(11), FIRST);
+        directories.prepare_tmp(InstanceId(11), &other).unwrap();
+        directories.prepare_tmp(InstanceId(1), &of(2)).unwrap();
+        assert!(!of(1).tmp.exists() && other.tmp.exists());
+        assert_eq!(
+            std::fs::metadata(of(2).tmp.join("var-tmp")).unwrap().permissions().mode() & 0o7777,
+            0o1777
+        );
+        directories.forget(InstanceId(1));
+        assert!(!of(2).tmp.exists() && other.tmp.exists());
     }
 }

@@ -9,11 +9,12 @@ use nave_agent_core::env::{EnvironmentInput, arguments, environment};
 use nave_agent_core::supervisor::Deadline;
 use nave_agent_core::supervisor::{SpawnError, SpawnErrorKind, SpawnOrder};
 use nave_proto::ids::{ClusterId, InstanceId};
-use nave_proto::pb;
+use nave_proto::{limits, pb};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{User, geteuid};
 use tracing::warn;
 
+use super::confine::{self, Surrounded};
 use super::directories::Directories;
 use super::users::{self, RunAs};
 use crate::cgroups::Cgroups;
@@ -80,15 +81,12 @@ impl SpawnContext {
         let run_as =
             users::resolve(&manifest.user, wanted.uid).map_err(|m| error(SpawnErrorKind::Exec, m))?;
         let name = &manifest.name;
-        let dirs = self.directories.prepare(name, instance, order.key.epoch, run_as.ids).map_err(|e| {
-            SpawnError {
-                kind: SpawnErrorKind::System,
-                errno: e.raw_os_error().unwrap_or_default(),
-                message: format!("its directories cannot be made: {e}"),
-            }
-        })?;
+        let dirs = self
+            .directories
+            .prepare(name, instance, order.key, run_as.ids)
+            .map_err(|e| cannot_make("its directories", &e))?;
         let mut around = self
-            .surroundings(instance, wanted, &order.ports, &run_as, order.key.epoch)
+            .surroundings(instance, wanted, &order.ports, &run_as, order.key)
             .map_err(|e| SpawnError { kind: SpawnErrorKind::System, errno: e.errno, message: e.message })?;
         if NotifySockets::is_wanted(manifest) {
             let socket = self.notify.path(instance).display().to_string();
@@ -115,13 +113,29 @@ impl SpawnContext {
         );
         let (uid, gid) = run_as.ids.unwrap_or_default();
         let logs = log_limits(manifest);
+        let resources = manifest.resources.unwrap_or_default();
+        let env = pairs(&around.env);
+        let sandbox = confine::sandbox(&Surrounded {
+            manifest,
+            run_as: &run_as,
+            dirs: &dirs,
+            working_dir: &around.working_dir,
+            argv: &argv.value,
+            env: &env,
+            notify: self.notify.dir(),
+            root: geteuid().is_root(),
+        })
+        .map_err(|message| error(SpawnErrorKind::Exec, message))?;
+        if !sandbox.tmp.is_empty() {
+            self.directories.prepare_tmp(instance, &dirs).map_err(|e| cannot_make("its /tmp", &e))?;
+        }
         Ok(pb::Spawn {
             instance_id: instance.0,
             epoch: order.key.epoch,
             attempt: order.key.attempt,
             service: name.clone(),
             argv: argv.value,
-            env: pairs(&around.env),
+            env,
             working_dir: around.working_dir,
             uid,
             gid,
@@ -134,9 +148,11 @@ impl SpawnContext {
             log_segment_bytes: logs.segment_bytes,
             log_segments: logs.segments,
             log_age_ms: logs.age_ms,
-            rlimits: open_files().into_iter().collect(),
-            // A service with a user of its own has no business gaining another one's rights.
-            no_new_privileges: run_as.ids.is_some(),
+            rlimits: rlimits(manifest),
+            nice: resources.nice,
+            oom_score_adj: resources.oom_score_adj,
+            no_new_privileges: !manifest.isolation.as_ref().is_some_and(|isolation| isolation.new_privileges),
+            sandbox: Some(sandbox),
             deadline: order.deadline.map(|at| deadline(instance, order.key, at)),
             ..pb::Spawn::default()
         })
@@ -146,14 +162,14 @@ impl SpawnContext {
     pub(crate) fn exec_check(
         &self,
         wanted: &pb::WantedInstance,
+        key: ProcessKey,
         ports: &BTreeMap<String, u16>,
         command: &[String],
     ) -> Result<ExecCheck, String> {
         let instance = InstanceId(wanted.instance_id);
         let user = wanted.manifest.as_ref().map(|manifest| manifest.user.as_str()).unwrap_or_default();
         let run_as = users::resolve(user, wanted.uid)?;
-        let around =
-            self.surroundings(instance, wanted, ports, &run_as, wanted.epoch).map_err(|e| e.message)?;
+        let around = self.surroundings(instance, wanted, ports, &run_as, key).map_err(|e| e.message)?;
         Ok(ExecCheck {
             command: arguments(command, &around.env).value,
             env: pairs(&around.env),
@@ -168,11 +184,11 @@ impl SpawnContext {
         wanted: &pb::WantedInstance,
         ports: &BTreeMap<String, u16>,
         run_as: &RunAs,
-        epoch: u64,
+        key: ProcessKey,
     ) -> Result<Surroundings, ProvisionError> {
         let default = pb::Manifest::default();
         let manifest = wanted.manifest.as_ref().unwrap_or(&default);
-        let dirs = self.directories.of(&manifest.name, instance, epoch);
+        let dirs = self.directories.of(&manifest.name, instance, key);
         let user = match (run_as.name.as_str(), run_as.ids) {
             ("", None) => self.own_user.clone(),
             ("", Some(_)) => format!("nave-{}", manifest.name),
@@ -209,6 +225,23 @@ fn pairs(env: &BTreeMap<String, String>) -> Vec<String> {
 
 fn error(kind: SpawnErrorKind, message: impl Into<String>) -> SpawnError {
     SpawnError { kind, errno: 0, message: message.into() }
+}
+
+fn cannot_make(what: &str, error: &std::io::Error) -> SpawnError {
+    SpawnError {
+        kind: SpawnErrorKind::System,
+        errno: error.raw_os_error().unwrap_or_default(),
+        message: format!("{what} cannot be made: {error}"),
+    }
+}
+
+/// Those of the manifest, and open files in any case.
+fn rlimits(manifest: &pb::Manifest) -> Vec<pb::Rlimit> {
+    let named = manifest.rlimits.iter().filter_map(|(name, &limit)| {
+        Some(pb::Rlimit { resource: limits::rlimit_number(name)?, soft: limit, hard: limit })
+    });
+    let open_files = open_files().filter(|_| !manifest.rlimits.contains_key("nofile"));
+    named.chain(open_files).collect()
 }
 
 fn open_files() -> Option<pb::Rlimit> {

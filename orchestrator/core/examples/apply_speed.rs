@@ -63,7 +63,7 @@ fn apply_service(number: u64) -> pb::Command {
         command: ["python3", "-m", "http.server", "${PORT}"].map(str::to_owned).to_vec(),
         env: [("LOG_LEVEL".to_owned(), "info".to_owned())].into(),
         ports: [("http".to_owned(), pb::Port { service_port: 80, ..Default::default() })].into(),
-        health: Some(pb::Health { ready: Some(probe), live: None }),
+        health: Some(pb::Health { ready: Some(probe), ..Default::default() }),
         restart: Some(pb::Restart::default()),
         resources: Some(pb::Resources { cpu_millicores: 500, ..Default::default() }),
         update: Some(pb::Update { max_parallel: 1, auto_revert: true, ..Default::default() }),

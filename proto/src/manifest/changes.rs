@@ -22,6 +22,8 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         && a.data == b.data
         && a.ports == b.ports
         && limits(a) == limits(b)
+        && a.rlimits == b.rlimits
+        && a.isolation.clone().unwrap_or_default() == b.isolation.clone().unwrap_or_default()
         // One that must never run twice is started under a lease.
         && stops(a) == stops(b)
 }

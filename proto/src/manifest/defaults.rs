@@ -62,7 +62,7 @@ fn only_port<'a>(check: &Check, ports: &'a std::collections::BTreeMap<String, pb
         Check::Http(_) => matches!(port.protocol(), pb::Protocol::Http | pb::Protocol::Http2),
         Check::Grpc(_) => port.protocol() == pb::Protocol::Grpc,
         Check::Tcp(_) => true,
-        Check::Exec(_) | Check::Notify(_) => false,
+        Check::Exec(_) | Check::Notify(_) | Check::NotifyFd(_) | Check::Log(_) => false,
     };
     let only = |mut names: Vec<&'a str>| if names.len() == 1 { names.pop() } else { None };
     let suiting = ports.iter().filter(|(_, port)| suits(port)).map(|(name, _)| name.as_str()).collect();

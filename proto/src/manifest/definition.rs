@@ -9,7 +9,7 @@ use super::values;
 use crate::pb;
 use crate::pb::probe::Check;
 use crate::time::to_proto;
-use crate::{signals, words};
+use crate::{limits, signals, words};
 
 type Keys = &'static [&'static str];
 
@@ -34,21 +34,47 @@ pub(super) const ROOT: Keys = &[
     "env_file",
     "data",
     "secrets",
+    "isolation",
+    "rlimits",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
-pub(super) const HEALTH: Keys =
-    &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout", "live"];
-pub(super) const RESTART: Keys = &["policy", "budget"];
-pub(super) const RESOURCES: Keys = &["cpu", "cpu_max", "memory"];
+pub(super) const HEALTH: Keys = &[
+    "http",
+    "tcp",
+    "grpc",
+    "exec",
+    "notify",
+    "notify_fd",
+    "log",
+    "port",
+    "interval",
+    "timeout",
+    "start_grace",
+    "live",
+];
+pub(super) const RESTART: Keys = &["policy", "budget", "success_codes", "fatal_codes"];
+pub(super) const RESOURCES: Keys =
+    &["cpu", "cpu_max", "memory", "memory_soft", "pids", "nice", "oom_score_adj"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
 pub(super) const STOP: Keys = &["signal", "grace"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
 pub(super) const FILE: Keys = &["path", "content", "source", "template", "mode", "owner"];
 pub(super) const LOGS: Keys = &["max_size", "max_age"];
+pub(super) const ISOLATION: Keys = &[
+    "private_tmp",
+    "new_privileges",
+    "capabilities",
+    "read_only",
+    "hide",
+    "landlock",
+    "read",
+    "write",
+    "seccomp",
+];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 11] = [
+pub(super) const TABLES: [(&str, Keys); 13] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
     ("[health]", HEALTH),
@@ -60,10 +86,12 @@ pub(super) const TABLES: [(&str, Keys); 11] = [
     ("[placement]", PLACEMENT),
     ("[logs]", LOGS),
     ("[[file]]", FILE),
+    ("[isolation]", ISOLATION),
+    ("[rlimits]", crate::limits::RLIMIT_NAMES),
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 34] = [
+const SYNONYMS: [(&str, &str); 39] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -98,10 +126,16 @@ const SYNONYMS: [(&str, &str); 34] = [
     ("size", "max_size"),
     ("retention", "max_age"),
     ("keep", "max_age"),
+    ("ulimits", "rlimits"),
+    ("sandbox", "isolation"),
+    ("security", "isolation"),
+    ("start_period", "start_grace"),
+    ("initial_delay", "start_grace"),
 ];
 
-const CHECKS: Keys = &["http", "tcp", "grpc", "exec", "notify"];
-const CHECKS_TEXT: &str = "http, tcp, grpc, exec or notify";
+const CHECKS: Keys = &["http", "tcp", "grpc", "exec", "notify", "notify_fd", "log"];
+const CHECKS_TEXT: &str = "http, tcp, grpc, exec, notify, notify_fd or log";
+const LIVE_CHECKS_TEXT: &str = "http, tcp, grpc, exec or notify";
 
 pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manifest {
     let mut manifest = pb::Manifest::default();
@@ -134,6 +168,8 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.data = field("data").and_then(|field| field.flag(problems)).unwrap_or(false);
     manifest.secrets = field("secrets").map(|field| secrets(&field, problems)).unwrap_or_default();
     manifest.logs = field("logs").and_then(|field| logs(&field, problems));
+    manifest.isolation = field("isolation").and_then(|field| isolation(&field, problems));
+    manifest.rlimits = field("rlimits").map(|field| rlimits(&field, problems)).unwrap_or_default();
     manifest
 }
 
@@ -247,21 +283,23 @@ fn health(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Health> {
     let table = field.table("such as { http = \"/\" }", problems)?;
     unknown_keys(&table, HEALTH, problems);
     let live = table.field("live");
-    let says_something = table.fields().any(|field| field.key != "live");
-    let ready = if says_something || live.is_none() { probe(&table, field, problems) } else { None };
+    let says_something = table.fields().any(|field| !["live", "start_grace"].contains(&field.key));
+    let ready =
+        if says_something || live.is_none() { probe(&table, field, CHECKS_TEXT, problems) } else { None };
     let live = live.and_then(|field| {
         let table = field.table("such as { http = \"/\" }", problems)?;
         unknown_keys(&table, PROBE, problems);
-        probe(&table, &field, problems)
+        probe(&table, &field, LIVE_CHECKS_TEXT, problems)
     });
-    Some(pb::Health { ready, live })
+    let start_grace = table.field("start_grace").and_then(|field| field.duration(problems)).map(to_proto);
+    Some(pb::Health { ready, live, start_grace })
 }
 
-fn probe(table: &Table<'_>, field: &Field<'_>, problems: &mut Problems) -> Option<pb::Probe> {
+fn probe(table: &Table<'_>, field: &Field<'_>, checks: &str, problems: &mut Problems) -> Option<pb::Probe> {
     let mut given = table.fields().filter(|field| CHECKS.contains(&field.key));
     let Some(chosen) = given.next() else {
         if !problems.covers(&table.path) {
-            problems.add(field.key_at, field.path.clone(), format!("has no check; add one of {CHECKS_TEXT}"));
+            problems.add(field.key_at, field.path.clone(), format!("has no check; add one of {checks}"));
         }
         return None;
     };
@@ -273,6 +311,8 @@ fn probe(table: &Table<'_>, field: &Field<'_>, problems: &mut Problems) -> Optio
         "tcp" => Check::Tcp(chosen.chosen(problems)?),
         "grpc" => Check::Grpc(chosen.chosen(problems)?),
         "exec" => Check::Exec(pb::ExecCheck { command: command(&chosen, problems) }),
+        "notify_fd" => Check::NotifyFd(chosen.whole(problems)?),
+        "log" => Check::Log(chosen.text(problems)?.to_owned()),
         _ => Check::Notify(chosen.chosen(problems)?),
     };
     Some(pb::Probe {
@@ -304,7 +344,13 @@ fn restart(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Restart> {
         policy: policy.unwrap_or_default().into(),
         budget_restarts: budget.map_or(0, |(restarts, _)| restarts),
         budget_window: budget.map(|(_, window)| to_proto(window)),
+        success_codes: exit_codes(&table, "success_codes", problems),
+        fatal_codes: exit_codes(&table, "fatal_codes", problems),
     })
+}
+
+fn exit_codes(table: &Table<'_>, key: &str, problems: &mut Problems) -> Vec<u32> {
+    table.field(key).map(|field| field.wholes(problems, "such as [0, 143]")).unwrap_or_default()
 }
 
 fn resources(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Resources> {
@@ -320,17 +366,30 @@ fn resources(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Resources
         }
         None
     };
-    let memory = table.field("memory").and_then(|field| {
+    let size = |key, problems: &mut Problems| {
+        let field = table.field(key)?;
         match field.parsed(problems, "a size in quotes, such as \"128MiB\"", values::parse_size)? {
             0 => field.refuse(problems, "0 bytes is nothing; leave the key out for no limit"),
             bytes => return Some(bytes),
         }
         None
+    };
+    let pids = table.field("pids").and_then(|field| match field.whole(problems)? {
+        0 => {
+            field.refuse(problems, "0 processes are none; leave the key out for the default");
+            None
+        }
+        pids => Some(pids),
     });
+    let signed = |key, problems: &mut Problems| table.field(key).and_then(|field| field.signed(problems));
     Some(pb::Resources {
         cpu_millicores: cpu("cpu", problems).unwrap_or(0),
         cpu_max_millicores: cpu("cpu_max", problems).unwrap_or(0),
-        memory_bytes: memory.unwrap_or(0),
+        memory_bytes: size("memory", problems).unwrap_or(0),
+        memory_soft_bytes: size("memory_soft", problems).unwrap_or(0),
+        pids: pids.unwrap_or(0),
+        nice: signed("nice", problems).unwrap_or(0),
+        oom_score_adj: signed("oom_score_adj", problems).unwrap_or(0),
     })
 }
 
@@ -451,6 +510,63 @@ fn logs(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Logs> {
         max_size_bytes: max_size.unwrap_or(0),
         max_age: table.field("max_age").and_then(|field| field.duration(problems)).map(to_proto),
     })
+}
+
+fn isolation(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Isolation> {
+    let table = field.table("such as { read_only = true }", problems)?;
+    unknown_keys(&table, ISOLATION, problems);
+    let flag = |key, problems: &mut Problems| table.field(key).and_then(|field| field.flag(problems));
+    let paths = |key, problems: &mut Problems| {
+        table.field(key).map(|field| field.texts(problems, "such as [\"/srv\"]")).unwrap_or_default()
+    };
+    let seccomp = table
+        .field("seccomp")
+        .and_then(|field| field.word(problems, &["standard", "offline"], words::parse_seccomp));
+    let capabilities = table
+        .field("capabilities")
+        .map(|field| field.texts(problems, "such as [\"NET_BIND_SERVICE\"]"))
+        .unwrap_or_default();
+    Some(pb::Isolation {
+        shared_tmp: !flag("private_tmp", problems).unwrap_or(true),
+        new_privileges: flag("new_privileges", problems).unwrap_or(false),
+        capabilities: capabilities.into_iter().map(|name| limits::capability_name(&name)).collect(),
+        read_only: flag("read_only", problems).unwrap_or(false),
+        hide: paths("hide", problems),
+        landlock: flag("landlock", problems).unwrap_or(false),
+        read: paths("read", problems),
+        write: paths("write", problems),
+        seccomp: seccomp.unwrap_or_default().into(),
+    })
+}
+
+fn rlimits(field: &Field<'_>, problems: &mut Problems) -> BTreeMap<String, u64> {
+    let mut rlimits = BTreeMap::new();
+    let Some(table) = field.table("such as { nofile = 65536 }", problems) else { return rlimits };
+    unknown_keys(&table, limits::RLIMIT_NAMES, problems);
+    for field in table.fields() {
+        let limit = match &field.value.value {
+            Value::Int(number) => u64::try_from(*number).ok(),
+            Value::Str(text) if text == "unlimited" => Some(u64::MAX),
+            Value::Str(text) => values::parse_size(text).ok(),
+            Value::Null
+            | Value::Bool(_)
+            | Value::Float(_)
+            | Value::Other(..)
+            | Value::List(_)
+            | Value::Table(_) => None,
+        };
+        match limit {
+            Some(limit) => drop(rlimits.insert(field.key.to_owned(), limit)),
+            None => field.refuse(
+                problems,
+                format!(
+                    "must be a whole number, a size such as \"64MiB\" or \"unlimited\", not {}",
+                    field.value.value.describe()
+                ),
+            ),
+        }
+    }
+    rlimits
 }
 
 /// Reports the keys that are not `known`, each with what was probably meant.

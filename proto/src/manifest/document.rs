@@ -79,6 +79,21 @@ pub(super) struct Document {
     /// Files that an instance finds in the directory NAVE_FILES, made anew for each start.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     file: Vec<FileDocument>,
+    /// What a process may see and do. By default it has a /tmp of its own, no new privileges and no capabilities.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    isolation: Option<IsolationDocument>,
+    /// Limits of the process by name, as `ulimit` and systemd have them: `nofile = 65536`, `core = "unlimited"`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    #[schemars(with = "BTreeMap<String, RlimitValue>")]
+    rlimits: BTreeMap<String, RlimitValue>,
+}
+
+/// A whole number, a size, or `unlimited`.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(untagged)]
+enum RlimitValue {
+    Number(i64),
+    Text(String),
 }
 
 /// The value of an environment variable.
@@ -133,6 +148,7 @@ macro_rules! word {
 word!(ProtocolWord, ["http", "http2", "grpc", "tcp"]);
 word!(PolicyWord, ["always", "on-failure", "never"]);
 word!(OnDisconnectWord, ["keep", "stop"]);
+word!(SeccompWord, ["standard", "offline"]);
 
 /// A duration: `500ms`, `10s`, `2m`, `1h30m`.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -143,7 +159,7 @@ struct DurationText(
     String,
 );
 
-/// Readiness: exactly one of `http`, `tcp`, `grpc`, `exec`, `notify`. `live` adds liveness.
+/// Readiness: exactly one of `http`, `tcp`, `grpc`, `exec`, `notify`, `notify_fd`, `log`. `live` adds liveness.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct HealthDocument {
@@ -162,6 +178,13 @@ struct HealthDocument {
     /// The process says READY=1 as with systemd's sd_notify.
     #[serde(skip_serializing_if = "Option::is_none")]
     notify: Option<bool>,
+    /// Number of a descriptor to which the process writes a line once it is ready, as with s6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 3, max = 255))]
+    notify_fd: Option<u32>,
+    /// Regular expression; a line of the output that matches it says that the process is ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log: Option<String>,
     /// Name of the port to check; needed when it is not clear.
     #[serde(skip_serializing_if = "Option::is_none")]
     port: Option<String>,
@@ -171,6 +194,9 @@ struct HealthDocument {
     /// A check that takes longer has failed; 500ms by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     timeout: Option<DurationText>,
+    /// Failures of `live` this soon after the start do not count; 10s by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start_grace: Option<DurationText>,
     /// A process that fails this is stopped and started again.
     #[serde(skip_serializing_if = "Option::is_none")]
     live: Option<ProbeDocument>,
@@ -217,6 +243,12 @@ struct RestartDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^[0-9]+ in ([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$"))]
     budget: Option<String>,
+    /// Exit codes that are no failure; 0 always is none.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    success_codes: Vec<u32>,
+    /// Exit codes after which it is not started again, since it would only fail again: the instance is failed.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    fatal_codes: Vec<u32>,
 }
 
 /// What an instance may use.
@@ -235,6 +267,22 @@ struct ResourcesDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?([KMGT]iB|[kMGT]B|B)$"))]
     memory: Option<String>,
+    /// Memory beyond which the kernel takes back first, and pressure is reported: `96MiB`. None by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9]+([.][0-9]+)? ?([KMGT]iB|[kMGT]B|B)$"))]
+    memory_soft: Option<String>,
+    /// Processes and threads that it may have; 16384 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4_194_304))]
+    pids: Option<u32>,
+    /// Niceness, -20 to 19; 0 by default. Below 0 the agent must be root.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -20, max = 19))]
+    nice: Option<i32>,
+    /// How gladly the kernel kills it when the host runs out of memory, -1000 (never) to 1000; 0 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -1000, max = 1000))]
+    oom_score_adj: Option<i32>,
 }
 
 /// How instances of one version are replaced by those of the next.
@@ -330,6 +378,41 @@ struct LogsDocument {
     /// Lines go when they are older, give or take an eighth: 30d by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     max_age: Option<DurationText>,
+}
+
+/// What a process may see and do.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct IsolationDocument {
+    /// A /tmp and /var/tmp of its own, gone with the process; true by default. What the manifest names below /tmp
+    /// is there all the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    private_tmp: Option<bool>,
+    /// Whether setuid programs and file capabilities work; false by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    new_privileges: Option<bool>,
+    /// Capabilities that it has although it is not root: `NET_BIND_SERVICE`. None by default.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    capabilities: Vec<String>,
+    /// The whole file system is read-only, but for its own directories, /tmp and `write`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    read_only: Option<bool>,
+    /// Paths that look empty to it and cannot be entered.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    hide: Vec<String>,
+    /// It reaches nothing but the system's own directories, its own, `read` and `write`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    landlock: Option<bool>,
+    /// Paths that it may read, with `landlock`.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    read: Vec<String>,
+    /// Paths that it may write, with `landlock` or `read_only`.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    write: Vec<String>,
+    /// System calls that it is refused: `standard` those that administer the machine or look into other processes,
+    /// `offline` network sockets as well. None by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seccomp: Option<SeccompWord>,
 }
 
 /// The manifest as a TOML file that [`parse`](super::parse) reads back to the same.

@@ -146,6 +146,38 @@ impl<'t> Field<'t> {
         }
     }
 
+    /// A whole number that may be below zero; the rules know the tighter bounds.
+    pub(super) fn signed(&self, problems: &mut Problems) -> Option<i32> {
+        match self.value.value {
+            Value::Int(number) => match i32::try_from(number) {
+                Ok(number) => Some(number),
+                Err(_) => self.must_be(problems, "of less than ten digits"),
+            },
+            _ => self.must_be(problems, "a whole number"),
+        }
+    }
+
+    /// A list of whole numbers; what is none is reported and left out.
+    pub(super) fn wholes(&self, problems: &mut Problems, example: &str) -> Vec<u32> {
+        let Value::List(items) = &self.value.value else {
+            self.must_be::<()>(problems, &format!("a list of whole numbers, {example}"));
+            return Vec::new();
+        };
+        let mut numbers = Vec::with_capacity(items.len());
+        for (index, item) in items.iter().enumerate() {
+            match item.value {
+                Value::Int(number) if u32::try_from(number).is_ok() => {
+                    numbers.push(u32::try_from(number).expect("the guard has looked"));
+                }
+                _ => {
+                    let message = format!("must be a whole number, not {}", item.value.describe());
+                    problems.add(item.at, self.path.index(index), message);
+                }
+            }
+        }
+        numbers
+    }
+
     /// Any number, as a float.
     pub(super) fn number(&self, problems: &mut Problems, what: &str) -> Option<f64> {
         match self.value.value {

@@ -4,6 +4,7 @@
 
 mod files;
 mod health;
+mod isolation;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -38,6 +39,8 @@ const RESTARTS_MAX: u32 = 10_000;
 const LOGS_MIN_BYTES: u64 = 64 * 1024;
 const LOGS_MAX_BYTES: u64 = 1 << 40;
 const LOGS_AGE_MAX: Duration = Duration::from_secs(3650 * 24 * 3600);
+const EXIT_CODE_MAX: u32 = 255;
+const PIDS_MAX: u32 = 1 << 22;
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -96,6 +99,8 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.placement(manifest.placement.as_ref());
     rules.logs(manifest.logs.as_ref());
     rules.files(manifest);
+    rules.isolation(manifest);
+    rules.rlimits(manifest);
     rules.broken
 }
 
@@ -267,6 +272,25 @@ impl Rules {
             }
         }
         self.duration(&budget, restart.budget_window.as_ref(), Duration::from_secs(1), DAY);
+        for (key, codes) in [("success_codes", &restart.success_codes), ("fatal_codes", &restart.fatal_codes)]
+        {
+            self.exit_codes(key, codes, restart);
+        }
+    }
+
+    fn exit_codes(&mut self, key: &str, codes: &[u32], restart: &pb::Restart) {
+        let path = Path::default().key("restart").key(key);
+        for (index, &code) in codes.iter().enumerate() {
+            if code > EXIT_CODE_MAX {
+                self.broken(path.index(index), format!("an exit code is 0 to {EXIT_CODE_MAX}, not {code}"));
+            } else if codes[..index].contains(&code) {
+                self.broken(path.index(index), format!("{code} is listed twice"));
+            } else if key == "fatal_codes" && code == 0 {
+                self.broken(path.index(index), "0 is how a program says that all is well");
+            } else if key == "fatal_codes" && restart.success_codes.contains(&code) {
+                self.broken(path.index(index), format!("{code} is one of success_codes too"));
+            }
+        }
     }
 
     fn resources(&mut self, resources: Option<&pb::Resources>) {
@@ -287,6 +311,33 @@ impl Rules {
             let (least, most) = (format_size(MEMORY_MIN_BYTES), format_size(MEMORY_MAX_BYTES));
             let why = format!("must be {least} to {most}, not {}", format_size(memory));
             self.at(&["resources", "memory"], why);
+        }
+        self.soft_memory(resources);
+        if resources.pids > PIDS_MAX {
+            self.at(&["resources", "pids"], format!("must be at most {PIDS_MAX}, not {}", resources.pids));
+        }
+        if !(-20..=19).contains(&resources.nice) {
+            self.at(&["resources", "nice"], format!("must be -20 to 19, not {}", resources.nice));
+        }
+        let score = resources.oom_score_adj;
+        if !(-1000..=1000).contains(&score) {
+            self.at(&["resources", "oom_score_adj"], format!("must be -1000 to 1000, not {score}"));
+        }
+    }
+
+    fn soft_memory(&mut self, resources: &pb::Resources) {
+        let (soft, hard) = (resources.memory_soft_bytes, resources.memory_bytes);
+        if soft == 0 {
+            return;
+        }
+        if !(MEMORY_MIN_BYTES..=MEMORY_MAX_BYTES).contains(&soft) {
+            let (least, most) = (format_size(MEMORY_MIN_BYTES), format_size(MEMORY_MAX_BYTES));
+            let why = format!("must be {least} to {most}, not {}", format_size(soft));
+            self.at(&["resources", "memory_soft"], why);
+        } else if hard != 0 && soft >= hard {
+            let (soft, hard) = (format_size(soft), format_size(hard));
+            let why = format!("{soft} is not less than the hard limit, {hard}, so it would never be felt");
+            self.at(&["resources", "memory_soft"], why);
         }
     }
 

@@ -98,7 +98,8 @@ fn defaults_are_those_of_the_design() {
         Some(pb::Restart {
             policy: pb::RestartPolicy::Always.into(),
             budget_restarts: 10,
-            budget_window: seconds(300)
+            budget_window: seconds(300),
+            ..Default::default()
         })
     );
     assert_eq!(
@@ -269,6 +270,7 @@ fn the_schema_knows_exactly_the_keys_that_the_parser_reads() {
         ("UpdateDocument", definition::UPDATE),
         ("StopDocument", definition::STOP),
         ("PlacementDocument", definition::PLACEMENT),
+        ("IsolationDocument", definition::ISOLATION),
     ] {
         let table = &schema["$defs"][name];
         assert_eq!(keys(table), expected(known), "{name}");
@@ -295,6 +297,9 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(changed(|m| m.resources = None));
     assert!(changed(|m| m.user.clear()));
     assert!(changed(|m| m.working_dir.clear()));
+    assert!(changed(|m| m.rlimits = [("nofile".to_owned(), 9)].into()));
+    assert!(changed(|m| m.isolation = Some(pb::Isolation { read_only: true, ..Default::default() })));
+    assert!(!changed(|m| m.isolation = Some(pb::Isolation::default())));
     assert!(!changed(|m| m.count = 9));
     assert!(!changed(|m| m.health = None));
     assert!(!changed(|m| m.needs.clear()));

@@ -214,7 +214,7 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
     let probe = pb::Probe { check: Some(pb::probe::Check::Tcp(true)), ..Default::default() };
     // One that is never healthy is judged by that only while somebody asks.
     let asked = rng.random_bool(0.5) || command == "never-healthy";
-    let health = asked.then_some(pb::Health { ready: Some(probe), live: None });
+    let health = asked.then_some(pb::Health { ready: Some(probe), ..Default::default() });
     let needs = match service {
         2 if rng.random_bool(0.3) => vec![SERVICES[1].to_owned()],
         _ => Vec::new(),
@@ -233,6 +233,7 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
             policy: pb::RestartPolicy::Always.into(),
             budget_restarts: 10,
             budget_window: seconds(300),
+            ..Default::default()
         }),
         resources: Some(pb::Resources {
             cpu_millicores: [0, 100, 1_000][rng.random_range(0..3)],

@@ -104,8 +104,7 @@ impl Health {
     ) -> Option<Duration> {
         match message {
             Notification::Ready => {
-                let by_notify = probe(manifest, ProbeKind::Ready)
-                    .is_some_and(|probe| matches!(probe.check, Some(pb::probe::Check::Notify(_))));
+                let by_notify = probe(manifest, ProbeKind::Ready).is_some_and(is_said);
                 if by_notify && !self.leaving {
                     self.why_not.clear();
                     self.ready_since.get_or_insert(now);
@@ -156,7 +155,7 @@ pub(super) fn start_probes(
 ) {
     for kind in [ProbeKind::Ready, ProbeKind::Live] {
         let Some(spec) = probe(manifest, kind) else { continue };
-        if matches!(spec.check, Some(pb::probe::Check::Notify(_))) {
+        if is_said(spec) {
             continue; // it speaks, nobody asks
         }
         out.push(Action::StartProbe(ProbeOrder {
@@ -167,6 +166,15 @@ pub(super) fn start_probes(
             interval: interval(spec),
             timeout: super::duration(spec.timeout.as_ref()).unwrap_or(TIMEOUT),
         }));
+    }
+}
+
+/// Whether the process tells it by itself, so that nobody has to ask.
+fn is_said(spec: &pb::Probe) -> bool {
+    use pb::probe::Check;
+    match spec.check {
+        Some(Check::Notify(_) | Check::NotifyFd(_) | Check::Log(_)) => true,
+        Some(Check::Http(_) | Check::Tcp(_) | Check::Grpc(_) | Check::Exec(_)) | None => false,
     }
 }
 
@@ -190,6 +198,8 @@ pub(super) fn describe(spec: &pb::Probe, ports: &super::Ports) -> String {
         Some(Check::Grpc(_)) => format!("grpc health check on {port}"),
         Some(Check::Exec(exec)) => format!("exec {}", exec.command.join(" ")),
         Some(Check::Notify(_)) => "notify READY=1".to_owned(),
+        Some(Check::NotifyFd(number)) => format!("a line on descriptor {number}"),
+        Some(Check::Log(pattern)) => format!("a line of output that matches {pattern:?}"),
         None => "probe".to_owned(),
     }
 }

@@ -182,9 +182,14 @@ pub fn describe(exit: &pb::ExitRecord) -> String {
             format!("could not be started (errno {})", exit.errno)
         }
         pb::ExitCause::ExecError => format!("could not be started: {}", exit.message),
-        pb::ExitCause::Exit => format!("exited with status {}", exit.code),
-        pb::ExitCause::Signal => format!("was killed by {}{core}", signal_name(exit.signal)),
-        pb::ExitCause::Oom => "was killed because it ran out of memory; see resources.memory".to_owned(),
+        pb::ExitCause::Exit => format!("exited with status {}{}", exit.code, after(&exit.message)),
+        pb::ExitCause::Signal => {
+            format!("was killed by {}{core}{}", signal_name(exit.signal), after(&exit.message))
+        }
+        pb::ExitCause::Oom if exit.message.is_empty() => {
+            "was killed because it ran out of memory; see resources.memory".to_owned()
+        }
+        pb::ExitCause::Oom => format!("was killed because it ran out of memory: {}", exit.message),
         pb::ExitCause::Watchdog => "was ended because its watchdog was silent".to_owned(),
         pb::ExitCause::Probe => "was stopped because its liveness probe failed".to_owned(),
         pb::ExitCause::Operator => "was stopped by an operator".to_owned(),
@@ -192,6 +197,11 @@ pub fn describe(exit: &pb::ExitRecord) -> String {
         pb::ExitCause::Unspecified if exit.message.is_empty() => "ended; how is not known".to_owned(),
         pb::ExitCause::Unspecified => exit.message.clone(),
     }
+}
+
+/// What is known beside the plain end.
+fn after(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!(" ({message})") }
 }
 
 /// `SIGKILL`, or `signal 77`.
@@ -222,6 +232,7 @@ mod tests {
             policy: policy.into(),
             budget_restarts: budget,
             budget_window: Duration::from_secs(window_s).try_into().ok(),
+            ..Default::default()
         }
     }
 

@@ -39,6 +39,7 @@ fn manifest() -> pb::Manifest {
             policy: pb::RestartPolicy::Always.into(),
             budget_restarts: 10,
             budget_window: seconds(300).try_into().ok(),
+            ..Default::default()
         }),
         stop: Some(pb::Stop { signal: 15, grace: seconds(10).try_into().ok() }),
         ..pb::Manifest::default()
@@ -59,7 +60,7 @@ fn http_probe() -> pb::Probe {
 }
 
 fn probed() -> pb::Manifest {
-    let health = pb::Health { ready: Some(http_probe()), live: None };
+    let health = pb::Health { ready: Some(http_probe()), ..Default::default() };
     pb::Manifest { health: Some(health), ..with_port(0) }
 }
 

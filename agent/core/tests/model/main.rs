@@ -39,7 +39,8 @@ fn manifest(health: bool) -> pb::Manifest {
     let seconds = |s| Duration::from_secs(s).try_into().ok();
     let probe =
         pb::Probe { check: Some(pb::probe::Check::Tcp(true)), interval: seconds(1), ..pb::Probe::default() };
-    let health = health.then(|| pb::Health { ready: Some(probe.clone()), live: Some(probe) });
+    let health =
+        health.then(|| pb::Health { ready: Some(probe.clone()), live: Some(probe), ..Default::default() });
     pb::Manifest {
         name: "web".to_owned(),
         ports: [("http".to_owned(), pb::Port::default())].into(),
@@ -48,6 +49,7 @@ fn manifest(health: bool) -> pb::Manifest {
             policy: pb::RestartPolicy::Always.into(),
             budget_restarts: BUDGET,
             budget_window: WINDOW.try_into().ok(),
+            ..Default::default()
         }),
         stop: Some(pb::Stop { signal: 15, grace: seconds(10) }),
         ..pb::Manifest::default()

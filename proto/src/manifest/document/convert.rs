@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    Document, DurationText, FileDocument, HealthDocument, LogsDocument, OnDisconnectWord, PlacementDocument,
-    PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, StopDocument,
-    UpdateDocument,
+    Document, DurationText, FileDocument, HealthDocument, IsolationDocument, LogsDocument, OnDisconnectWord,
+    PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument,
+    RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
 use crate::pb;
@@ -37,6 +37,8 @@ impl From<&pb::Manifest> for Document {
             data: manifest.data.then_some(true),
             secrets: manifest.secrets.clone(),
             file: manifest.files.iter().map(FileDocument::from).collect(),
+            isolation: manifest.isolation.as_ref().map(IsolationDocument::from),
+            rlimits: manifest.rlimits.iter().map(|(name, &limit)| (name.clone(), rlimit(limit))).collect(),
         }
     }
 }
@@ -57,7 +59,14 @@ impl From<&pb::Health> for HealthDocument {
         let ready = health.ready.as_ref().map(ProbeDocument::from).unwrap_or_default();
         let ProbeDocument { http, tcp, grpc, exec, notify, port, interval, timeout } = ready;
         let live = health.live.as_ref().map(ProbeDocument::from);
-        Self { http, tcp, grpc, exec, notify, port, interval, timeout, live }
+        let start_grace = DurationText::of(health.start_grace.as_ref());
+        let said = health.ready.as_ref().and_then(|probe| probe.check.as_ref());
+        let (notify_fd, log) = match said {
+            Some(Check::NotifyFd(number)) => (Some(*number), None),
+            Some(Check::Log(pattern)) => (None, Some(pattern.clone())),
+            _ => (None, None),
+        };
+        Self { http, tcp, grpc, exec, notify, notify_fd, log, port, interval, timeout, start_grace, live }
     }
 }
 
@@ -76,6 +85,8 @@ impl From<&pb::Probe> for ProbeDocument {
             Some(Check::Grpc(chosen)) => document.grpc = Some(*chosen),
             Some(Check::Exec(exec)) => document.exec = Some(exec.command.clone()),
             Some(Check::Notify(chosen)) => document.notify = Some(*chosen),
+            // Readiness only, whose document has them.
+            Some(Check::NotifyFd(_) | Check::Log(_)) => {}
         }
         document
     }
@@ -90,18 +101,49 @@ impl From<&pb::Restart> for RestartDocument {
             budget: restart.budget_window.as_ref().map(|window| {
                 format_budget(restart.budget_restarts, from_proto_or(Some(window), Duration::ZERO))
             }),
+            success_codes: restart.success_codes.clone(),
+            fatal_codes: restart.fatal_codes.clone(),
         }
     }
+}
+
+impl From<&pb::Isolation> for IsolationDocument {
+    fn from(isolation: &pb::Isolation) -> Self {
+        let chosen = |flag: bool| flag.then_some(true);
+        let seccomp = isolation.seccomp();
+        Self {
+            private_tmp: isolation.shared_tmp.then_some(false),
+            new_privileges: chosen(isolation.new_privileges),
+            capabilities: isolation.capabilities.clone(),
+            read_only: chosen(isolation.read_only),
+            hide: isolation.hide.clone(),
+            landlock: chosen(isolation.landlock),
+            read: isolation.read.clone(),
+            write: isolation.write.clone(),
+            seccomp: (seccomp != pb::SeccompPreset::Unspecified)
+                .then(|| SeccompWord(words::seccomp(seccomp))),
+        }
+    }
+}
+
+fn rlimit(limit: u64) -> RlimitValue {
+    // What no file can write is as good as no limit.
+    i64::try_from(limit).map_or_else(|_| RlimitValue::Text("unlimited".to_owned()), RlimitValue::Number)
 }
 
 /// Nothing at all rather than an empty table.
 fn resources(resources: &pb::Resources) -> Option<ResourcesDocument> {
     #[expect(clippy::cast_precision_loss, reason = "core counts are small")]
     let cores = |millicores: u64| (millicores != 0).then(|| millicores as f64 / 1000.0);
+    let size = |bytes: u64| (bytes != 0).then(|| format_size(bytes));
     (*resources != pb::Resources::default()).then(|| ResourcesDocument {
         cpu: cores(resources.cpu_millicores),
         cpu_max: cores(resources.cpu_max_millicores),
-        memory: (resources.memory_bytes != 0).then(|| format_size(resources.memory_bytes)),
+        memory: size(resources.memory_bytes),
+        memory_soft: size(resources.memory_soft_bytes),
+        pids: (resources.pids != 0).then_some(resources.pids),
+        nice: (resources.nice != 0).then_some(resources.nice),
+        oom_score_adj: (resources.oom_score_adj != 0).then_some(resources.oom_score_adj),
     })
 }
 

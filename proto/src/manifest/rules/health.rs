@@ -11,6 +11,11 @@ const INTERVAL_MIN: Duration = Duration::from_millis(100);
 const INTERVAL_MAX: Duration = Duration::from_secs(3600);
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 const TIMEOUT_MAX: Duration = Duration::from_secs(300);
+/// 0 to 2 are the standard ones.
+const NOTIFY_FD_MIN: u32 = 3;
+const NOTIFY_FD_MAX: u32 = 255;
+/// A compiled pattern, in bytes; an ordinary one takes some KiB.
+pub(crate) const PATTERN_SIZE_MAX: usize = 256 * 1024;
 /// Longest path of an http check, in bytes.
 const HTTP_PATH_MAX: usize = 2048;
 
@@ -23,6 +28,11 @@ impl Rules {
         if let Some(probe) = &health.live {
             self.probe(&["health", "live"], probe, manifest);
         }
+        let grace = health.start_grace.as_ref();
+        self.duration(&["health", "start_grace"], grace, Duration::ZERO, INTERVAL_MAX);
+        if grace.is_some() && health.live.is_none() {
+            self.at(&["health", "start_grace"], "says nothing without [health.live]");
+        }
     }
 
     fn probe(&mut self, table: &[&str], probe: &pb::Probe, manifest: &pb::Manifest) {
@@ -30,7 +40,9 @@ impl Rules {
         self.duration(&key("interval"), probe.interval.as_ref(), INTERVAL_MIN, INTERVAL_MAX);
         self.duration(&key("timeout"), probe.timeout.as_ref(), TIMEOUT_MIN, TIMEOUT_MAX);
         match &probe.check {
-            None => self.at(table, "has no check; add one of http, tcp, grpc, exec or notify"),
+            None => {
+                self.at(table, "has no check; add one of http, tcp, grpc, exec, notify, notify_fd or log")
+            }
             Some(Check::Http(path)) => {
                 self.http_path(&key("http"), path);
                 self.probed_port(table, "http", probe, manifest);
@@ -52,6 +64,36 @@ impl Rules {
                 self.chosen(&key("notify"), *chosen);
                 self.no_port(&key("port"), "notify", probe);
             }
+            Some(Check::NotifyFd(number)) => {
+                if !(NOTIFY_FD_MIN..=NOTIFY_FD_MAX).contains(number) {
+                    let why = format!("must be {NOTIFY_FD_MIN} to {NOTIFY_FD_MAX}, not {number}");
+                    self.at(&key("notify_fd"), why);
+                }
+                self.said_once(table, "notify_fd");
+                self.no_port(&key("port"), "notify_fd", probe);
+            }
+            Some(Check::Log(pattern)) => {
+                self.pattern(&key("log"), pattern);
+                self.said_once(table, "log");
+                self.no_port(&key("port"), "log", probe);
+            }
+        }
+    }
+
+    /// What is said once, at the start, cannot show that a process still lives.
+    fn said_once(&mut self, table: &[&str], check: &str) {
+        if table.contains(&"live") {
+            self.at(&[table, &[check]].concat(), "is said once, so it can only tell readiness");
+        }
+    }
+
+    fn pattern(&mut self, keys: &[&str], pattern: &str) {
+        let built = regex::RegexBuilder::new(pattern).size_limit(PATTERN_SIZE_MAX).build();
+        if pattern.is_empty() {
+            self.at(keys, "is empty, so any line would match");
+        } else if let Err(error) = built {
+            let why = error.to_string().lines().last().unwrap_or_default().to_owned();
+            self.at(keys, format!("is not a regular expression: {why}"));
         }
     }
 

@@ -185,9 +185,12 @@ fn a_mistake_in_health_is_answered_in_place() {
         ),
         (
             "[health]\ninterval = \"1s\"",
-            "f:3:2: health: has no check; add one of http, tcp, grpc, exec or notify",
+            "f:3:2: health: has no check; add one of http, tcp, grpc, exec, notify, notify_fd or log",
         ),
-        ("[health]", "f:3:2: health: has no check; add one of http, tcp, grpc, exec or notify"),
+        (
+            "[health]",
+            "f:3:2: health: has no check; add one of http, tcp, grpc, exec, notify, notify_fd or log",
+        ),
         (
             "[health.live]\ntimeout = \"1s\"",
             "f:3:9: health.live: has no check; add one of http, tcp, grpc, exec or notify",
@@ -196,6 +199,16 @@ fn a_mistake_in_health_is_answered_in_place() {
             "[health]\nnotify = true\nexec = [\"true\"]",
             "f:5:8: health.exec: a second check beside notify; keep one of the two",
         ),
+        ("[health]\nnotify_fd = 2", "f:4:13: health.notify_fd: must be 3 to 255, not 2"),
+        (
+            "[health]\nlog = \"ready (\"",
+            "f:4:7: health.log: is not a regular expression: error: unclosed group",
+        ),
+        (
+            "[health]\nexec = [\"true\"]\nstart_grace = \"1m\"",
+            "f:5:15: health.start_grace: says nothing without [health.live]",
+        ),
+        ("[health.live]\nlog = \"x\"", "f:4:1: health.live.log: unknown key; it belongs in [health]"),
         ("[health]\ntcp = false", "f:4:7: health.tcp: false says nothing here; leave the key out"),
         (
             "[health]\nexec = []",
@@ -293,6 +306,51 @@ fn a_mistake_in_the_other_tables_is_answered_in_place() {
         ),
         ("[resources]\nmemory = \"4KiB\"", "f:4:10: resources.memory: must be 1MiB to 1024TiB, not 4KiB"),
         (
+            "[resources]\nmemory = \"64MiB\"\nmemory_soft = \"64MiB\"",
+            "f:5:15: resources.memory_soft: 64MiB is not less than the hard limit, 64MiB, so it would never be felt",
+        ),
+        ("[resources]\nnice = -21", "f:4:8: resources.nice: must be -20 to 19, not -21"),
+        (
+            "[resources]\noom_score_adj = 1001",
+            "f:4:17: resources.oom_score_adj: must be -1000 to 1000, not 1001",
+        ),
+        (
+            "[resources]\npids = 0",
+            "f:4:8: resources.pids: 0 processes are none; leave the key out for the default",
+        ),
+        ("[rlimits]\nnofiel = 1", "f:4:1: rlimits.nofiel: unknown key; did you mean `nofile`?"),
+        (
+            "[rlimits]\nnofile = -1",
+            "f:4:10: rlimits.nofile: must be a whole number, a size such as \"64MiB\" or \"unlimited\", not the \
+             number -1",
+        ),
+        (
+            "[restart]\nsuccess_codes = [3]\nfatal_codes = [3]",
+            "f:5:16: restart.fatal_codes[0]: 3 is one of success_codes too",
+        ),
+        (
+            "[restart]\nfatal_codes = [256]",
+            "f:4:16: restart.fatal_codes[0]: an exit code is 0 to 255, not 256",
+        ),
+        (
+            "[isolation]\ncapabilities = [\"NET_BIND\"]",
+            "f:4:17: isolation.capabilities[0]: \"CAP_NET_BIND\" is not a capability, such as \"CAP_NET_BIND_SERVICE\"",
+        ),
+        ("[isolation]\nread = [\"/srv\"]", "f:4:8: isolation.read: says nothing without landlock = true"),
+        (
+            "[isolation]\nhide = [\"home\"]",
+            "f:4:9: isolation.hide[0]: must be absolute and without .., such as \"/srv\", not \"home\"",
+        ),
+        (
+            "[isolation]\nseccomp = \"strict\"",
+            "f:4:11: isolation.seccomp: must be one of standard, offline, not \"strict\"",
+        ),
+        (
+            "[isolation]\nlandlock = true\nnew_privileges = true",
+            "f:5:18: isolation.new_privileges: contradicts landlock and seccomp, which a setuid program must not \
+             escape",
+        ),
+        (
             "[update]\nmax_parallel = 0",
             "f:4:16: update.max_parallel: must be at least 1, or nothing could ever be replaced",
         ),
@@ -353,10 +411,13 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
             "[health.live]\nexec = [\"true\"]\ninterva = \"1s\"",
             "f:5:1: health.live.interva: unknown key; did you mean `interval`?",
         ),
-        ("[restart]\nbanana = 1", "f:4:1: restart.banana: unknown key; known here: policy, budget"),
+        (
+            "[restart]\nbanana = 1",
+            "f:4:1: restart.banana: unknown key; known here: policy, budget, success_codes, fatal_codes",
+        ),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets\nf:5:1: restart.x: unknown key; known here: policy, budget",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
         ),
     ] {
         assert_eq!(told(body), message);

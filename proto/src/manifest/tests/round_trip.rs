@@ -51,10 +51,13 @@ fn ports() -> impl Strategy<Value = BTreeMap<String, pb::Port>> {
     })
 }
 
-fn probe(ports: Vec<(String, pb::Port)>) -> impl Strategy<Value = pb::Probe> {
+fn probe(ports: Vec<(String, pb::Port)>, live: bool) -> impl Strategy<Value = pb::Probe> {
     let exec = command().prop_map(|command| (Check::Exec(pb::ExecCheck { command }), String::new()));
     let notify = Just((Check::Notify(true), String::new()));
-    let without_port = prop_oneof![exec, notify].boxed();
+    let said = prop_oneof![(3u32..=255).prop_map(Check::NotifyFd), "[a-z ]{1,9}".prop_map(Check::Log)]
+        .prop_map(|check| (check, String::new()));
+    let without_port =
+        if live { prop_oneof![exec, notify].boxed() } else { prop_oneof![exec, notify, said].boxed() };
     let checks = if ports.is_empty() {
         without_port
     } else {
@@ -76,14 +79,34 @@ fn probe(ports: Vec<(String, pb::Port)>) -> impl Strategy<Value = pb::Probe> {
 
 fn health(ports: &BTreeMap<String, pb::Port>) -> impl Strategy<Value = Option<pb::Health>> + use<> {
     let ports: Vec<_> = ports.iter().map(|(name, port)| (name.clone(), *port)).collect();
-    (option::of(probe(ports.clone())), option::of(probe(ports)))
-        .prop_map(|(ready, live)| (ready.is_some() || live.is_some()).then_some(pb::Health { ready, live }))
+    let start_grace = option::of(duration(0..3_600_000)).prop_map(Option::flatten);
+    (option::of(probe(ports.clone(), false)), option::of(probe(ports, true)), start_grace).prop_map(
+        |(ready, live, start_grace)| {
+            let start_grace = start_grace.filter(|_| live.is_some());
+            (ready.is_some() || live.is_some()).then_some(pb::Health { ready, live, start_grace })
+        },
+    )
 }
 
 prop_compose! {
-    fn resources()(cpu in 0u64..100_000, above in option::of(0u64..1000), mebibytes in 0u64..1_000_000) -> pb::Resources {
-        let cpu_max = above.map_or(0, |above| cpu + above);
-        pb::Resources { cpu_millicores: cpu, cpu_max_millicores: cpu_max, memory_bytes: mebibytes << 20 }
+    fn resources()(
+        cpu in 0u64..100_000,
+        above in option::of(0u64..1000),
+        mebibytes in 0u64..1_000_000,
+        soft: bool,
+        pids in 0u32..=4_194_304,
+        nice in -20..=19,
+        oom_score_adj in -1000..=1000,
+    ) -> pb::Resources {
+        pb::Resources {
+            cpu_millicores: cpu,
+            cpu_max_millicores: above.map_or(0, |above| cpu + above),
+            memory_bytes: mebibytes << 20,
+            memory_soft_bytes: if soft && mebibytes > 1 { (mebibytes - 1) << 20 } else { 0 },
+            pids,
+            nice,
+            oom_score_adj,
+        }
     }
 }
 
@@ -103,6 +126,8 @@ prop_compose! {
     fn rest()(
         (policy, budget_restarts) in (1i32..=3, 1u32..=10_000),
         budget_window in duration(1000..86_400_000),
+        success_codes in btree_set(0u32..=99, 0..3).prop_map(Vec::from_iter),
+        fatal_codes in btree_set(100u32..=255, 0..3).prop_map(Vec::from_iter),
         signal in prop_oneof![1i32..=17, 23i32..=31],
         grace in duration(0..3_600_000),
         constraints in vec(prop_oneof![
@@ -114,7 +139,7 @@ prop_compose! {
         priority in proptest::option::of(0u32..=100),
     ) -> (pb::Restart, pb::Stop, pb::Placement) {
         (
-            pb::Restart { policy, budget_restarts, budget_window },
+            pb::Restart { policy, budget_restarts, budget_window, success_codes, fatal_codes },
             pb::Stop { signal, grace },
             pb::Placement { constraints, spread, on_disconnect, priority },
         )
@@ -151,6 +176,32 @@ fn beside() -> impl Strategy<Value = Beside> {
     (files, vec("/[a-z]{1,9}", 0..3), any::<bool>(), secrets)
 }
 
+fn rlimit_name() -> impl Strategy<Value = &'static str> {
+    proptest::sample::select(crate::limits::RLIMIT_NAMES)
+}
+
+prop_compose! {
+    fn isolation()(
+        (shared_tmp, read_only, landlock) in any::<(bool, bool, bool)>(),
+        capabilities in vec(prop_oneof![Just("CAP_KILL".to_owned()), Just("CAP_CHOWN".to_owned())], 0..3),
+        hide in vec("/[a-z]{1,5}", 0..3),
+        (read, write) in (vec("/[a-z]{0,5}", 0..3), vec("/[a-z]{0,5}", 0..3)),
+        seccomp in 0i32..=1,
+    ) -> pb::Isolation {
+        pb::Isolation {
+            shared_tmp,
+            new_privileges: false,
+            capabilities,
+            read_only,
+            hide,
+            landlock,
+            read: if landlock { read } else { Vec::new() },
+            write: if landlock || read_only { write } else { Vec::new() },
+            seccomp,
+        }
+    }
+}
+
 fn manifest() -> impl Strategy<Value = pb::Manifest> {
     let count = prop_oneof![Just(None), (0u32..=COUNT_MAX).prop_map(Some)];
     (ports(), count).prop_flat_map(|(ports, count)| {
@@ -161,14 +212,19 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
             prop_oneof![Just(String::new()), "/[ -~]{0,9}"],
             health(&ports),
             resources(),
-            update(count.unwrap_or(0)),
+            (
+                update(count.unwrap_or(0)),
+                option::of(isolation()),
+                btree_map(rlimit_name(), any::<i64>(), 0..3),
+            ),
             rest(),
             (1u64..1000, duration(1000..86_400_000)),
             beside(),
         )
             .prop_map(
-                move |(names, env, user, working_dir, health, resources, update, rest, logs, beside)| {
+                move |(names, env, user, working_dir, health, resources, more, rest, logs, beside)| {
                     let (name, command, needs) = names;
+                    let (update, isolation, rlimits) = more;
                     let (restart, stop, placement) = rest;
                     pb::Manifest {
                         name,
@@ -186,11 +242,17 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                         update: Some(update),
                         stop: Some(stop),
                         placement: Some(placement),
+                        logs: Some(pb::Logs { max_size_bytes: logs.0 << 20, max_age: logs.1 }),
                         files: beside.0,
                         env_files: beside.1,
                         data: beside.2 && count.unwrap_or(0) <= 256,
                         secrets: beside.3,
-                        logs: Some(pb::Logs { max_size_bytes: logs.0 << 20, max_age: logs.1 }),
+                        isolation,
+                        // What a file cannot write is no limit.
+                        rlimits: rlimits
+                            .into_iter()
+                            .map(|(name, limit)| (name.to_owned(), u64::try_from(limit).unwrap_or(u64::MAX)))
+                            .collect(),
                     }
                 },
             )

@@ -40,7 +40,7 @@ fn results_of_an_older_process_are_ignored() {
 fn notify_makes_it_ready_only_when_the_manifest_says_so() {
     let by_notify = pb::Probe { check: Some(pb::probe::Check::Notify(true)), ..pb::Probe::default() };
     for (probe, ready) in [(by_notify, true), (http_probe(), false)] {
-        let health = pb::Health { ready: Some(probe), live: None };
+        let health = pb::Health { ready: Some(probe), ..Default::default() };
         let mut scene = Scene::running(pb::Manifest { health: Some(health), ..with_port(0) });
         let key = scene.supervisor.key();
         scene.give(Input::Notify { key, message: Notification::Ready });
@@ -52,7 +52,10 @@ fn notify_makes_it_ready_only_when_the_manifest_says_so() {
 }
 
 fn living() -> pb::Manifest {
-    pb::Manifest { health: Some(pb::Health { ready: None, live: Some(http_probe()) }), ..with_port(0) }
+    pb::Manifest {
+        health: Some(pb::Health { live: Some(http_probe()), ..Default::default() }),
+        ..with_port(0)
+    }
 }
 
 #[test]
