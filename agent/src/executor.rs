@@ -27,6 +27,7 @@ use tracing::warn;
 
 use crate::keeper::{CallError, KeeperHandle, Purpose};
 use crate::notify::{NotifySockets, NotifyTasks};
+use crate::pressure::Pressure;
 use crate::probes::{Check, Probes};
 use directories::KeptLogs;
 use spawn::SpawnContext;
@@ -55,6 +56,7 @@ pub(crate) struct Executor {
     inputs: mpsc::Sender<(InstanceId, Input)>,
     probes: Probes,
     notify: NotifyTasks,
+    pressure: Pressure,
     /// Per instance, what waits behind the job that runs.
     queues: BTreeMap<InstanceId, VecDeque<Job>>,
     /// `None`: a job that nothing waits for.
@@ -74,6 +76,7 @@ impl Executor {
             port_range,
             probes: Probes::new(inputs.clone()),
             notify: NotifyTasks::new(inputs.clone()),
+            pressure: Pressure::new(inputs.clone()),
             inputs,
             queues: BTreeMap::new(),
             running: JoinSet::new(),
@@ -162,6 +165,7 @@ impl Executor {
     /// The instance has left this host for good.
     pub(crate) fn remove_directory(&mut self, instance: InstanceId) {
         self.notify.stop(&self.context.notify, instance);
+        self.pressure.stop(instance);
         let context = self.context.clone();
         self.running.spawn(async move {
             let _ended = tokio::task::spawn_blocking(move || context.directories.forget(instance)).await;
@@ -232,16 +236,41 @@ impl Executor {
         }
     }
 
+    /// Watches the memory of a running process that has a limit.
+    pub(crate) fn watch_memory(
+        &mut self,
+        instance: InstanceId,
+        key: ProcessKey,
+        wanted: &pb::WantedInstance,
+    ) {
+        let Some(manifest) = &wanted.manifest else { return };
+        let resources = manifest.resources.unwrap_or_default();
+        let name = format!("{instance}-{}", key.epoch);
+        let group = self.context.cgroups.instance(&manifest.name, &name, &resources);
+        self.pressure.watch(instance, key, &group, &resources);
+    }
+
     pub(crate) fn stop_probes(&mut self, instance: InstanceId) {
         self.probes.stop(instance);
     }
 
-    /// Hears what a running process says of itself, when its manifest says that it does.
-    pub(crate) fn listen(&mut self, instance: InstanceId, key: ProcessKey, wanted: &pb::WantedInstance) {
-        let Some(manifest) = wanted.manifest.as_ref().filter(|manifest| NotifySockets::is_wanted(manifest))
-        else {
+    /// Hears what a running process says of itself, when its manifest says that it does. `fresh`: it is yet to start.
+    pub(crate) fn listen(
+        &mut self,
+        instance: InstanceId,
+        key: ProcessKey,
+        wanted: &pb::WantedInstance,
+        fresh: bool,
+    ) {
+        let Some(manifest) = &wanted.manifest else { return };
+        if crate::notify::line_descriptor(manifest).is_some()
+            && let Err(error) = self.notify.hear_line(&self.context.notify, instance, key, fresh)
+        {
+            warn!(%instance, %error, "its notification FIFO cannot be made, so it will not be seen ready");
+        }
+        if !NotifySockets::is_wanted(manifest) {
             return;
-        };
+        }
         let owner = users::resolve(&manifest.user, wanted.uid).ok().and_then(|run_as| run_as.ids);
         if let Err(error) = self.notify.listen(&self.context.notify, instance, key, owner) {
             warn!(%instance, %error, "its notify socket cannot be made, so it will not be seen ready");
@@ -257,13 +286,12 @@ impl Executor {
             Some(pb::probe::Check::Exec(exec)) => Check::Exec(self.context.exec_check(
                 supervisor.wanted(),
                 order.key,
+                supervisor.state().process().cloned(),
                 supervisor.ports(),
                 &exec.command,
             )?),
-            Some(pb::probe::Check::Notify(_) | pb::probe::Check::NotifyFd(_) | pb::probe::Check::Log(_))
-            | None => {
-                return Ok(None);
-            }
+            Some(pb::probe::Check::Notify(_) | pb::probe::Check::NotifyFd(_)) | None => return Ok(None),
+            Some(pb::probe::Check::Log(pattern)) => Check::Log(self.context.log_check(supervisor, pattern)?),
         };
         Ok(Some(check))
     }
@@ -339,18 +367,23 @@ async fn sweep(
 ) {
     let left = async || {
         let list = keeper.list().await?;
-        Ok::<bool, CallError>(list.iter().any(|process| {
-            process.instance_id == instance.0 && process.epoch == key.epoch && process.attempt == key.attempt
+        Ok::<Option<u32>, CallError>(list.iter().find_map(|process| {
+            let is_it = process.instance_id == instance.0
+                && process.epoch == key.epoch
+                && process.attempt == key.attempt;
+            is_it.then_some(process.left)
         }))
     };
+    let mut killed = 0;
     for pause in SWEEP_PAUSES_MS {
         match left().await {
             Err(_) => return,
-            Ok(false) => {
-                let _ending = inputs.send((instance, Input::CgroupEmpty { key })).await;
+            Ok(None) => {
+                let _ending = inputs.send((instance, Input::CgroupEmpty { key, killed })).await;
                 return;
             }
-            Ok(true) => {
+            Ok(Some(count)) => {
+                killed = killed.max(count);
                 let kill = pb::Signal {
                     instance_id: instance.0,
                     epoch: key.epoch,

@@ -222,6 +222,9 @@ impl HostTask {
                 let input = match *result {
                     Ok(Reply::Spawned(spawned)) => {
                         self.metrics.process_starts.inc();
+                        if let Some(supervisor) = self.reconciler.supervisor(instance) {
+                            self.executor.watch_memory(instance, key, supervisor.wanted());
+                        }
                         let process = spawned.process.unwrap_or_default();
                         self.witness.lock().watch(&process);
                         Input::Spawned { key, process, started_unix_ns: spawned.started_unix_ns }
@@ -263,7 +266,9 @@ impl HostTask {
         self.limit_logs();
         for supervisor in self.reconciler.supervisors() {
             if supervisor.state().process().is_some() {
-                self.executor.listen(supervisor.instance(), supervisor.key(), supervisor.wanted());
+                let (instance, key) = (supervisor.instance(), supervisor.key());
+                self.executor.listen(instance, key, supervisor.wanted(), false);
+                self.executor.watch_memory(instance, key, supervisor.wanted());
             }
         }
     }
@@ -396,7 +401,7 @@ impl HostTask {
                 }
             }
             Action::Spawn(order) => {
-                self.executor.listen(instance, order.key, &order.wanted);
+                self.executor.listen(instance, order.key, &order.wanted, true);
                 if let Some(manifest) = &order.wanted.manifest {
                     self.log_limits.insert((instance, order.key.epoch), log_limits(manifest));
                 }

@@ -21,6 +21,7 @@ mod ledger;
 mod logs;
 mod metrics;
 mod notify;
+mod pressure;
 mod probes;
 mod provision;
 mod run;

@@ -34,6 +34,7 @@ pub(crate) fn before_everything() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next()?.to_str()? {
         "exec-stub" => nave_keeper::exec_stub_main(),
+        "exec-check" => nave_keeper::exec_check_main(),
         "agent" => {
             let args = plain_agent_args(arguments)?;
             Some(match keeper(&args) {

@@ -25,7 +25,7 @@ fn status(pid: u32, name: &str) -> String {
 
 fn capabilities(cluster: &Cluster) -> Vec<String> {
     let hosts = cluster.json(&["hosts"]);
-    let listed = hosts[0]["facts"]["capabilities"].as_array().cloned().unwrap_or_default();
+    let listed = hosts[0]["capabilities"].as_array().cloned().unwrap_or_default();
     listed.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect()
 }
 

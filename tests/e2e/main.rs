@@ -29,3 +29,4 @@ mod quorum_lost;
 mod rolling;
 mod snapshots;
 mod strangers;
+mod supervision;

@@ -14,6 +14,7 @@ mod health;
 mod input;
 mod lease;
 mod ledger;
+mod notes;
 mod report;
 mod restart;
 mod state;
@@ -27,7 +28,7 @@ use nave_proto::pb;
 use rand::Rng;
 
 pub use action::{Action, Deadline, Level, ProbeOrder, SignalScope, SpawnOrder};
-pub use health::{Health, LIVE_FAILURES_MAX, LIVE_GRACE, READY_FAILURES_MAX};
+pub use health::{Health, LIVE_FAILURES_MAX, LIVE_GRACE, READY_FAILURES_MAX, watchdog};
 pub use input::{
     Input, Notification, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
 };
@@ -69,6 +70,8 @@ pub struct Supervisor {
     last_exit: Option<pb::ExitRecord>,
     /// Ended processes whose cgroup is not known to be empty. Nothing starts while there is one.
     sweeps: BTreeMap<ProcessKey, Sweep>,
+    /// What was done and seen that no state shows; the newest few.
+    notes: Vec<pb::InstanceNote>,
     state: State,
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
     /// have been made before the order and be read after it.
@@ -107,6 +110,7 @@ impl Supervisor {
             memory: RestartMemory::default(),
             last_exit: None,
             sweeps: BTreeMap::new(),
+            notes: Vec::new(),
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
             keeper_known: false,
             lease: None,
@@ -167,12 +171,16 @@ impl Supervisor {
             Input::ProbeResult { key, probe, outcome } if key == self.key() => {
                 self.probed(now, probe, &outcome, out);
             }
-            Input::Notify { key, message } if key == self.key() => self.notified(now, &message),
-            Input::SignalFailed { key, signal, error } => self.signal_failed(key, signal, error, out),
-            Input::CgroupEmpty { key } => {
-                self.sweeps.remove(&key);
+            Input::Notify { key, message } if key == self.key() => self.notified(now, &message, out),
+            Input::MemoryShort { key, used_bytes, limit_bytes } if key == self.key() => {
+                self.memory_short(used_bytes, limit_bytes, out);
             }
-            Input::ProbeResult { .. } | Input::Notify { .. } | Input::Tick => {}
+            Input::SignalFailed { key, signal, error } => self.signal_failed(key, signal, error, out),
+            Input::CgroupEmpty { key, killed } => {
+                self.sweeps.remove(&key);
+                self.note_killed(killed);
+            }
+            Input::ProbeResult { .. } | Input::Notify { .. } | Input::MemoryShort { .. } | Input::Tick => {}
         }
     }
 

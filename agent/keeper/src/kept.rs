@@ -152,6 +152,10 @@ impl Kept {
             adopted,
             leftover: self.process().is_none(),
             log_limits: Some(log_limits(&self.spawn)),
+            left: match self.process() {
+                Some(_) => 0,
+                None => u32::try_from(crate::cgroup::members(&self.spawn).len()).unwrap_or(u32::MAX),
+            },
         }
     }
 }

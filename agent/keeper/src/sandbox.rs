@@ -7,7 +7,7 @@ mod privileges;
 mod seccomp;
 
 pub(crate) use self::landlock::restrict_files;
-pub(crate) use mounts::make_mounts;
+pub(crate) use mounts::{join_mounts, make_mounts};
 pub(crate) use privileges::{bound_capabilities, take_capabilities};
 pub(crate) use seccomp::restrict_calls;
 

@@ -181,6 +181,7 @@ impl Keeper {
             error_fd: number(&theirs),
             stdout_fd: number(&stdout),
             stderr_fd: number(&stderr),
+            beside: None,
         };
         let memory = handover::sealed("nave-exec-orders", &orders.encode_to_vec()).map_err(stub)?;
         let argv: Vec<CString> = self

@@ -182,6 +182,42 @@ pub fn exec_stub_main() -> ! {
     sys::exit_now(127)
 }
 
+/// The whole of `nave exec-check`: a command that looks at a running instance from inside, as its user, in its cgroup
+/// and with its mounts. Reads [`pb::ExecOrders`] from its standard input and becomes the command, or says on its
+/// standard error why it cannot and ends with 127.
+pub fn exec_check_main() -> ! {
+    let mut bytes = Vec::new();
+    let read = io::stdin().read_to_end(&mut bytes);
+    let orders = read.ok().and_then(|_| pb::ExecOrders::decode(&*bytes).ok());
+    let Some(pb::ExecOrders { spawn: Some(spawn), beside, .. }) = orders else {
+        crate::say!("exec-check is for the agent's use only: its standard input holds no orders");
+        sys::exit_now(2)
+    };
+    let failure = match enter(&spawn, beside.as_ref()) {
+        Ok(()) => execute(&spawn),
+        Err(failure) => failure,
+    };
+    crate::say!("{failure}");
+    sys::exit_now(127)
+}
+
+/// Joins what the instance's own process was given.
+fn enter(spawn: &pb::Spawn, beside: Option<&pb::ProcessIdentity>) -> Result<(), Failure> {
+    let none = pb::Sandbox::default();
+    let sandbox = spawn.sandbox.as_ref().unwrap_or(&none);
+    enter_cgroups(spawn)?;
+    sandbox::join_mounts(sandbox, beside)?;
+    File::open("/dev/null")
+        .and_then(|null| sys::duplicate_onto(null.as_fd(), 0, false))
+        .map_err(|error| Failure::new(Step::Descriptors, error, ""))?;
+    sys::close_from(3).map_err(|error| Failure::new(Step::Descriptors, error, ""))?;
+    sys::reset_signals().map_err(|error| Failure::new(Step::Session, error, ""))?;
+    user(spawn, sandbox)?;
+    working_dir(spawn)?;
+    sandbox::restrict_files(sandbox)?;
+    sandbox::restrict_calls(sandbox)
+}
+
 fn read_orders(number: u32) -> io::Result<(pb::ExecOrders, OwnedFd)> {
     let mut bytes = Vec::new();
     File::from(sys::inherited(number)?).read_to_end(&mut bytes)?;
@@ -208,7 +244,11 @@ fn prepare(orders: &pb::ExecOrders, channel: OwnedFd) -> Prepared<'_> {
     let (fifo, channel) = match prepared {
         Ok(None) => (None, channel),
         Ok(Some(fifo)) => match sys::duplicate_above(&channel, NOTIFY_FD_MAX + 1) {
-            Ok(high) => (Some(fifo), high),
+            Ok(high) => {
+                // Now, since its number may be the one that the program wants.
+                drop(channel);
+                (Some(fifo), high)
+            }
             Err(error) => return Err((Failure::new(Step::Descriptors, error, ""), channel)),
         },
         Err(failure) => return Err((failure, channel)),

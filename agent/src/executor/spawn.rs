@@ -3,15 +3,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use nave_agent_core::ProcessKey;
 use nave_agent_core::env::{EnvironmentInput, arguments, environment};
 use nave_agent_core::supervisor::Deadline;
+use nave_agent_core::supervisor::State;
 use nave_agent_core::supervisor::{SpawnError, SpawnErrorKind, SpawnOrder};
+use nave_agent_core::{ProcessKey, Supervisor};
 use nave_proto::ids::{ClusterId, InstanceId};
 use nave_proto::{limits, pb};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{User, geteuid};
+use parking_lot::Mutex;
+use prost::Message as _;
+use regex::Regex;
 use tracing::warn;
 
 use super::confine::{self, Surrounded};
@@ -19,8 +24,9 @@ use super::directories::Directories;
 use super::users::{self, RunAs};
 use crate::cgroups::Cgroups;
 use crate::logs::limits::log_limits;
+use crate::logs::source::LinesSince;
 use crate::notify::NotifySockets;
-use crate::probes::ExecCheck;
+use crate::probes::{ExecCheck, LogCheck};
 use crate::provision::{self, ProvisionError, env_file};
 
 /// Open files that a service may have unless the machine allows fewer; what modern servers expect.
@@ -92,6 +98,10 @@ impl SpawnContext {
             let socket = self.notify.path(instance).display().to_string();
             around.env.insert("NOTIFY_SOCKET".to_owned(), socket);
         }
+        if let Some(period) = nave_agent_core::supervisor::watchdog(manifest) {
+            around.env.insert("WATCHDOG_USEC".to_owned(), period.as_micros().to_string());
+        }
+        let notify_fd = crate::notify::line_descriptor(manifest);
         if manifest.data {
             self.directories.prepare_data(name, wanted.ordinal, run_as.ids).map_err(|e| SpawnError {
                 kind: SpawnErrorKind::System,
@@ -151,11 +161,25 @@ impl SpawnContext {
             rlimits: rlimits(manifest),
             nice: resources.nice,
             oom_score_adj: resources.oom_score_adj,
-            no_new_privileges: !manifest.isolation.as_ref().is_some_and(|isolation| isolation.new_privileges),
+            no_new_privileges: !new_privileges(manifest),
             sandbox: Some(sandbox),
+            notify_fifo: notify_fd
+                .map(|_| self.notify.fifo(instance).display().to_string())
+                .unwrap_or_default(),
+            notify_fd: notify_fd.unwrap_or_default(),
             deadline: order.deadline.map(|at| deadline(instance, order.key, at)),
             ..pb::Spawn::default()
         })
+    }
+
+    /// A look at the output of the process that runs.
+    pub(crate) fn log_check(&self, supervisor: &Supervisor, pattern: &str) -> Result<LogCheck, String> {
+        let State::Running(running) = supervisor.state() else { return Err("it does not run".to_owned()) };
+        let service = supervisor.wanted().manifest.as_ref().map_or("", |manifest| manifest.name.as_str());
+        let dir = self.directories.logs().join(service);
+        let lines = LinesSince::new(&dir, supervisor.instance(), running.started_unix_ns);
+        let pattern = Regex::new(pattern).map_err(|error| error.to_string())?;
+        Ok(LogCheck { pattern, lines: Arc::new(Mutex::new(lines)) })
     }
 
     /// A command that looks at a running instance from where the instance stands.
@@ -163,6 +187,7 @@ impl SpawnContext {
         &self,
         wanted: &pb::WantedInstance,
         key: ProcessKey,
+        beside: Option<pb::ProcessIdentity>,
         ports: &BTreeMap<String, u16>,
         command: &[String],
     ) -> Result<ExecCheck, String> {
@@ -170,12 +195,42 @@ impl SpawnContext {
         let user = wanted.manifest.as_ref().map(|manifest| manifest.user.as_str()).unwrap_or_default();
         let run_as = users::resolve(user, wanted.uid)?;
         let around = self.surroundings(instance, wanted, ports, &run_as, key).map_err(|e| e.message)?;
-        Ok(ExecCheck {
-            command: arguments(command, &around.env).value,
-            env: pairs(&around.env),
-            working_dir: around.working_dir,
-            user: run_as.ids,
-        })
+        let default = pb::Manifest::default();
+        let manifest = wanted.manifest.as_ref().unwrap_or(&default);
+        let dirs = self.directories.of(&manifest.name, instance, key);
+        let (command, env) = (arguments(command, &around.env).value, pairs(&around.env));
+        let sandbox = confine::sandbox(&Surrounded {
+            manifest,
+            run_as: &run_as,
+            dirs: &dirs,
+            working_dir: &around.working_dir,
+            argv: &command,
+            env: &env,
+            notify: self.notify.dir(),
+            root: geteuid().is_root(),
+        })?;
+        let group = self.cgroups.instance(
+            &manifest.name,
+            &format!("{instance}-{}", key.epoch),
+            &pb::Resources::default(),
+        );
+        let (uid, gid) = run_as.ids.unwrap_or_default();
+        let spawn = pb::Spawn {
+            argv: command.clone(),
+            env: env.clone(),
+            working_dir: around.working_dir.clone(),
+            uid,
+            gid,
+            set_user: run_as.ids.is_some(),
+            groups: run_as.groups,
+            cgroup2: group.cgroup2,
+            cgroup1: group.cgroup1,
+            no_new_privileges: !new_privileges(manifest),
+            sandbox: Some(sandbox),
+            ..pb::Spawn::default()
+        };
+        let orders = pb::ExecOrders { spawn: Some(spawn), beside, ..pb::ExecOrders::default() };
+        Ok(ExecCheck { command, env, working_dir: around.working_dir, orders: orders.encode_to_vec() })
     }
 
     fn surroundings(
@@ -227,6 +282,10 @@ fn error(kind: SpawnErrorKind, message: impl Into<String>) -> SpawnError {
     SpawnError { kind, errno: 0, message: message.into() }
 }
 
+fn new_privileges(manifest: &pb::Manifest) -> bool {
+    manifest.isolation.as_ref().is_some_and(|isolation| isolation.new_privileges)
+}
+
 fn cannot_make(what: &str, error: &std::io::Error) -> SpawnError {
     SpawnError {
         kind: SpawnErrorKind::System,
@@ -252,7 +311,6 @@ fn open_files() -> Option<pb::Rlimit> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nave_agent_core::ProcessKey;
 
     fn context(dir: &std::path::Path) -> SpawnContext {
         SpawnContext::new(

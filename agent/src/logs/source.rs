@@ -192,6 +192,53 @@ impl Source {
     }
 }
 
+/// What an instance has written since a time, line by line, for who looks again and again.
+#[derive(Debug)]
+pub(crate) struct LinesSince {
+    service_dir: PathBuf,
+    instance: InstanceId,
+    since_unix_ns: i64,
+    source: Option<Source>,
+    /// A line was found; it stays found.
+    found: bool,
+}
+
+impl LinesSince {
+    pub(crate) fn new(service_dir: &Path, instance: InstanceId, since_unix_ns: i64) -> Self {
+        Self { service_dir: service_dir.to_owned(), instance, since_unix_ns, source: None, found: false }
+    }
+
+    /// Whether a line of all so far fits. Each is looked at once. Blocks.
+    pub(crate) fn any(&mut self, fits: impl Fn(&str) -> bool) -> io::Result<bool> {
+        if self.found {
+            return Ok(true);
+        }
+        let mut source = match self.source.take() {
+            Some(source) => source,
+            None => {
+                let (seconds, nanos) = (
+                    self.since_unix_ns.div_euclid(1_000_000_000),
+                    self.since_unix_ns.rem_euclid(1_000_000_000),
+                );
+                let nanos = i32::try_from(nanos).expect("less than a second");
+                let request = pb::ReadHostLogsRequest {
+                    since: Some(prost_types::Timestamp { seconds, nanos }),
+                    ..pb::ReadHostLogsRequest::default()
+                };
+                let selection = Selection::of(&request).expect("it names no id that could be wrong");
+                Source::open(&self.service_dir, "", self.instance, &selection)?
+            }
+        };
+        while !self.found && source.fill()? {
+            self.found = std::mem::take(&mut source.lines)
+                .iter()
+                .any(|line| fits(&String::from_utf8_lossy(&line.text)));
+        }
+        self.source = Some(source);
+        Ok(self.found)
+    }
+}
+
 /// The instances that have logs of a service here.
 pub(super) fn instances(service_dir: &Path) -> io::Result<Vec<InstanceId>> {
     let mut found: Vec<InstanceId> = names(service_dir)?

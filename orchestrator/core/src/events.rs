@@ -8,6 +8,9 @@ use nave_proto::signals;
 
 use crate::wants::InstanceExt as _;
 
+/// A note is a sentence; an agent that says more is cut short.
+const NOTE_CHARS_MAX: usize = 500;
+
 /// Which events to read. Both unset: all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EventFilter {
@@ -115,6 +118,22 @@ pub(crate) fn untold_exit(
     Some(("instance_exited", format!("{} {} on {host}", called(after), ended(Some(exit)))))
 }
 
+/// What the agent notes that no earlier report has told. A kind that is no word is the agent's mistake, not an event's.
+pub(crate) fn untold_notes(
+    before: &pb::InstanceRecord,
+    notes: Vec<pb::InstanceNote>,
+    host: &str,
+) -> impl Iterator<Item = (String, String)> {
+    let (told, who, host) = (before.note, called(before), host.to_owned());
+    let is_word = |kind: &str| {
+        kind.starts_with("instance_") && kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+    };
+    notes.into_iter().filter(move |note| note.number > told && is_word(&note.kind)).map(move |note| {
+        let text: String = note.text.chars().take(NOTE_CHARS_MAX).collect();
+        (note.kind, format!("{who} {text} on {host}"))
+    })
+}
+
 /// How a process ended: `exited with code 3 after 1.2 s`.
 pub(crate) fn ended(exit: Option<&pb::ExitRecord>) -> String {
     let Some(exit) = exit else { return "ended".to_owned() };
@@ -220,6 +239,25 @@ mod tests {
         assert_eq!(told.as_deref(), Some("web.0 (i-42) exited with code 0 after 1.2 s on alpha"));
         // Started again at once: no other state tells it.
         assert!(untold_exit(&before, &with_exit(running(true)), "alpha").is_some());
+    }
+
+    #[test]
+    fn a_note_is_told_once_and_only_as_what_it_is() {
+        let before = pb::InstanceRecord { note: 7, ..instance(running(true), 1) };
+        let note = |number, kind: &str| pb::InstanceNote {
+            number,
+            kind: kind.to_owned(),
+            text: "was sent SIGTERM".to_owned(),
+        };
+        let notes = vec![
+            note(7, "instance_stop"),
+            note(8, "instance_stop"),
+            note(9, "service_applied"),
+            note(10, "instance_x\n"),
+        ];
+        let told: Vec<_> = untold_notes(&before, notes, "alpha").collect();
+        let expected = ("instance_stop".to_owned(), "web.0 (i-42) was sent SIGTERM on alpha".to_owned());
+        assert_eq!(told, [expected]);
     }
 
     #[test]

@@ -207,7 +207,7 @@ impl Keeper {
             }
             Action::SweepCgroup { key } => {
                 if self.sweep(instance, key) {
-                    let input = Box::new(Input::CgroupEmpty { key });
+                    let input = Box::new(Input::CgroupEmpty { key, killed: 0 });
                     self.tell(cx, Told::Input { instance, input, answers: false });
                 }
             }

@@ -143,7 +143,7 @@ fn instances_not_in_the_whole_set_are_stopped_and_forgotten() {
     assert!(orders.iter().all(|order| order.instance == InstanceId(1)));
     assert_eq!(signals(&orders), 2);
     reconciler.exited(NOW, &mut rng(), exit(1, 1, 1));
-    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) });
+    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1), killed: 0 });
     assert_eq!(reconciler.gone(), [InstanceId(1)]);
     assert_eq!(reconciler.gone(), [InstanceId(1)], "repeated until acknowledged");
     let orders = reconciler.acknowledge_gone(&[InstanceId(1), InstanceId(2), InstanceId(3)]);
@@ -158,7 +158,7 @@ fn wanted_again_before_the_acknowledgement_is_not_gone() {
     let stop = wanted(1, 1, pb::Desired::Stop);
     reconciler.apply_delta(NOW, &mut rng(), delta(5, 6, vec![stop], vec![])).unwrap();
     reconciler.exited(NOW, &mut rng(), exit(1, 1, 1));
-    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) });
+    reconciler.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1), killed: 0 });
     assert_eq!(reconciler.gone(), [InstanceId(1)]);
     let again = wanted(1, 2, pb::Desired::Run);
     let orders = reconciler.apply_delta(NOW, &mut rng(), delta(6, 7, vec![again], vec![])).unwrap();
@@ -191,7 +191,7 @@ fn the_keepers_list_is_adopted_stopped_or_swept() {
     assert_eq!(count(&of(3), |action| *action == Action::SweepCgroup { key: key(1, 1) }), 1);
     assert_eq!(signals(&of(7)), 2, "of nobody: stopped");
     reconciler.exited(NOW, &mut rng(), exit(7, 1, 1));
-    reconciler.input(NOW, &mut rng(), InstanceId(7), Input::CgroupEmpty { key: key(1, 1) });
+    reconciler.input(NOW, &mut rng(), InstanceId(7), Input::CgroupEmpty { key: key(1, 1), killed: 0 });
     assert_eq!(reconciler.gone(), [InstanceId(7)]);
 }
 
@@ -294,7 +294,12 @@ fn the_set_on_disk_is_enough_to_go_on() {
     // 1 has died meanwhile, 3 runs, 4 was never started.
     after.exited(NOW, &mut rng(), exit(1, 1, 1));
     let mut orders = after.keeper_processes(NOW, &mut rng(), &[kept(3, 1, 1, false)]);
-    orders.extend(after.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) }));
+    orders.extend(after.input(
+        NOW,
+        &mut rng(),
+        InstanceId(1),
+        Input::CgroupEmpty { key: key(1, 1), killed: 0 },
+    ));
     let started: Vec<_> = orders
         .iter()
         .filter(|order| matches!(order.action, Action::Spawn(_)))
@@ -312,7 +317,7 @@ fn a_stop_under_way_is_finished_also_when_nobody_wants_the_instance_any_more() {
     assert_eq!(signals(&orders), 0, "the stop signal is out already");
     assert_eq!(after.next_wake(), before.next_wake(), "the deadline stands");
     after.exited(NOW, &mut rng(), exit(1, 1, 1));
-    after.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1) });
+    after.input(NOW, &mut rng(), InstanceId(1), Input::CgroupEmpty { key: key(1, 1), killed: 0 });
     assert_eq!(after.gone(), [InstanceId(1)]);
 }
 

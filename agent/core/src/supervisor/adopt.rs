@@ -31,7 +31,7 @@ impl Supervisor {
             State::Running(running) if current => {
                 running.process = process;
                 if let (true, Some(manifest)) = (restored, manifest) {
-                    running.health.respecify(now, manifest);
+                    running.health.respecify(now, running.since, manifest);
                     health::start_probes(key, manifest, &self.ports, out);
                 }
             }

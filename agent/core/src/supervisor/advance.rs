@@ -26,6 +26,12 @@ impl Supervisor {
                     out.push(Action::Log { level: Level::Warn, message: LEASE_OVER.to_owned() });
                     self.begin_stop(now, running, StopCause::Lease, out);
                 }
+                (State::Running(running), Goal::Run)
+                    if running.health.watchdog_at().is_some_and(|at| at <= now) =>
+                {
+                    let running = running.clone();
+                    self.bite(now, running, "the process has not said WATCHDOG=1 in time", out);
+                }
                 (State::Running(_), Goal::Run) => return,
                 (State::Running(running), Goal::Stop | Goal::Replace) => {
                     let running = running.clone();
@@ -70,7 +76,10 @@ impl Supervisor {
             State::BackingOff { until, .. } => {
                 (self.sweeps.is_empty() && self.keeper_known && !self.waits_for_lease).then_some(*until)
             }
-            State::Running(_) => self.lease.filter(|_| self.needs_lease()),
+            State::Running(running) => {
+                let lease = self.lease.filter(|_| self.needs_lease());
+                lease.into_iter().chain(running.health.watchdog_at()).min()
+            }
             State::Stopping(stopping) => Some(match stopping.step {
                 super::StopStep::Draining { until } => until,
                 super::StopStep::Terminating { .. } => stopping.kill_at,

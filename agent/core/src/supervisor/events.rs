@@ -10,9 +10,10 @@ use super::advance::{give_up, ports_fit};
 use super::health::{self, Health};
 use super::input::{ProcessKey, SpawnError, SpawnErrorKind};
 use super::lease::LEASE_OVER;
-use super::restart::{cannot_heal, describe, hints_at_port, is_failure};
+use super::restart::{cannot_heal, describe, hints_at_port, is_failure, is_fatal};
 use super::state::{Running, Starting, State, StopCause};
-use super::{AFTER_OPERATOR, Ports, QUICK_EXIT, Supervisor};
+use super::stop::ladder;
+use super::{AFTER_OPERATOR, Goal, Ports, QUICK_EXIT, Supervisor};
 use crate::monotonic::Monotonic;
 
 impl Supervisor {
@@ -35,7 +36,7 @@ impl Supervisor {
         }
         let key = self.key();
         if let (State::Running(running), Some(manifest)) = (&mut self.state, &self.wanted.manifest) {
-            running.health.respecify(now, manifest);
+            running.health.respecify(now, running.since, manifest);
             out.push(Action::StopProbes);
             health::start_probes(key, manifest, &self.ports, out);
         }
@@ -241,7 +242,10 @@ impl Supervisor {
     ) {
         let (running, cause) = match std::mem::replace(&mut self.state, State::due(now)) {
             State::Running(running) => (Some(running), None),
-            State::Stopping(stopping) => (Some(stopping.running), Some(stopping.cause)),
+            State::Stopping(stopping) => {
+                self.note("instance_stop", ladder(&stopping, now));
+                (Some(stopping.running), Some(stopping.cause))
+            }
             State::Starting(_) => {
                 self.memory.exec_failures = 0;
                 (None, None)
@@ -265,7 +269,9 @@ impl Supervisor {
             // Time in which the agent was away and the process dead is no good running.
             self.memory.was_ready(now.since(ready).min(uptime));
         }
-        let failed = is_failure(&exit);
+        let restart = self.wanted.manifest.as_ref().and_then(|manifest| manifest.restart.as_ref());
+        let failed = is_failure(&exit, restart);
+        let fatal = is_fatal(&exit, restart);
         let by_operator = exit.cause() == pb::ExitCause::Operator;
         // We have not asked for it, so it was the keeper, at the deadline.
         let by_deadline = exit.cause() == pb::ExitCause::Hub && self.needs_lease();
@@ -281,8 +287,13 @@ impl Supervisor {
                 self.state = State::BackingOff { until: now + AFTER_OPERATOR, why: what };
             }
             None if by_deadline => self.wait_for_lease(now, what, out),
+            None if fatal && self.goal() == Goal::Run => {
+                self.state = give_up(format!("{what}, which is one of restart.fatal_codes"), out);
+            }
             None => self.decide(now, rng, failed, uptime, what, out),
-            Some(StopCause::Probe(why)) => self.decide(now, rng, true, uptime, why, out),
+            Some(StopCause::Probe(why) | StopCause::Watchdog(why)) => {
+                self.decide(now, rng, true, uptime, why, out)
+            }
             Some(StopCause::Lease) => self.wait_for_lease(now, what, out),
             Some(StopCause::Told) => out.push(Action::Log { level: Level::Info, message: what }),
         }

@@ -9,15 +9,20 @@ use nave_proto::pb;
 
 use super::action::{Action, Level, ProbeOrder};
 use super::input::{Notification, ProbeKind, ProbeOutcome, ProcessKey};
+use super::lease::needs_lease;
 use super::state::{State, StopCause};
 use crate::monotonic::Monotonic;
 
+/// How the reason of a stop by the watchdog begins, on disk too.
+pub(super) const WATCHDOG_SILENT: &str = "watchdog";
 /// Failures in a row that make a ready process unready.
 pub const READY_FAILURES_MAX: u32 = 3;
 /// Failures in a row after which a process is not live.
 pub const LIVE_FAILURES_MAX: u32 = 3;
-/// Liveness failures this soon after the start do not count.
+/// Liveness failures this soon after the start do not count, unless the manifest says otherwise.
 pub const LIVE_GRACE: Duration = Duration::from_secs(10);
+/// The most that a process may ask for at a time; it can ask again.
+const EXTENSION_MAX: Duration = Duration::from_secs(600);
 const INTERVAL: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -30,6 +35,10 @@ pub struct Health {
     pub why_not: String,
     ready_failures: u32,
     live_bad_since: Option<Monotonic>,
+    /// Until when it must have fed its watchdog, when it has one.
+    watchdog_at: Option<Monotonic>,
+    /// Until when failures of liveness do not count; the process may have asked for more time.
+    live_grace_until: Option<Monotonic>,
     /// It said that it is ending by itself, so no probe makes it ready again.
     leaving: bool,
 }
@@ -38,10 +47,25 @@ impl Health {
     /// At the start of a process.
     #[must_use]
     pub fn begin(manifest: &pb::Manifest, now: Monotonic) -> Self {
+        let grace_until = now + start_grace(manifest);
+        let begun = Self {
+            live_grace_until: Some(grace_until),
+            watchdog_at: watchdog(manifest).map(|period| grace_until + period),
+            ..Self::default()
+        };
         match probe(manifest, ProbeKind::Ready) {
-            None => Self { ready_since: Some(now), ..Self::default() },
-            Some(_) => Self { why_not: "not probed yet".to_owned(), ..Self::default() },
+            None => Self { ready_since: Some(now), ..begun },
+            Some(probe) if is_said(probe) => {
+                Self { why_not: "has not said yet that it is".to_owned(), ..begun }
+            }
+            Some(_) => Self { why_not: "not probed yet".to_owned(), ..begun },
         }
+    }
+
+    /// When its watchdog will have been silent for too long.
+    #[must_use]
+    pub fn watchdog_at(&self) -> Option<Monotonic> {
+        self.watchdog_at
     }
 
     /// As the ledger remembers it.
@@ -74,11 +98,12 @@ impl Health {
         }
     }
 
-    /// One result of the liveness probe; true when the process must be started again. `since` its start.
+    /// One result of the liveness probe; true when the process must be started again. Failures before `grace_until`
+    /// do not count, nor before the process itself has asked for.
     pub fn live_result(
         &mut self,
         now: Monotonic,
-        since: Monotonic,
+        grace_until: Monotonic,
         outcome: &ProbeOutcome,
         interval: Duration,
     ) -> bool {
@@ -87,7 +112,11 @@ impl Health {
                 self.live_bad_since = None;
                 false
             }
-            ProbeOutcome::Failed(_) if now < since + LIVE_GRACE => false,
+            ProbeOutcome::Failed(_)
+                if now < grace_until.max(self.live_grace_until.unwrap_or(grace_until)) =>
+            {
+                false
+            }
             ProbeOutcome::Failed(_) => {
                 let first = *self.live_bad_since.get_or_insert(now);
                 now >= first + interval * (LIVE_FAILURES_MAX - 1)
@@ -116,6 +145,19 @@ impl Health {
                 self.why_not = "it says that it is stopping".to_owned();
                 self.ready_since.take().map(|since| now.since(since))
             }
+            Notification::Watchdog => {
+                if let Some(period) = watchdog(manifest) {
+                    self.watchdog_at = Some(now + period);
+                }
+                None
+            }
+            Notification::ExtendTimeout(more) => {
+                let until = now + (*more).min(EXTENSION_MAX);
+                self.live_grace_until = self.live_grace_until.max(Some(until));
+                self.watchdog_at = self.watchdog_at.map(|at| at.max(until));
+                None
+            }
+            Notification::Reloading | Notification::WatchdogTrigger | Notification::MainPid(_) => None,
             Notification::Status(status) => {
                 if self.ready_since.is_none() && !self.leaving {
                     self.why_not = format!("it says: {status}");
@@ -125,10 +167,13 @@ impl Health {
         }
     }
 
-    /// The manifest changed while the process runs: what was ready stays so until the new probe says otherwise.
-    pub fn respecify(&mut self, now: Monotonic, manifest: &pb::Manifest) {
+    /// The manifest changed while the process runs, or a new agent has taken it over: what was ready stays so until the
+    /// new probe says otherwise. `since` its start.
+    pub fn respecify(&mut self, now: Monotonic, since: Monotonic, manifest: &pb::Manifest) {
         self.live_bad_since = None;
         self.ready_failures = 0;
+        let grace_until = since + start_grace(manifest);
+        self.watchdog_at = watchdog(manifest).map(|period| now.max(grace_until) + period);
         if probe(manifest, ProbeKind::Ready).is_none() && !self.leaving {
             self.why_not.clear();
             self.ready_since.get_or_insert(now);
@@ -169,12 +214,26 @@ pub(super) fn start_probes(
     }
 }
 
+/// How long the watchdog may be silent: as long as any liveness check may fail.
+#[must_use]
+pub fn watchdog(manifest: &pb::Manifest) -> Option<Duration> {
+    let spec = probe(manifest, ProbeKind::Live)?;
+    matches!(spec.check, Some(pb::probe::Check::Notify(true))).then(|| interval(spec) * LIVE_FAILURES_MAX)
+}
+
+fn start_grace(manifest: &pb::Manifest) -> Duration {
+    let given = manifest.health.as_ref().and_then(|health| health.start_grace.as_ref());
+    given.map_or(LIVE_GRACE, |grace| Duration::try_from(*grace).unwrap_or(LIVE_GRACE))
+}
+
 /// Whether the process tells it by itself, so that nobody has to ask.
 fn is_said(spec: &pb::Probe) -> bool {
     use pb::probe::Check;
     match spec.check {
-        Some(Check::Notify(_) | Check::NotifyFd(_) | Check::Log(_)) => true,
-        Some(Check::Http(_) | Check::Tcp(_) | Check::Grpc(_) | Check::Exec(_)) | None => false,
+        Some(Check::Notify(_) | Check::NotifyFd(_)) => true,
+        Some(Check::Http(_) | Check::Tcp(_) | Check::Grpc(_) | Check::Exec(_) | Check::Log(_)) | None => {
+            false
+        }
     }
 }
 
@@ -230,7 +289,9 @@ impl super::Supervisor {
             }
             ProbeKind::Live => {
                 let interval = interval(spec);
-                if !running.health.live_result(now, running.since, outcome, interval) {
+                let grace_until =
+                    running.since + self.wanted.manifest.as_ref().map_or(LIVE_GRACE, start_grace);
+                if !running.health.live_result(now, grace_until, outcome, interval) {
                     return;
                 }
                 let why = match outcome {
@@ -244,12 +305,44 @@ impl super::Supervisor {
         }
     }
 
-    pub(super) fn notified(&mut self, now: Monotonic, message: &Notification) {
+    pub(super) fn notified(&mut self, now: Monotonic, message: &Notification, out: &mut Vec<Action>) {
         let unknown = pb::Manifest::default();
         let manifest = self.wanted.manifest.as_ref().unwrap_or(&unknown);
-        if let State::Running(running) = &mut self.state {
-            let ended = running.health.notified(now, message, manifest);
-            self.memory.was_ready(ended.unwrap_or_default());
+        match (&mut self.state, message) {
+            (State::Running(running), Notification::WatchdogTrigger) if watchdog(manifest).is_some() => {
+                let running = running.clone();
+                self.bite(now, running, "it asked for that itself", out);
+            }
+            (State::Running(_) | State::Stopping(_), Notification::MainPid(pid)) => {
+                let message = format!(
+                    "its word that pid {pid} is its main process is refused; it has to stay in the foreground"
+                );
+                out.push(Action::Log { level: Level::Warn, message });
+            }
+            (State::Running(running), _) => {
+                let ended = running.health.notified(now, message, manifest);
+                self.memory.was_ready(ended.unwrap_or_default());
+            }
+            (State::Stopping(stopping), Notification::ExtendTimeout(more)) if !needs_lease(&self.wanted) => {
+                stopping.kill_at = stopping.kill_at.max(now + (*more).min(EXTENSION_MAX));
+            }
+            (
+                State::Pending(_)
+                | State::Starting(_)
+                | State::Stopping(_)
+                | State::BackingOff { .. }
+                | State::Exited { .. }
+                | State::Failed { .. }
+                | State::Gone,
+                _,
+            ) => {}
         }
+    }
+
+    /// Its watchdog has been silent for too long: ended in a way that leaves a core to read, and started again.
+    pub(super) fn bite(&mut self, now: Monotonic, running: super::Running, why: &str, out: &mut Vec<Action>) {
+        let why = format!("{WATCHDOG_SILENT}: {why}");
+        out.push(Action::Log { level: Level::Warn, message: why.clone() });
+        self.begin_stop(now, running, StopCause::Watchdog(why), out);
     }
 }

@@ -2,6 +2,7 @@
 //! news of an older one is recognised and ignored.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nave_proto::pb;
 
@@ -48,7 +49,10 @@ pub enum Input {
     /// A signal could not be delivered.
     SignalFailed { key: ProcessKey, signal: i32, error: SignalError },
     /// Answer to [`Action::SweepCgroup`](super::Action::SweepCgroup): no process is left in it (or there is no cgroup).
-    CgroupEmpty { key: ProcessKey },
+    /// `killed`: those that had to be killed for that.
+    CgroupEmpty { key: ProcessKey, killed: u32 },
+    /// The processes of the instance use nearly all memory that they may.
+    MemoryShort { key: ProcessKey, used_bytes: u64, limit_bytes: u64 },
     /// The process spoke through its notify socket (sd_notify).
     Notify { key: ProcessKey, message: Notification },
     /// The time of the last [`Action::WakeAt`](super::Action::WakeAt) has come. Early and superfluous ticks do no harm.
@@ -145,4 +149,15 @@ pub enum Notification {
     Stopping,
     /// `STATUS=`, one line for people.
     Status(String),
+    /// `RELOADING=1`; `READY=1` follows. It goes on serving meanwhile.
+    Reloading,
+    /// `WATCHDOG=1`: it lives; counts when the manifest says `live = { notify = true }`.
+    Watchdog,
+    /// `WATCHDOG=trigger`: it asks to be treated as if its watchdog had been silent.
+    WatchdogTrigger,
+    /// `EXTEND_TIMEOUT_USEC=`: what it is about takes that long from now; it says so again when it takes longer.
+    ExtendTimeout(Duration),
+    /// `MAINPID=`: another process shall be the main one, which is refused: only the keeper's own child is sure to be
+    /// signalled and seen to end.
+    MainPid(u32),
 }

@@ -16,12 +16,17 @@ use crate::monotonic::Monotonic;
 pub(super) const LEASE_OVER: &str =
     "stopped: it must not run twice, and the hub was out of reach for too long";
 
+/// See [`Supervisor::needs_lease`].
+pub(super) fn needs_lease(wanted: &pb::WantedInstance) -> bool {
+    let placement = wanted.manifest.as_ref().and_then(|manifest| manifest.placement.as_ref());
+    placement.is_some_and(|placement| placement.on_disconnect() == pb::OnDisconnect::Stop)
+}
+
 impl Supervisor {
     /// Whether it runs only under a lease.
     #[must_use]
     pub fn needs_lease(&self) -> bool {
-        let placement = self.wanted.manifest.as_ref().and_then(|manifest| manifest.placement.as_ref());
-        placement.is_some_and(|placement| placement.on_disconnect() == pb::OnDisconnect::Stop)
+        needs_lease(&self.wanted)
     }
 
     /// What [`Input::Lease`](super::Input::Lease) tells one that needs a lease, for the others: nothing follows from it.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nave_proto::ids::InstanceId;
 use nave_proto::pb::{self, InstanceLedgerPhase as Phase};
 
-use super::health::Health;
+use super::health::{Health, WATCHDOG_SILENT};
 use super::lease::LEASE_OVER;
 use super::restart::{RestartMemory, backoff};
 use super::state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping};
@@ -31,6 +31,7 @@ impl Supervisor {
         supervisor.ports = narrow(&ledger.ports);
         supervisor.pick_ports = ledger.pick_ports;
         supervisor.last_exit = ledger.last_exit.clone();
+        supervisor.notes.clone_from(&ledger.notes);
         supervisor.memory = RestartMemory {
             restarts: ledger.restarts,
             step: ledger.backoff_step,
@@ -62,6 +63,7 @@ impl Supervisor {
             last_exit_sequence: self.last_exit.as_ref().map_or(0, |exit| exit.sequence),
             exec_failures: self.memory.exec_failures,
             pick_ports: self.pick_ports,
+            notes: self.notes.clone(),
             ..pb::InstanceLedger::default()
         };
         write_state(&self.state, &mut ledger);
@@ -113,10 +115,11 @@ fn write_running(running: &Running, ledger: &mut pb::InstanceLedger) {
 fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
     ledger.stop_kill_boottime_ns = stopping.kill_at.as_nanos();
     ledger.stop_signal = stopping.signal;
+    ledger.stop_began_boottime_ns = stopping.began.as_nanos();
     match &stopping.cause {
         StopCause::Told => {}
         StopCause::Lease => LEASE_OVER.clone_into(&mut ledger.stop_reason),
-        StopCause::Probe(reason) => ledger.stop_reason.clone_from(reason),
+        StopCause::Probe(reason) | StopCause::Watchdog(reason) => ledger.stop_reason.clone_from(reason),
     }
     match stopping.step {
         StopStep::Draining { .. } => {}
@@ -182,6 +185,7 @@ fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
     let cause = match ledger.stop_reason.as_str() {
         "" => StopCause::Told,
         LEASE_OVER => StopCause::Lease,
+        why if why.starts_with(WATCHDOG_SILENT) => StopCause::Watchdog(why.to_owned()),
         why => StopCause::Probe(why.to_owned()),
     };
     Stopping {
@@ -190,6 +194,10 @@ fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
         signal: if ledger.stop_signal > 0 { ledger.stop_signal } else { super::stop::SIGTERM },
         step,
         kill_at: Monotonic(ledger.stop_kill_boottime_ns),
+        began: match ledger.stop_began_boottime_ns {
+            0 => now,
+            began => Monotonic(began),
+        },
     }
 }
 

@@ -6,7 +6,7 @@ use super::action::Action;
 use super::lease::LEASE_OVER;
 use super::ledger::widen;
 use super::state::{Running, Starting, State};
-use super::stop::stuck;
+use super::stop::{progress, stuck};
 use super::{Goal, Supervisor};
 use crate::monotonic::WallOffset;
 
@@ -25,6 +25,7 @@ impl Supervisor {
             reason: self.reason(),
             endpoint: self.endpoint().into(),
             last_exit: self.last_exit_of_epoch(),
+            notes: self.notes.clone(),
         }
     }
 
@@ -105,9 +106,11 @@ impl Supervisor {
             (State::Stopping(stopping), goal) => {
                 stuck(stopping).unwrap_or_else(|| match (&stopping.cause, goal) {
                     (_, Goal::Replace) => format!("waits for its process of epoch {} to end", self.epoch),
-                    (super::StopCause::Probe(why), Goal::Run) => why.clone(),
+                    (super::StopCause::Probe(why) | super::StopCause::Watchdog(why), Goal::Run) => {
+                        why.clone()
+                    }
                     (super::StopCause::Lease, Goal::Run) => LEASE_OVER.to_owned(),
-                    (_, Goal::Run | Goal::Stop) => String::new(),
+                    (_, Goal::Run | Goal::Stop) => progress(stopping),
                 })
             }
             (State::Pending(_), Goal::Run | Goal::Replace) => "waits for the keeper".to_owned(),

@@ -143,8 +143,21 @@ fn human(duration: Duration) -> String {
 
 /// Whether an exit counts as a failure. What is not known does.
 #[must_use]
-pub(super) fn is_failure(exit: &pb::ExitRecord) -> bool {
-    !(exit.cause() == pb::ExitCause::Exit && exit.code == 0)
+pub(super) fn is_failure(exit: &pb::ExitRecord, restart: Option<&pb::Restart>) -> bool {
+    let is_success =
+        exit.code == 0 || restart.is_some_and(|restart| lists(&restart.success_codes, exit.code));
+    !(exit.cause() == pb::ExitCause::Exit && is_success)
+}
+
+/// Whether the manifest says of this end that it would only come again.
+#[must_use]
+pub(super) fn is_fatal(exit: &pb::ExitRecord, restart: Option<&pb::Restart>) -> bool {
+    exit.cause() == pb::ExitCause::Exit
+        && restart.is_some_and(|restart| lists(&restart.fatal_codes, exit.code))
+}
+
+fn lists(codes: &[u32], code: i32) -> bool {
+    u32::try_from(code).is_ok_and(|code| codes.contains(&code))
 }
 
 /// Errors of a start that come again until a person does something.
@@ -337,7 +350,29 @@ mod tests {
         assert_eq!(describe(&exit(pb::ExitCause::Signal, 0, 11)), "was killed by SIGSEGV");
         assert_eq!(describe(&exit(pb::ExitCause::Signal, 0, 77)), "was killed by signal 77");
         assert_eq!(describe(&exit(pb::ExitCause::Unspecified, 0, 0)), "ended; how is not known");
-        assert!(!is_failure(&exit(pb::ExitCause::Exit, 0, 0)));
-        assert!(is_failure(&exit(pb::ExitCause::Unspecified, 0, 0)));
+        assert!(!is_failure(&exit(pb::ExitCause::Exit, 0, 0), None));
+        assert!(is_failure(&exit(pb::ExitCause::Unspecified, 0, 0), None));
+    }
+
+    #[test]
+    fn the_manifest_says_which_codes_are_no_failure_and_which_are_final() {
+        let rules = pb::Restart {
+            success_codes: vec![143],
+            fatal_codes: vec![78],
+            ..restart(pb::RestartPolicy::OnFailure, 10, 300)
+        };
+        // cause, code -> failure, fatal
+        for (cause, code, failure, fatal) in [
+            (pb::ExitCause::Exit, 0, false, false),
+            (pb::ExitCause::Exit, 143, false, false),
+            (pb::ExitCause::Exit, 78, true, true),
+            (pb::ExitCause::Exit, 1, true, false),
+            (pb::ExitCause::Signal, 78, true, false),
+            (pb::ExitCause::ExecError, 143, true, false),
+        ] {
+            let exit = pb::ExitRecord { cause: cause.into(), code, ..pb::ExitRecord::default() };
+            assert_eq!(is_failure(&exit, Some(&rules)), failure, "{cause:?} {code}");
+            assert_eq!(is_fatal(&exit, Some(&rules)), fatal, "{cause:?} {code}");
+        }
     }
 }

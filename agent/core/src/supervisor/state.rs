@@ -90,6 +90,8 @@ pub struct Stopping {
     pub step: StopStep,
     /// When grace ends and SIGKILL begins. Fixed when the stop begins; a restart of the agent does not extend it.
     pub kill_at: Monotonic,
+    /// When the stop began.
+    pub began: Monotonic,
 }
 
 /// Who wants it ended.
@@ -99,6 +101,8 @@ pub enum StopCause {
     Told,
     /// Ourselves, to start it again; the text says what failed.
     Probe(String),
+    /// Likewise: its watchdog was silent, or it asked for it.
+    Watchdog(String),
     /// Nobody: the host's lease is over, and it may run only under one.
     Lease,
 }

@@ -24,6 +24,7 @@ const KILL_RETRY_MAX: Duration = Duration::from_secs(120);
 /// SIGKILLs after which it is a matter for a person.
 const KILL_TRIES_QUIET: u32 = 5;
 
+const SIGABRT: i32 = 6;
 const SIGKILL: i32 = 9;
 pub(super) const SIGTERM: i32 = 15;
 const SIGCONT: i32 = 18;
@@ -60,9 +61,12 @@ impl Supervisor {
         out: &mut Vec<Action>,
     ) {
         let (signal, grace) = rules(self.wanted.manifest.as_ref());
+        // So that there is a core to read.
+        let signal = if matches!(cause, StopCause::Watchdog(_)) { SIGABRT } else { signal };
         let drained = now + DRAIN_WAIT;
         let step = StopStep::Draining { until: drained };
-        self.state = State::Stopping(Stopping { running, cause, signal, step, kill_at: drained + grace });
+        self.state =
+            State::Stopping(Stopping { running, cause, signal, step, kill_at: drained + grace, began: now });
         out.push(Action::StopProbes);
         self.publish_report(out);
         self.persist(out);
@@ -99,6 +103,7 @@ impl Supervisor {
     fn signal_cause(&self) -> pb::ExitCause {
         match &self.state {
             State::Stopping(Stopping { cause: StopCause::Probe(_), .. }) => pb::ExitCause::Probe,
+            State::Stopping(Stopping { cause: StopCause::Watchdog(_), .. }) => pb::ExitCause::Watchdog,
             State::Stopping(_)
             | State::Pending(_)
             | State::Starting(_)
@@ -178,6 +183,44 @@ impl Supervisor {
             self.sweep(now, key, out);
         }
     }
+}
+
+/// What was done to end a process that has ended, rung by rung, after its name.
+pub(super) fn ladder(stopping: &Stopping, now: Monotonic) -> String {
+    let signal = signal_name(stopping.signal);
+    let took = |since: Monotonic| human_ms(now.since(since));
+    match stopping.step {
+        StopStep::Draining { .. } => "ended by itself before its stop signal".to_owned(),
+        StopStep::Terminating { .. } => format!("was sent {signal} and ended after {}", took(stopping.began)),
+        StopStep::Killing { tries, .. } => {
+            let grace = human_ms(stopping.kill_at.since(stopping.began));
+            let kills = match tries {
+                0 | 1 => "SIGKILL with its process group".to_owned(),
+                2 => "SIGKILL with its process group, then with its cgroup".to_owned(),
+                _ => format!("SIGKILL {tries} times, the last ones with its cgroup"),
+            };
+            let took = took(stopping.kill_at);
+            format!("was sent {signal}, had not ended after {grace}, was sent {kills} and ended {took} later")
+        }
+    }
+}
+
+/// How far a stop has come, and why it takes so long, when it does.
+pub(super) fn progress(stopping: &Stopping) -> String {
+    let signal = signal_name(stopping.signal);
+    let grace = human_ms(stopping.kill_at.since(stopping.began));
+    match stopping.step {
+        StopStep::Draining { .. } => String::new(),
+        StopStep::Terminating { .. } => format!("was sent {signal} and has {grace} to end"),
+        StopStep::Killing { .. } => stuck(stopping)
+            .unwrap_or_else(|| format!("did not end after {signal} within {grace} and was sent SIGKILL")),
+    }
+}
+
+fn human_ms(duration: Duration) -> String {
+    nave_proto::time::format_duration(Duration::from_millis(
+        u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+    ))
 }
 
 /// Why a stop takes so long, when it does.

@@ -158,7 +158,7 @@ impl Scene {
     fn swept(&mut self) {
         let keys: Vec<_> = self.supervisor.sweeps.keys().copied().collect();
         for key in keys {
-            self.give(Input::CgroupEmpty { key });
+            self.give(Input::CgroupEmpty { key, killed: 0 });
         }
     }
 

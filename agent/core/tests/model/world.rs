@@ -338,7 +338,7 @@ impl World {
                 }
             }
             Action::SweepCgroup { key } => self.told.push_back(if self.keeper.sweep(instance, key) {
-                Told::Input { instance, input: Input::CgroupEmpty { key }, answer: true }
+                Told::Input { instance, input: Input::CgroupEmpty { key, killed: 0 }, answer: true }
             } else {
                 Told::Answered
             }),

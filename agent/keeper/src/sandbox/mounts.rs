@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 
 use nave_proto::pb;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
+use crate::identity::Stat;
 use crate::stub::{Failure, Step};
 use crate::sys;
 
@@ -24,7 +25,7 @@ const TMP: [(&str, &str); 2] = [("tmp", "/tmp"), ("var-tmp", "/var/tmp")];
 /// Makes the mounts that `sandbox` asks for, in a mount namespace of this process's own; needs root. Nothing asked,
 /// nothing done.
 pub(crate) fn make_mounts(sandbox: &pb::Sandbox) -> Result<(), Failure> {
-    if sandbox.tmp.is_empty() && !sandbox.read_only && sandbox.hide.is_empty() {
+    if !has_mounts(sandbox) {
         return Ok(());
     }
     unshare(CloneFlags::CLONE_NEWNS).map_err(|error| Failure::new(Step::Namespace, error, ""))?;
@@ -38,6 +39,26 @@ pub(crate) fn make_mounts(sandbox: &pb::Sandbox) -> Result<(), Failure> {
         read_only(sandbox)?;
     }
     sandbox.hide.iter().try_for_each(|path| hide(Path::new(path)))
+}
+
+/// Enters the mounts that were made for a process of the same sandbox, if it still runs.
+pub(crate) fn join_mounts(sandbox: &pb::Sandbox, of: Option<&pb::ProcessIdentity>) -> Result<(), Failure> {
+    if !has_mounts(sandbox) {
+        return Ok(());
+    }
+    let failed = |error: io::Error| Failure::new(Step::Namespace, error, "");
+    let gone = || failed(io::Error::from_raw_os_error(libc::ESRCH));
+    let of = of.ok_or_else(gone)?;
+    let mounts = File::open(format!("/proc/{}/ns/mnt", of.pid)).map_err(failed)?;
+    // Looked at after the file is open: whoever has the pid now had it then.
+    if Stat::read(of.pid).map_err(failed)?.start_ticks != of.start_ticks {
+        return Err(gone());
+    }
+    setns(mounts, CloneFlags::CLONE_NEWNS).map_err(|error| failed(error.into()))
+}
+
+fn has_mounts(sandbox: &pb::Sandbox) -> bool {
+    !sandbox.tmp.is_empty() || sandbox.read_only || !sandbox.hide.is_empty()
 }
 
 /// Own directories in place of /tmp and /var/tmp. They are new, so nobody can have put links into them.

@@ -96,6 +96,26 @@ fn what_cannot_be_started_says_what_and_why() {
     let error = agent.refused(Request::Spawn(spawn));
     assert_eq!((error.kind(), error.errno), (Kind::Exec, libc::ENOTDIR), "{error:?}");
     assert_eq!(agent.exit(20).cause(), ExitCause::ExecError);
+    let group = format!("{plain}/group");
+    let spawn = pb::Spawn { cgroup1: vec![group.clone()], ..host.script(21, "exit 0") };
+    let error = agent.refused(Request::Spawn(spawn));
+    assert_eq!(
+        (error.kind(), error.message),
+        (Kind::Exec, format!("cannot enter cgroup {group}: not a directory"))
+    );
+    assert_eq!(agent.exit(21).cause(), ExitCause::ExecError);
+}
+
+#[test]
+fn a_program_that_closes_its_output_is_watched_and_signalled_like_any_other() {
+    let mut host = Host::start();
+    let mut agent = host.agent();
+    agent.spawn(&host.script(1, "echo last; exec >&- 2>&-; read line < /dev/null; exit 4"));
+    assert_eq!((agent.exit(1).code, host.line(1, "last").as_str()), (4, ""));
+    let pid = agent.spawn(&host.script(2, "exec >&- 2>&-; exec sleep 1000"));
+    agent.signal(2, libc::SIGTERM, Process);
+    let exit = agent.exit(2);
+    assert_eq!((exit.signal, exit.process.map(|process| process.pid)), (libc::SIGTERM, Some(pid)));
 }
 
 #[test]
@@ -230,4 +250,9 @@ fn running_out_of_memory_is_called_so() {
     agent.spawn(&spawn);
     let exit = agent.exit(1);
     assert_eq!((exit.cause(), exit.signal), (ExitCause::Oom, libc::SIGKILL), "{exit:?}");
+    let who = format!(
+        "sh (pid {}) reached the limit of 16MiB, resources.memory",
+        exit.process.map_or(0, |p| p.pid)
+    );
+    assert_eq!(exit.message, who);
 }

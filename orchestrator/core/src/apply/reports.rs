@@ -10,7 +10,7 @@ use nave_proto::pb::observed::{Pending, State};
 use nave_proto::pb::{EndpointState, RejectedCode};
 
 use super::{Outcome, Tx, rejected};
-use crate::events::{Subject, called, instance_event, untold_exit};
+use crate::events::{Subject, called, instance_event, untold_exit, untold_notes};
 use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _, observed};
 
 impl Tx<'_> {
@@ -48,15 +48,22 @@ impl Tx<'_> {
         if before.host() != host || before.epoch != report.epoch || report.attempt < before.attempt {
             return;
         }
-        let Some(after) = merged(&before, report, self.now) else { return };
+        let mut report = report;
+        let notes = std::mem::take(&mut report.notes);
+        let newest = notes.iter().map(|note| note.number).max().unwrap_or_default();
+        let Some(after) = merged(&before, report, newest, self.now) else { return };
         let progressed = after.ready() && !before.ready();
         let regressed = before.ready() && !after.ready();
         let host = self.host_name(host);
         let exit = untold_exit(&before, &after, &host);
+        let notes: Vec<_> = untold_notes(&before, notes, &host).collect();
         let event = instance_event(&before, &after, &host);
         let subject = Subject::instance(&after);
         let template = after.template_version;
         self.put_instance(after);
+        for (kind, message) in notes {
+            self.event(&kind, subject.clone(), message);
+        }
         if let Some((kind, message)) = exit {
             self.event(kind, subject.clone(), message);
         }
@@ -139,7 +146,12 @@ impl Tx<'_> {
 }
 
 /// The row after a report; None: it says nothing new.
-fn merged(before: &pb::InstanceRecord, report: pb::InstanceReport, now: i64) -> Option<pb::InstanceRecord> {
+fn merged(
+    before: &pb::InstanceRecord,
+    report: pb::InstanceReport,
+    newest_note: u64,
+    now: i64,
+) -> Option<pb::InstanceRecord> {
     let fresh = report.attempt != before.attempt;
     let endpoint = merged_endpoint(before, &report, fresh);
     let mut after = pb::InstanceRecord {
@@ -149,6 +161,7 @@ fn merged(before: &pb::InstanceRecord, report: pb::InstanceReport, now: i64) -> 
         ports: report.ports,
         reason: report.reason,
         endpoint: endpoint.into(),
+        note: before.note.max(newest_note),
         last_exit: report.last_exit.or_else(|| before.last_exit.clone()),
         ..before.clone()
     };

@@ -93,7 +93,7 @@ fn manifests() -> impl Strategy<Value = pb::Manifest> {
                     canary: if command == 2 { 1 } else { 0 },
                 });
                 if count != 1 {
-                    manifest.health = Some(pb::Health { ready: Some(probe()), live: None });
+                    manifest.health = Some(pb::Health { ready: Some(probe()), ..Default::default() });
                 }
                 if port {
                     let fixed = pb::Port { service_port: 80, port: 8080, ..Default::default() };

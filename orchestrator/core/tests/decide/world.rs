@@ -407,7 +407,7 @@ pub(crate) fn manifest(name: &str, count: u32) -> pb::Manifest {
         name: name.into(),
         command: vec!["serve".into()],
         count,
-        health: Some(pb::Health { ready: Some(probe()), live: None }),
+        health: Some(pb::Health { ready: Some(probe()), ..Default::default() }),
         update: Some(pb::Update { max_parallel: 1, auto_revert: true, ..Default::default() }),
         ..Default::default()
     }

@@ -333,8 +333,8 @@ fn a_mistake_in_the_other_tables_is_answered_in_place() {
             "f:4:16: restart.fatal_codes[0]: an exit code is 0 to 255, not 256",
         ),
         (
-            "[isolation]\ncapabilities = [\"NET_BIND\"]",
-            "f:4:17: isolation.capabilities[0]: \"CAP_NET_BIND\" is not a capability, such as \"CAP_NET_BIND_SERVICE\"",
+            "[isolation]\ncapabilities = [\"NET_BIND_SERVIC\"]",
+            "f:4:17: isolation.capabilities[0]: \"CAP_NET_BIND_SERVIC\" is not a capability; did you mean \"CAP_NET_BIND_SERVICE\"?",
         ),
         ("[isolation]\nread = [\"/srv\"]", "f:4:8: isolation.read: says nothing without landlock = true"),
         (

@@ -36,7 +36,7 @@ fn nothing_starts_beside_what_the_last_process_left() {
     scene.pass(seconds(1));
     assert!(scene.orders().contains(&Action::SweepCgroup { key }), "asked again after 5 s");
     assert!(scene.report().reason.contains("left others that do not die"), "{}", scene.report().reason);
-    scene.give(Input::CgroupEmpty { key });
+    scene.give(Input::CgroupEmpty { key, killed: 0 });
     assert_eq!(scene.spawns(), 1);
 }
 
@@ -160,4 +160,24 @@ fn a_restart_at_once_still_shows_the_exit() {
     scene.spawned();
     assert!(scene.is_ready());
     assert_eq!(scene.report().last_exit.unwrap().code, 3);
+}
+
+#[test]
+fn an_exit_code_that_cannot_heal_gives_up_at_once_and_one_of_success_rests() {
+    let rules = |policy: pb::RestartPolicy| {
+        let restart = pb::Restart {
+            policy: policy.into(),
+            success_codes: vec![143],
+            fatal_codes: vec![78],
+            ..manifest().restart.unwrap_or_default()
+        };
+        pb::Manifest { restart: Some(restart), ..manifest() }
+    };
+    let mut scene = Scene::running(rules(pb::RestartPolicy::Always));
+    scene.exit(78);
+    let reason = "process exited with status 78, which is one of restart.fatal_codes";
+    assert_eq!(scene.supervisor.state, State::Failed { reason: reason.to_owned() });
+    let mut scene = Scene::running(rules(pb::RestartPolicy::OnFailure));
+    scene.exit(143);
+    assert!(matches!(scene.seen(), Seen::Exited(_)), "{:?}", scene.seen());
 }

@@ -103,3 +103,98 @@ fn a_live_change_of_health_leaves_the_process_alone() {
     orders = scene.orders();
     position(&orders, |action| matches!(action, Action::StartProbe(_)));
 }
+
+fn watched(start_grace: Option<Duration>) -> pb::Manifest {
+    let live = pb::Probe { check: Some(pb::probe::Check::Notify(true)), ..http_probe() };
+    let start_grace = start_grace.and_then(|grace| grace.try_into().ok());
+    let health = pb::Health { live: Some(live), start_grace, ..Default::default() };
+    pb::Manifest { health: Some(health), ..manifest() }
+}
+
+fn say(scene: &mut Scene, message: Notification) {
+    let key = scene.supervisor.key();
+    scene.give(Input::Notify { key, message });
+}
+
+fn runs(scene: &Scene) -> bool {
+    matches!(scene.supervisor.state, State::Running(_))
+}
+
+#[test]
+fn a_silent_watchdog_ends_the_process_with_a_core_and_starts_it_again() {
+    let mut scene = Scene::running(watched(Some(seconds(5))));
+    scene.pass(seconds(7));
+    assert!(runs(&scene), "the grace and three intervals are not over");
+    say(&mut scene, Notification::Watchdog);
+    scene.pass(Duration::from_millis(2_999));
+    assert!(runs(&scene));
+    scene.orders();
+    scene.pass(Duration::from_millis(1));
+    assert_eq!(scene.signals(), [(6, SignalScope::Process), (18, SignalScope::Process)]);
+    assert!(scene.report().reason.starts_with("watchdog: "), "{}", scene.report().reason);
+    scene.restart_agent();
+    scene.adopt();
+    assert!(
+        matches!(&scene.supervisor.state, State::Stopping(Stopping { cause: StopCause::Watchdog(_), .. })),
+        "the cause outlives the agent: {:?}",
+        scene.supervisor.state
+    );
+    scene.give(Input::Exited(scene.record(pb::ExitCause::Watchdog, 0, 6)));
+    scene.swept();
+    assert_eq!(scene.supervisor.memory.restarts, 1);
+}
+
+#[test]
+fn a_watchdog_can_be_put_off_and_bites_when_asked_to() {
+    let mut scene = Scene::running(watched(Some(Duration::ZERO)));
+    say(&mut scene, Notification::ExtendTimeout(seconds(30)));
+    scene.pass(seconds(29));
+    assert!(runs(&scene));
+    say(&mut scene, Notification::WatchdogTrigger);
+    assert!(!runs(&scene));
+    let mut other = Scene::running(probed());
+    say(&mut other, Notification::WatchdogTrigger);
+    assert!(runs(&other), "without a watchdog there is nothing to trigger");
+}
+
+#[test]
+fn a_new_agent_gives_the_watchdog_its_whole_time() {
+    let mut scene = Scene::running(watched(Some(seconds(5))));
+    scene.pass(seconds(7));
+    scene.restart_agent();
+    scene.now = scene.now + seconds(60);
+    scene.adopt();
+    scene.pass(Duration::from_millis(2_999));
+    assert!(runs(&scene));
+    scene.pass(Duration::from_millis(1));
+    assert!(!runs(&scene));
+}
+
+#[test]
+fn the_grace_is_the_manifests() {
+    let mut health = living().health.unwrap_or_default();
+    health.start_grace = seconds(60).try_into().ok();
+    let mut scene = Scene::running(pb::Manifest { health: Some(health), ..with_port(0) });
+    for _ in 0..59 {
+        scene.pass(seconds(1));
+        scene.probe(ProbeKind::Live, Some("no answer"));
+    }
+    assert!(runs(&scene));
+    for _ in 0..3 {
+        scene.pass(seconds(1));
+        scene.probe(ProbeKind::Live, Some("no answer"));
+    }
+    assert!(!runs(&scene));
+}
+
+#[test]
+fn another_main_process_is_refused_in_words() {
+    let mut scene = Scene::running(manifest());
+    scene.orders();
+    say(&mut scene, Notification::MainPid(7));
+    assert!(
+        matches!(&scene.orders()[..], [Action::Log { message, .. }] if message.contains("pid 7")),
+        "and nothing else"
+    );
+    assert!(runs(&scene));
+}

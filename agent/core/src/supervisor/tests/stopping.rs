@@ -134,3 +134,76 @@ fn a_second_process_is_killed() {
     assert!(scene.orders().contains(&expected));
     assert!(scene.is_ready(), "the newest stays");
 }
+
+fn notes(scene: &Scene) -> Vec<String> {
+    scene.report().notes.iter().map(|note| format!("{}: {}", note.kind, note.text)).collect()
+}
+
+#[test]
+fn what_was_done_to_end_it_is_in_its_history() {
+    let mut scene = Scene::running(manifest());
+    scene.stop();
+    assert_eq!(scene.report().reason, "was sent SIGTERM and has 10s to end");
+    scene.pass(Duration::from_millis(200));
+    scene.exit(0);
+    assert_eq!(notes(&scene), ["instance_stop: was sent SIGTERM and ended after 200ms"]);
+
+    let mut scene = Scene::running(manifest());
+    scene.stop();
+    scene.pass(seconds(10));
+    assert_eq!(scene.report().reason, "did not end after SIGTERM within 10s and was sent SIGKILL");
+    scene.pass(seconds(15));
+    scene.restart_agent();
+    scene.adopt();
+    scene.pass(seconds(1));
+    let key = scene.supervisor.key();
+    scene.give(Input::Exited(scene.record(pb::ExitCause::Hub, 0, 9)));
+    scene.give(Input::CgroupEmpty { key, killed: 3 });
+    assert_eq!(
+        notes(&scene),
+        [
+            "instance_stop: was sent SIGTERM, had not ended after 10s, was sent SIGKILL 3 times, the last ones with \
+             its cgroup and ended 16s later",
+            "instance_left_processes: left 3 processes behind, which were killed",
+        ]
+    );
+    assert!(scene.supervisor.is_gone());
+}
+
+#[test]
+fn notes_have_rising_numbers_over_placements_and_only_the_newest_are_kept() {
+    let mut scene = Scene::running(manifest());
+    let mut last = 0;
+    for epoch in 2..14 {
+        scene.want(manifest(), epoch, pb::Desired::Run);
+        scene.exit(0);
+        scene.spawned();
+        let numbers: Vec<u64> = scene.report().notes.iter().map(|note| note.number).collect();
+        assert!(numbers.is_sorted() && numbers.last() > Some(&last), "{numbers:?} after {last}");
+        assert!(numbers.len() <= 8);
+        last = *numbers.last().unwrap_or(&0);
+        scene.restart_agent();
+        scene.adopt();
+    }
+    // Another host, which knows of none of them, goes on above.
+    let mut elsewhere = Scene::running(manifest());
+    elsewhere.want(manifest(), 14, pb::Desired::Run);
+    elsewhere.exit(0);
+    elsewhere.spawned();
+    elsewhere.stop();
+    elsewhere.exit(0);
+    assert!(elsewhere.report().notes.last().is_some_and(|note| note.number > last));
+}
+
+#[test]
+fn a_process_may_ask_for_more_time_to_end_unless_it_runs_under_a_lease() {
+    let mut scene = Scene::running(manifest());
+    scene.stop();
+    let key = scene.supervisor.key();
+    scene.give(Input::Notify { key, message: Notification::ExtendTimeout(seconds(30)) });
+    scene.orders();
+    scene.pass(seconds(29));
+    assert!(scene.signals().is_empty());
+    scene.pass(seconds(1));
+    assert_eq!(scene.signals(), [(9, SignalScope::Process), (9, SignalScope::Group)]);
+}
