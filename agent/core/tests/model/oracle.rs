@@ -160,8 +160,8 @@ impl Oracle {
         if uptime >= Duration::from_secs(60) {
             *step = 0;
         }
-        if *step == 0 && uptime >= UPTIME_FOR_RESTART_AT_ONCE {
-            *step = 1;
+        // Answered at once, and no step of the back-off.
+        if uptime >= UPTIME_FOR_RESTART_AT_ONCE {
             return;
         }
         *step = (*step).max(1);
