@@ -332,8 +332,12 @@ impl Executor {
     }
 }
 
+/// Also of artifacts that nobody needs any longer.
 async fn prune_logs(context: Arc<SpawnContext>, kept: KeptLogs) {
-    let pruned = tokio::task::spawn_blocking(move || context.directories.prune_logs(&kept));
+    let pruned = tokio::task::spawn_blocking(move || {
+        context.directories.prune_logs(&kept);
+        context.artifacts.clean(&context.directories.runs());
+    });
     // It fails only when the runtime is going down.
     let _ended = pruned.await;
 }

@@ -33,6 +33,7 @@ pub use data_dir::DataDirError;
 pub use identity::IdentityError;
 pub use keeper::KeeperError;
 pub use ledger::LedgerError;
+pub use provision::artifacts::stub::artifact_stub_main;
 pub use run::{RunError, instances_noted, run};
 
 /// An error and its causes in one line, for logs and for messages that travel.

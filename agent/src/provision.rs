@@ -6,6 +6,7 @@
 //! link of its making can lead us astray when it is removed. A secret goes from a file of this host into that
 //! directory: never to the hub, into a log or into a message.
 
+pub(crate) mod artifacts;
 pub(crate) mod env_file;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +20,7 @@ use nave_proto::pb;
 use nix::unistd::{Gid, Uid, chown, fchown};
 
 use crate::executor::users;
+use artifacts::Artifacts;
 
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 const SECRET_BYTES_MAX: u64 = 1024 * 1024;
@@ -51,6 +53,9 @@ pub(crate) fn variables(run: &Path, data: &Path, manifest: &pb::Manifest) -> BTr
     if !manifest.files.is_empty() {
         variables.insert("NAVE_FILES".to_owned(), text(run.join("files")));
     }
+    if !manifest.artifacts.is_empty() {
+        variables.insert("NAVE_ARTIFACTS".to_owned(), text(run.join("artifacts")));
+    }
     if !manifest.secrets.is_empty() {
         variables.insert("NAVE_SECRETS".to_owned(), text(run.join("secrets")));
     }
@@ -60,21 +65,35 @@ pub(crate) fn variables(run: &Path, data: &Path, manifest: &pb::Manifest) -> BTr
     variables
 }
 
-/// Makes files and secrets of one start, after taking away those of the last. `owner`: the service's user and group,
+/// Fetches artifacts, then makes files and secrets of one start, after taking away those of the last. `owner`: the service's user and group,
 /// when it has one of its own. Returns the names that templates asked for and nobody knows.
 pub(crate) fn provide(
+    artifacts: &Artifacts,
     run: &Path,
     manifest: &pb::Manifest,
     env: &BTreeMap<String, String>,
     owner: Option<(u32, u32)>,
 ) -> Result<BTreeSet<String>, ProvisionError> {
+    let fetched: Vec<(&str, PathBuf)> = manifest
+        .artifacts
+        .iter()
+        .map(|artifact| Ok((artifact.name.as_str(), artifacts.get(artifact)?)))
+        .collect::<Result<_, ProvisionError>>()?;
     remove(run).map_err(|e| ProvisionError::io("its old files cannot be removed:", run, &e))?;
     let mut unknown = BTreeSet::new();
-    if manifest.files.is_empty() && manifest.secrets.is_empty() {
+    if manifest.files.is_empty() && manifest.secrets.is_empty() && fetched.is_empty() {
         return Ok(unknown);
     }
     let made = |e: io::Error| ProvisionError::io("its files cannot be made:", run, &e);
     DirBuilder::new().mode(0o700).create(run).map_err(made)?;
+    if !fetched.is_empty() {
+        let folder = run.join("artifacts");
+        DirBuilder::new().mode(0o755).create(&folder).map_err(made)?;
+        std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).map_err(made)?;
+        for (name, place) in fetched {
+            std::os::unix::fs::symlink(place, folder.join(name)).map_err(made)?;
+        }
+    }
     for file in &manifest.files {
         let content = content(file, env, &mut unknown)?;
         let owner = file_owner(file, owner)?;
@@ -188,6 +207,10 @@ mod tests {
         [("PORT".to_owned(), "20001".to_owned())].into()
     }
 
+    fn none() -> Artifacts {
+        Artifacts::new(Path::new("/nowhere"))
+    }
+
     fn mode(path: &Path) -> u32 {
         std::fs::metadata(path).unwrap().permissions().mode() & 0o777
     }
@@ -210,7 +233,7 @@ mod tests {
         };
         let own = Some((nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()));
         for _start in 0..2 {
-            let unknown = provide(&run, &manifest, &env(), own).unwrap();
+            let unknown = provide(&none(), &run, &manifest, &env(), own).unwrap();
             assert_eq!(unknown, ["NOBODY".to_owned()].into());
         }
         let read = |path: &str| std::fs::read_to_string(run.join(path)).unwrap();
@@ -222,7 +245,7 @@ mod tests {
         assert_eq!(mode(&run.join("files/conf/app.toml")), 0o600);
         assert_eq!(mode(&run.join("files/taken")), 0o644);
         assert_eq!(mode(&run.join("secrets/password")), 0o400);
-        provide(&run, &pb::Manifest::default(), &env(), own).unwrap();
+        provide(&none(), &run, &pb::Manifest::default(), &env(), own).unwrap();
         assert!(!run.exists(), "what is no longer asked for goes");
     }
 
@@ -236,7 +259,7 @@ mod tests {
         std::fs::create_dir(&run).unwrap();
         std::os::unix::fs::symlink(&precious, run.join("files")).unwrap();
         let manifest = pb::Manifest { files: vec![file("app.toml", "new")], ..pb::Manifest::default() };
-        provide(&run, &manifest, &env(), None).unwrap();
+        provide(&none(), &run, &manifest, &env(), None).unwrap();
         assert_eq!(std::fs::read_to_string(precious.join("app.toml")).unwrap(), "precious");
         assert_eq!(std::fs::read_to_string(run.join("files/app.toml")).unwrap(), "new");
     }
@@ -248,7 +271,7 @@ mod tests {
         let absent = dir.path().join("absent").display().to_string();
         let manifest =
             pb::Manifest { secrets: [("password".to_owned(), absent)].into(), ..pb::Manifest::default() };
-        let error = provide(&run, &manifest, &env(), None).unwrap_err();
+        let error = provide(&none(), &run, &manifest, &env(), None).unwrap_err();
         assert_eq!(error.errno, libc::ENOENT);
         assert!(error.message.starts_with("secret password: /"), "{error}");
         let folder = dir.path().display().to_string();
@@ -256,7 +279,7 @@ mod tests {
             files: vec![pb::File { source: folder, ..file("a", "") }],
             ..pb::Manifest::default()
         };
-        let error = provide(&run, &manifest, &env(), None).unwrap_err();
+        let error = provide(&none(), &run, &manifest, &env(), None).unwrap_err();
         assert!(error.message.ends_with("is not a file"), "{error}");
     }
 }

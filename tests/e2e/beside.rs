@@ -3,6 +3,10 @@
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::process::Command;
+
 use nave_tests::cluster::SOON;
 use nave_tests::{Cluster, Setup, eventually};
 
@@ -130,4 +134,103 @@ fn files_with(dir: &Path, needle: &[u8]) -> Vec<PathBuf> {
     }
     found.sort();
     found
+}
+
+/// Serves one file over HTTP until it goes out of scope; counts how often.
+struct Shop {
+    port: u16,
+    served: std::sync::Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Shop {
+    fn open(content: Vec<u8>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let served = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counter = served.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let mut request = [0; 4096];
+                let Ok(_) = stream.read(&mut request) else { continue };
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                    content.len()
+                );
+                let _gone = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&content));
+                counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+        Self { port, served }
+    }
+
+    fn served(&self) -> usize {
+        self.served.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+fn sha256(path: &Path) -> String {
+    let output = Command::new("sha256sum").arg(path).output().expect("sha256sum runs");
+    String::from_utf8_lossy(&output.stdout).split(' ').next().expect("a sum").to_owned()
+}
+
+#[test]
+fn artifacts_are_fetched_once_unpacked_and_refused_when_they_are_not_what_was_meant() {
+    let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
+    // Below /tmp itself: whoever fetches belongs to nobody and must get there.
+    let given = tempfile::Builder::new().prefix("nave-artifacts").tempdir().expect("a folder");
+    std::fs::set_permissions(given.path(), std::fs::Permissions::from_mode(0o755)).expect("opened");
+    let tool = given.path().join("tool");
+    std::fs::write(&tool, "#!/bin/sh\necho the tool ran as $(id -u)\n").expect("written");
+    std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).expect("executable");
+    let packed = given.path().join("packed.tar.gz");
+    let tar = Command::new("tar").arg("-C").arg(given.path()).arg("-czf").arg(&packed).arg("tool").status();
+    assert!(tar.expect("tar runs").success());
+    let shop = Shop::open(std::fs::read(&packed).expect("read"));
+    let manifest = |count: u32, sum: &str| {
+        format!(
+            r#"
+name = "user"
+command = ["sh", "-c", '"$NAVE_ARTIFACTS/plain"; "$NAVE_ARTIFACTS/packed/tool"; exec sleep infinity']
+count = {count}
+restart.budget = "2 in 1m"
+update.auto_revert = false
+
+[[artifact]]
+name = "plain"
+url = "file://{}"
+sha256 = "{}"
+
+[[artifact]]
+name = "packed"
+url = "http://127.0.0.1:{}/packed.tar.gz"
+sha256 = "{sum}"
+"#,
+            tool.display(),
+            sha256(&tool),
+            shop.port,
+        )
+    };
+    let good = sha256(&packed);
+    cluster.apply(&manifest(2, &good), &["--wait"]).expect(0);
+    cluster.wait_ready("user", 2);
+    eventually("both have run both", SOON, || {
+        cluster.nave(&["logs", "user"]).stdout.matches("the tool ran as").count() == 4
+    });
+    assert_eq!(shop.served(), 1, "two instances, one host: fetched once");
+    let cached = cluster.agents[0].dir.join(format!("data/cache/{good}.tar.gz/tree/tool"));
+    let found = std::fs::metadata(&cached).expect("it is in the cache");
+    assert_eq!(found.permissions().mode() & 0o7777, 0o755);
+    assert_eq!(found.uid(), nix::unistd::geteuid().as_raw(), "and services cannot change it");
+
+    let bad = "0".repeat(64);
+    cluster.apply(&manifest(2, &bad), &[]).expect(0);
+    eventually("the checksums are the reason", SOON, || {
+        let rows = cluster.ps("user");
+        rows.iter().any(|row| {
+            row["reason"].as_str().is_some_and(|why| why.contains("artifact packed:") && why.contains(&good))
+        })
+    });
+    let still = cluster.ps("user").iter().filter(|row| row["version"] == 1 && row["ready"] == true).count();
+    assert_eq!(still, 2, "what ran goes on");
 }

@@ -73,7 +73,10 @@ fn kept(around: &Surrounded<'_>, isolation: &pb::Isolation) -> Vec<String> {
     let mut paths: BTreeSet<PathBuf> =
         named.map(PathBuf::from).chain(asked).filter_map(|path| whole(&path)).collect();
     paths.extend(
-        ours.into_iter().chain([around.notify.to_owned()]).filter(|path| is_below_tmp(path) && path.exists()),
+        ours.into_iter()
+            .chain(cache(around))
+            .chain([around.notify.to_owned()])
+            .filter(|path| is_below_tmp(path) && path.exists()),
     );
     paths.into_iter().map(|path| path.display().to_string()).collect()
 }
@@ -98,7 +101,14 @@ fn readable(around: &Surrounded<'_>, isolation: &pb::Isolation) -> Vec<String> {
         return Vec::new();
     }
     let run = Some(around.dirs.run.display().to_string()).filter(|_| around.dirs.run.exists());
-    isolation.read.iter().cloned().chain(run).collect()
+    let cache = cache(around).map(|path| path.display().to_string());
+    isolation.read.iter().cloned().chain(run).chain(cache).collect()
+}
+
+/// Where its artifacts are: what it finds in NAVE_ARTIFACTS are links.
+fn cache(around: &Surrounded<'_>) -> Option<PathBuf> {
+    let data_dir = around.dirs.run.parent().and_then(Path::parent)?;
+    (!around.manifest.artifacts.is_empty()).then(|| data_dir.join("cache"))
 }
 
 fn writable(around: &Surrounded<'_>, isolation: &pb::Isolation, private_tmp: bool) -> Vec<String> {

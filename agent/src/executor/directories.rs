@@ -59,6 +59,15 @@ impl Directories {
         Self { root: data_dir.to_owned() }
     }
 
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What is provided for each instance.
+    pub(crate) fn runs(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
     pub(crate) fn logs(&self) -> PathBuf {
         self.root.join("logs")
     }

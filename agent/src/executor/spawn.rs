@@ -27,6 +27,7 @@ use crate::logs::limits::log_limits;
 use crate::logs::source::LinesSince;
 use crate::notify::NotifySockets;
 use crate::probes::{ExecCheck, LogCheck};
+use crate::provision::artifacts::Artifacts;
 use crate::provision::{self, ProvisionError, env_file};
 
 /// Open files that a service may have unless the machine allows fewer; what modern servers expect.
@@ -40,6 +41,7 @@ pub(crate) struct SpawnContext {
     pub(crate) directories: Directories,
     pub(crate) cgroups: Cgroups,
     pub(crate) notify: NotifySockets,
+    pub(crate) artifacts: Artifacts,
     /// The agent's own user, for services that run as it.
     own_user: String,
     /// A directory on the way to the services' own that other users may not pass.
@@ -76,7 +78,8 @@ impl SpawnContext {
     ) -> Self {
         let own_user =
             User::from_uid(geteuid()).ok().flatten().map_or_else(|| geteuid().to_string(), |user| user.name);
-        Self { cluster, host_name, directories, cgroups, notify, own_user, closed }
+        let artifacts = Artifacts::new(directories.root());
+        Self { cluster, host_name, directories, cgroups, notify, artifacts, own_user, closed }
     }
 
     /// Makes directories and looks up users; then all is said that the keeper needs. Blocks.
@@ -109,7 +112,7 @@ impl SpawnContext {
                 message: format!("its data directory cannot be made: {e}"),
             })?;
         }
-        let of_files = provision::provide(&dirs.run, manifest, &around.env, run_as.ids)
+        let of_files = provision::provide(&self.artifacts, &dirs.run, manifest, &around.env, run_as.ids)
             .map_err(|e| SpawnError { kind: SpawnErrorKind::System, errno: e.errno, message: e.message })?;
         let argv = arguments(&manifest.command, &around.env);
         let unknown: BTreeSet<_> = around.unknown.union(&argv.unknown).chain(&of_files).cloned().collect();

@@ -17,6 +17,7 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         && a.user == b.user
         && a.working_dir == b.working_dir
         && a.files == b.files
+        && a.artifacts == b.artifacts
         && a.env_files == b.env_files
         && a.secrets == b.secrets
         && a.data == b.data

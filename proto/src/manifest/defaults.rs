@@ -30,6 +30,9 @@ pub fn fill_defaults(manifest: &mut pb::Manifest) {
             port.service_port = HTTP_SERVICE_PORT;
         }
     }
+    for artifact in manifest.artifacts.iter_mut().filter(|artifact| artifact.archive.is_empty()) {
+        archive_of(&artifact.url).clone_into(&mut artifact.archive);
+    }
     if let Some(health) = &mut manifest.health {
         for probe in health.ready.iter_mut().chain(&mut health.live) {
             fill_probe(probe, &manifest.ports);
@@ -43,6 +46,13 @@ pub fn fill_defaults(manifest: &mut pb::Manifest) {
     fill_stop(manifest.stop.get_or_insert_default());
     fill_placement(manifest.placement.get_or_insert_default());
     fill_logs(manifest.logs.get_or_insert_default());
+}
+
+/// As its name ends.
+fn archive_of(url: &str) -> &'static str {
+    let path = url.split(['?', '#']).next().unwrap_or_default();
+    let forms = [(".tar.gz", "tar.gz"), (".tgz", "tar.gz"), (".tar.zst", "tar.zst"), (".zip", "zip")];
+    forms.iter().find(|(end, _)| path.ends_with(end)).map_or("none", |(_, form)| form)
 }
 
 fn fill_probe(probe: &mut pb::Probe, ports: &std::collections::BTreeMap<String, pb::Port>) {

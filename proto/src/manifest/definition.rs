@@ -36,6 +36,7 @@ pub(super) const ROOT: Keys = &[
     "secrets",
     "isolation",
     "rlimits",
+    "artifact",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
@@ -59,6 +60,7 @@ pub(super) const RESOURCES: Keys =
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
 pub(super) const STOP: Keys = &["signal", "grace"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
+pub(super) const ARTIFACT: Keys = &["name", "url", "sha256", "archive"];
 pub(super) const FILE: Keys = &["path", "content", "source", "template", "mode", "owner"];
 pub(super) const LOGS: Keys = &["max_size", "max_age"];
 pub(super) const ISOLATION: Keys = &[
@@ -74,7 +76,7 @@ pub(super) const ISOLATION: Keys = &[
 ];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 13] = [
+pub(super) const TABLES: [(&str, Keys); 14] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
     ("[health]", HEALTH),
@@ -86,12 +88,13 @@ pub(super) const TABLES: [(&str, Keys); 13] = [
     ("[placement]", PLACEMENT),
     ("[logs]", LOGS),
     ("[[file]]", FILE),
+    ("[[artifact]]", ARTIFACT),
     ("[isolation]", ISOLATION),
     ("[rlimits]", crate::limits::RLIMIT_NAMES),
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 39] = [
+const SYNONYMS: [(&str, &str); 43] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -115,6 +118,10 @@ const SYNONYMS: [(&str, &str); 39] = [
     ("host_port", "port"),
     ("logging", "logs"),
     ("files", "file"),
+    ("artifacts", "artifact"),
+    ("checksum", "sha256"),
+    ("sha", "sha256"),
+    ("unpack", "archive"),
     ("configs", "file"),
     ("env_files", "env_file"),
     ("environment_file", "env_file"),
@@ -161,6 +168,7 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.update = field("update").and_then(|field| update(&field, problems));
     manifest.stop = field("stop").and_then(|field| stop(&field, problems));
     manifest.placement = field("placement").and_then(|field| placement(&field, problems));
+    manifest.artifacts = field("artifact").map(|field| artifacts(&field, problems)).unwrap_or_default();
     manifest.files = field("file").map(|field| files(&field, problems)).unwrap_or_default();
     manifest.env_files = field("env_file")
         .map(|field| field.texts(problems, "such as [\"/etc/web.env\"]"))
@@ -447,6 +455,23 @@ fn placement(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Placement
         on_disconnect: on_disconnect.unwrap_or_default().into(),
         priority: table.field("priority").and_then(|field| field.whole(problems)),
     })
+}
+
+fn artifacts(field: &Field<'_>, problems: &mut Problems) -> Vec<pb::Artifact> {
+    let tables = field.tables(problems, "such as [[artifact]]");
+    let text = |table: &Table<'_>, key, problems: &mut Problems| {
+        table.field(key).and_then(|field| field.text(problems)).unwrap_or_default().to_owned()
+    };
+    let artifact = |table: &Table<'_>, problems: &mut Problems| {
+        unknown_keys(table, ARTIFACT, problems);
+        pb::Artifact {
+            name: text(table, "name", problems),
+            url: text(table, "url", problems),
+            sha256: text(table, "sha256", problems),
+            archive: text(table, "archive", problems),
+        }
+    };
+    tables.iter().map(|table| artifact(table, problems)).collect()
 }
 
 fn files(field: &Field<'_>, problems: &mut Problems) -> Vec<pb::File> {

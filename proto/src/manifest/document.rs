@@ -76,6 +76,9 @@ pub(super) struct Document {
     /// Secrets by name, each from a file on the host; found in the directory NAVE_SECRETS, readable by the service alone.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     secrets: BTreeMap<String, String>,
+    /// What is fetched to the host before an instance starts, found in the directory NAVE_ARTIFACTS.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    artifact: Vec<ArtifactDocument>,
     /// Files that an instance finds in the directory NAVE_FILES, made anew for each start.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     file: Vec<FileDocument>,
@@ -340,6 +343,24 @@ struct PlacementDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 100))]
     priority: Option<u32>,
+}
+
+/// What is fetched to the host before an instance starts.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ArtifactDocument {
+    /// Of the file or directory in NAVE_ARTIFACTS.
+    #[schemars(regex(pattern = "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"))]
+    name: String,
+    /// Where it is fetched from: http, https or file.
+    #[schemars(regex(pattern = "^(https?|file)://"))]
+    url: String,
+    /// Checksum of what is fetched.
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
+    sha256: String,
+    /// How it is packed: `tar.gz`, `tar.zst`, `zip` or `none`; by default as the URL ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    archive: Option<String>,
 }
 
 /// A file that an instance finds below NAVE_FILES: of exactly one of `content` and `source`.

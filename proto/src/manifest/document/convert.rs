@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    Document, DurationText, FileDocument, HealthDocument, IsolationDocument, LogsDocument, OnDisconnectWord,
-    PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument,
-    RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
+    ArtifactDocument, Document, DurationText, FileDocument, HealthDocument, IsolationDocument, LogsDocument,
+    OnDisconnectWord, PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord,
+    ResourcesDocument, RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
 use crate::pb;
@@ -36,6 +36,7 @@ impl From<&pb::Manifest> for Document {
             env_file: manifest.env_files.clone(),
             data: manifest.data.then_some(true),
             secrets: manifest.secrets.clone(),
+            artifact: manifest.artifacts.iter().map(ArtifactDocument::from).collect(),
             file: manifest.files.iter().map(FileDocument::from).collect(),
             isolation: manifest.isolation.as_ref().map(IsolationDocument::from),
             rlimits: manifest.rlimits.iter().map(|(name, &limit)| (name.clone(), rlimit(limit))).collect(),
@@ -177,6 +178,17 @@ impl From<&pb::Placement> for PlacementDocument {
             on_disconnect: (on_disconnect != pb::OnDisconnect::Unspecified)
                 .then(|| OnDisconnectWord(words::on_disconnect(on_disconnect))),
             priority: placement.priority,
+        }
+    }
+}
+
+impl From<&pb::Artifact> for ArtifactDocument {
+    fn from(artifact: &pb::Artifact) -> Self {
+        Self {
+            name: artifact.name.clone(),
+            url: artifact.url.clone(),
+            sha256: artifact.sha256.clone(),
+            archive: (!artifact.archive.is_empty()).then(|| artifact.archive.clone()),
         }
     }
 }

@@ -12,7 +12,8 @@ const ENV_FILES_MAX: usize = 16;
 const PATH_MAX: usize = 255;
 /// Where the data of each is stands in the service's row.
 const DATA_COUNT_MAX: u32 = 256;
-const SECRET_NAME_MAX: usize = 64;
+const ARTIFACTS_MAX: usize = 32;
+const NAME_MAX: usize = 64;
 
 impl Rules {
     pub(super) fn files(&mut self, manifest: &pb::Manifest) {
@@ -44,8 +45,53 @@ impl Rules {
                 format!("a service with data has at most {DATA_COUNT_MAX} instances, not {}", manifest.count);
             self.at(&["data"], why);
         }
+        self.artifacts(&manifest.artifacts);
         self.env_files(&manifest.env_files);
         self.secrets(manifest);
+    }
+
+    fn artifacts(&mut self, artifacts: &[pb::Artifact]) {
+        let path = Path::default().key("artifact");
+        if artifacts.len() > ARTIFACTS_MAX {
+            self.broken(path.clone(), format!("at most {ARTIFACTS_MAX} artifacts, not {}", artifacts.len()));
+        }
+        let mut names = BTreeSet::new();
+        for (index, artifact) in artifacts.iter().enumerate() {
+            self.artifact(&path.index(index), artifact);
+            if !names.insert(&artifact.name) {
+                let why = format!("{:?} is the name of another artifact too", shorten(&artifact.name));
+                self.broken(path.index(index).key("name"), why);
+            }
+        }
+    }
+
+    fn artifact(&mut self, path: &Path, artifact: &pb::Artifact) {
+        if !is_plain_name(&artifact.name) {
+            let why = format!(
+                "must be a name of letters, digits, . _ and -, at most {NAME_MAX}, no . first: it is found as this in NAVE_ARTIFACTS"
+            );
+            self.broken(path.key("name"), why);
+        }
+        let rest =
+            ["https://", "http://", "file:///"].iter().find_map(|scheme| artifact.url.strip_prefix(scheme));
+        if rest.is_none_or(|rest| {
+            rest.is_empty() || artifact.url.chars().any(|c| c.is_whitespace() || c.is_control())
+        }) {
+            let why = format!("must be an https, http or file:///… URL, not {:?}", shorten(&artifact.url));
+            self.broken(path.key("url"), why);
+        }
+        let is_sum = artifact.sha256.len() == 64
+            && artifact.sha256.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+        if !is_sum {
+            let why =
+                "must be 64 digits 0-9 a-f, as `sha256sum` prints them: nothing is fetched that is not known";
+            self.broken(path.key("sha256"), why);
+        }
+        if !["none", "tar.gz", "tar.zst", "zip"].contains(&artifact.archive.as_str()) {
+            let why =
+                format!("must be one of tar.gz, tar.zst, zip, none, not {:?}", shorten(&artifact.archive));
+            self.broken(path.key("archive"), why);
+        }
     }
 
     fn file(&mut self, path: &Path, file: &pb::File) {
@@ -86,12 +132,9 @@ impl Rules {
             );
         }
         for (name, source) in &manifest.secrets {
-            let well_formed = (1..=SECRET_NAME_MAX).contains(&name.len())
-                && !name.starts_with('.')
-                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
-            if !well_formed {
+            if !is_plain_name(name) {
                 let why = format!(
-                    "a secret's name has letters, digits, . _ and -, at most {SECRET_NAME_MAX}, and no . first"
+                    "a secret's name has letters, digits, . _ and -, at most {NAME_MAX}, and no . first"
                 );
                 self.broken(path.key(name), why);
             }
@@ -107,6 +150,13 @@ impl Rules {
             self.broken(path, why);
         }
     }
+}
+
+/// A name that is one part of a path.
+fn is_plain_name(name: &str) -> bool {
+    (1..=NAME_MAX).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
 }
 
 /// Why a file cannot be there.

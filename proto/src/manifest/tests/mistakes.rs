@@ -94,6 +94,12 @@ fn a_mistake_in_files_and_secrets_is_answered_in_place() {
             "[secrets]\n\".x\" = \"/x\"",
             "f:4:8: secrets.\".x\": a secret's name has letters, digits, . _ and -, at most 64, and no . first",
         ),
+        (
+            "[[artifact]]\nname = \"tool\"\nurl = \"ftp://x/y\"\nsha256 = \"abc\"",
+            "f:5:7: artifact[0].url: must be an https, http or file:///… URL, not \"ftp://x/y\"\nf:6:10: \
+             artifact[0].sha256: must be 64 digits 0-9 a-f, as `sha256sum` prints them: nothing is fetched that is not \
+             known",
+        ),
         ("data = \"yes\"", "f:3:8: data: must be true or false, not the text \"yes\""),
     ] {
         assert_eq!(told(body), message);
@@ -417,7 +423,7 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
         ),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
         ),
     ] {
         assert_eq!(told(body), message);

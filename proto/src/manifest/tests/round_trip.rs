@@ -146,7 +146,7 @@ prop_compose! {
     }
 }
 
-type Beside = (Vec<pb::File>, Vec<String>, bool, BTreeMap<String, String>);
+type Beside = (Vec<pb::Artifact>, Vec<pb::File>, Vec<String>, bool, BTreeMap<String, String>);
 
 fn beside() -> impl Strategy<Value = Beside> {
     let made_of = prop_oneof![
@@ -173,7 +173,17 @@ fn beside() -> impl Strategy<Value = Beside> {
         files
     });
     let secrets = btree_map("[a-z][a-z0-9._-]{0,9}", "/[a-z]{1,9}", 0..3);
-    (files, vec("/[a-z]{1,9}", 0..3), any::<bool>(), secrets)
+    let archive = prop_oneof![Just("none"), Just("tar.gz"), Just("tar.zst"), Just("zip")];
+    let artifacts =
+        btree_map("[a-z]{1,9}", ("(https?|file)://[a-z]{1,9}/[a-z.]{1,9}", "[0-9a-f]{64}", archive), 0..3)
+            .prop_map(|artifacts| {
+                let artifact = |(name, (url, sha256, archive)): (String, (String, String, &str))| {
+                    let url = url.replace("file://", "file:///");
+                    pb::Artifact { name, url, sha256, archive: archive.to_owned() }
+                };
+                artifacts.into_iter().map(artifact).collect::<Vec<_>>()
+            });
+    (artifacts, files, vec("/[a-z]{1,9}", 0..3), any::<bool>(), secrets)
 }
 
 fn rlimit_name() -> impl Strategy<Value = &'static str> {
@@ -243,10 +253,11 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                         stop: Some(stop),
                         placement: Some(placement),
                         logs: Some(pb::Logs { max_size_bytes: logs.0 << 20, max_age: logs.1 }),
-                        files: beside.0,
-                        env_files: beside.1,
-                        data: beside.2 && count.unwrap_or(0) <= 256,
-                        secrets: beside.3,
+                        artifacts: beside.0,
+                        files: beside.1,
+                        env_files: beside.2,
+                        data: beside.3 && count.unwrap_or(0) <= 256,
+                        secrets: beside.4,
                         isolation,
                         // What a file cannot write is no limit.
                         rlimits: rlimits
