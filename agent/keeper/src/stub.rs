@@ -328,7 +328,6 @@ fn surroundings(spawn: &pb::Spawn) -> Result<(), Failure> {
     let score = spawn.oom_score_adj.to_string();
     write_file("/proc/self/oom_score_adj", &score)
         .map_err(|error| Failure::new(Step::OomScore, error, &score))?;
-    sys::set_nice(spawn.nice).map_err(|error| Failure::new(Step::Nice, error, spawn.nice.to_string()))?;
     for limit in &spawn.rlimits {
         sys::set_resource_limit(limit.resource, limit.soft, limit.hard).map_err(|error| {
             Failure::new(Step::Limit, error, format!("{} to {}:{}", limit.resource, limit.soft, limit.hard))
@@ -342,6 +341,8 @@ fn surroundings(spawn: &pb::Spawn) -> Result<(), Failure> {
         }
     }
     enter_cgroups(spawn)?;
+    // Late: on a busy host the steps before are done sooner as nice as the keeper is.
+    sys::set_nice(spawn.nice).map_err(|error| Failure::new(Step::Nice, error, spawn.nice.to_string()))?;
     let mask = if spawn.umask == 0 { 0o022 } else { spawn.umask & 0o777 };
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
     Ok(())
