@@ -19,8 +19,10 @@ use nave_tests::{Cluster, Setup, eventually};
 /// A thousand processes take their time to start on two cores.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+type Room = fn() -> anyhow::Result<()>;
+
 pub(crate) fn run() -> anyhow::Result<()> {
-    let rooms: [(&str, fn() -> anyhow::Result<()>); 4] =
+    let rooms: [(&str, Room); 4] =
         [("adopt", adopt::run), ("exits", exits::run), ("footprint", footprint::run), ("chaos", chaos::run)];
     let only = std::env::args().nth(2);
     if let Some(only) = only.as_ref().filter(|only| !rooms.iter().any(|(name, _)| name == only)) {

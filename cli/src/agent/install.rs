@@ -133,7 +133,7 @@ mod tests {
         ] {
             assert_eq!(quoted(word).unwrap(), wanted);
         }
-        assert!(quoted("a\nExecStart=/bin/evil").is_err());
+        quoted("a\nExecStart=/bin/evil").unwrap_err();
     }
 
     #[test]

@@ -56,7 +56,10 @@ impl Upgradable {
         let done = self.host.connect().upgrade(&staged, &previous, Some(Duration::from_secs(20)));
         match done {
             Err(ClientError::Refused(error)) => Err(error),
-            done => Ok(done.unwrap()),
+            done => {
+                done.unwrap();
+                Ok(())
+            }
         }
     }
 
