@@ -12,6 +12,7 @@ mod hosts;
 mod logs;
 mod members;
 mod ps;
+mod runs;
 mod services;
 pub(crate) mod snapshot;
 mod status;

@@ -14,6 +14,7 @@ mod definition;
 mod document;
 mod reader;
 mod rules;
+pub mod schedule;
 mod source;
 #[cfg(test)]
 mod tests;

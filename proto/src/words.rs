@@ -78,6 +78,44 @@ words!(
     }
 );
 words!(
+    /// Whether it runs until it is stopped or to completion.
+    kind, parse_kind, pb::Kind, {
+        pb::Kind::Unspecified => "unspecified",
+        pb::Kind::Service => "service",
+        pb::Kind::Job => "job",
+    }
+);
+words!(
+    /// What happens to a run that comes due while the one before goes on.
+    overlap, parse_overlap, pb::OverlapPolicy, {
+        pb::OverlapPolicy::Unspecified => "unspecified",
+        pb::OverlapPolicy::Skip => "skip",
+        pb::OverlapPolicy::Queue => "queue",
+        pb::OverlapPolicy::Replace => "replace",
+    }
+);
+words!(
+    /// What happens when a run was due while no hub could start it.
+    missed, parse_missed, pb::MissedPolicy, {
+        pb::MissedPolicy::Unspecified => "unspecified",
+        pb::MissedPolicy::Skip => "skip",
+        pb::MissedPolicy::Run => "run",
+    }
+);
+words!(
+    /// Where a run of a job stands.
+    job_run_status, parse_job_run_status, pb::JobRunStatus, {
+        pb::JobRunStatus::Unspecified => "unspecified",
+        pb::JobRunStatus::Queued => "queued",
+        pb::JobRunStatus::Running => "running",
+        pb::JobRunStatus::Succeeded => "succeeded",
+        pb::JobRunStatus::Failed => "failed",
+        pb::JobRunStatus::Skipped => "skipped",
+        pb::JobRunStatus::Missed => "missed",
+        pb::JobRunStatus::Replaced => "replaced",
+    }
+);
+words!(
     /// Whether a process that ended is started again.
     restart_policy, parse_restart_policy, pb::RestartPolicy, {
         pb::RestartPolicy::Unspecified => "unspecified",

@@ -16,6 +16,7 @@ mod full_disk;
 mod hosts_lost;
 mod hub_away;
 mod isolation;
+mod jobs;
 mod keeper_killed;
 mod kept_through_all;
 mod leader_killed_under_writes;

@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::events::{self, EventRow};
 use super::ps::{self, InstanceRow};
 use super::ready_of;
+use super::runs::{self, RunRow};
 use super::services::{ServiceRow, deployment_word};
 use crate::args::OfService;
 use crate::client::{Hub, note_age};
@@ -16,6 +17,7 @@ use crate::{clock, when};
 #[derive(Debug, Serialize)]
 struct StatusPage<'a> {
     service: ServiceRow<'a>,
+    runs: Vec<RunRow<'a>>,
     instances: Vec<InstanceRow<'a>>,
     events: Vec<EventRow<'a>>,
 }
@@ -45,6 +47,7 @@ pub(super) async fn run(args: &OfService, hub: &Hub) -> Result<(), Failure> {
         // An array, like every list; it has one page.
         out::json(&StatusPage {
             service: service.into(),
+            runs: service.runs.iter().map(RunRow::from).collect(),
             instances: got.instances.iter().map(InstanceRow::from).collect(),
             events: got.events.iter().map(EventRow::from).collect(),
         });
@@ -83,6 +86,7 @@ fn print(service: &pb::Service, instances: &[pb::Instance], all_events: &[pb::Ev
     for reason in service.unplaced.iter().filter(|reason| said.is_empty() || !reason.contains(said)) {
         out::line(format_args!("  missing     {}", out::paint(Tone::Bad, reason)));
     }
+    runs::print(service, now);
     if !instances.is_empty() {
         out::line("\ninstances");
         ps::table(instances, false, 2).print();

@@ -183,11 +183,25 @@ fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]
             details: why_not(service, &wanted),
         },
         "failed" | "cancelled" => fail(reason.to_owned()),
+        "successful" if manifest_kind(service) == pb::Kind::Job => Verdict::Done(job_done(version, service)),
         "successful" if ready >= service.desired => Verdict::Done(format!("version {version}, {of}")),
         _ => Verdict::Going {
             how_far: format!("version {version}, {of}"),
             why: why_not(service, &wanted).into_iter().next().unwrap_or_default(),
         },
+    }
+}
+
+fn manifest_kind(service: &pb::Service) -> pb::Kind {
+    service.manifest.as_ref().map_or(pb::Kind::Unspecified, pb::Manifest::kind)
+}
+
+fn job_done(version: u64, service: &pb::Service) -> String {
+    let ran = service.runs.iter().rev().find(|run| run.version == version && run.ended_unix_ns != 0);
+    match (ran, crate::when::timestamp(service.next_run.as_ref())) {
+        (Some(run), _) => format!("run {} {}", run.number, nave_proto::words::job_run_status(run.status())),
+        (None, Some(next)) => format!("version {version}, first run at {next}"),
+        (None, None) => format!("version {version}"),
     }
 }
 

@@ -8,6 +8,7 @@
 mod cluster;
 mod commit;
 mod hosts;
+mod jobs;
 mod members;
 mod promotion;
 mod reports;

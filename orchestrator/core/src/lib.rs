@@ -10,6 +10,7 @@ mod apply;
 mod change;
 mod dedup;
 mod events;
+mod jobs;
 mod leases;
 pub mod limits;
 mod liveness;

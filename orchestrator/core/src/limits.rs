@@ -55,6 +55,15 @@ pub const UIDS: std::ops::RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
 /// that ends at once replaces nothing and is never called stable. Most that cannot work say so sooner.
 pub const UNPROBED_READY_NS: i64 = SECOND_NS;
 
+/// Runs of a job that are remembered, at about 300 bytes each in its service's row: 6 KB.
+pub const JOB_RUNS_KEPT: usize = 20;
+
+/// A run that starts no later than this after it was due was not missed: a change of leaders takes seconds.
+pub const JOB_LATE_NS: i64 = 60 * SECOND_NS;
+
+/// Missed runs counted one by one: two months of minutes, a tenth of a second.
+pub const JOB_MISSED_MAX: u32 = 100_000;
+
 /// An instance that gave up on its host is placed again after this, doubled each time, at most
 /// [`RESCHEDULE_DELAY_MAX_NS`].
 pub const RESCHEDULE_DELAY_NS: i64 = 30 * SECOND_NS;

@@ -10,6 +10,7 @@
 mod conditions;
 mod deployment;
 mod explain;
+mod job;
 mod lack;
 mod leaving;
 mod meant;

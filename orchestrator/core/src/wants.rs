@@ -33,6 +33,8 @@ pub(crate) trait ManifestExt {
     /// An old instance must be gone before its successor can run.
     fn stop_first(&self) -> bool;
     fn wants_none(&self) -> bool;
+    /// Runs to completion, once for each run.
+    fn is_job(&self) -> bool;
     /// Something says when a process of it is ready.
     fn is_probed(&self) -> bool;
     /// Instances of a new template that come first and wait for a promotion.
@@ -91,6 +93,10 @@ impl ManifestExt for pb::Manifest {
 
     fn wants_none(&self) -> bool {
         !self.per_host && self.count == 0
+    }
+
+    fn is_job(&self) -> bool {
+        self.kind() == pb::Kind::Job
     }
 
     fn is_probed(&self) -> bool {

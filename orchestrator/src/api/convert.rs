@@ -35,6 +35,8 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
         created: timestamp(record.created_unix_ns),
         revision: record.revision,
         unplaced: if missing { core::explain(state, &record.name) } else { Vec::new() },
+        runs: record.job.as_ref().map_or_else(Vec::new, |job| job.runs.clone()),
+        next_run: record.job.as_ref().and_then(|job| timestamp(job.next_due_unix_ns)),
         waits_for: core::waits_for(state, &record.name).unwrap_or_default(),
     }
 }

@@ -12,7 +12,9 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
     let stops = |manifest: &pb::Manifest| {
         manifest.placement.as_ref().is_some_and(|place| place.on_disconnect() == pb::OnDisconnect::Stop)
     };
+    let is_job = |manifest: &pb::Manifest| manifest.kind() == pb::Kind::Job;
     a.command == b.command
+        && is_job(a) == is_job(b)
         && a.env == b.env
         && a.user == b.user
         && a.working_dir == b.working_dir

@@ -11,6 +11,9 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 const BUDGET_RESTARTS: u32 = 10;
 const BUDGET_WINDOW: Duration = Duration::from_secs(5 * 60);
+/// Of a job it bounds the tries of one run, which may take hours each.
+const JOB_BUDGET_RESTARTS: u32 = 3;
+const JOB_BUDGET_WINDOW: Duration = Duration::from_secs(24 * 3600);
 const MAX_PARALLEL: u32 = 1;
 const PROGRESS_DEADLINE: Duration = Duration::from_secs(2 * 60);
 const STOP_SIGNAL: i32 = 15;
@@ -38,7 +41,14 @@ pub fn fill_defaults(manifest: &mut pb::Manifest) {
             fill_probe(probe, &manifest.ports);
         }
     }
-    fill_restart(manifest.restart.get_or_insert_default());
+    if manifest.kind() == pb::Kind::Unspecified {
+        manifest.set_kind(pb::Kind::Service);
+    }
+    let is_job = manifest.kind() == pb::Kind::Job;
+    if is_job {
+        fill_job(manifest.job.get_or_insert_default());
+    }
+    fill_restart(manifest.restart.get_or_insert_default(), is_job);
     manifest.resources.get_or_insert_default();
     fill_update(
         manifest.update.get_or_insert_with(|| pb::Update { auto_revert: true, ..Default::default() }),
@@ -80,14 +90,24 @@ fn only_port<'a>(check: &Check, ports: &'a std::collections::BTreeMap<String, pb
     only(suiting).or_else(|| only(ports.keys().map(String::as_str).collect()).filter(|_| needs_port))
 }
 
-fn fill_restart(restart: &mut pb::Restart) {
+fn fill_job(job: &mut pb::Job) {
+    if job.overlap() == pb::OverlapPolicy::Unspecified {
+        job.set_overlap(pb::OverlapPolicy::Skip);
+    }
+    if job.missed() == pb::MissedPolicy::Unspecified {
+        job.set_missed(pb::MissedPolicy::Skip);
+    }
+}
+
+fn fill_restart(restart: &mut pb::Restart, is_job: bool) {
     if restart.policy() == pb::RestartPolicy::Unspecified {
-        restart.set_policy(pb::RestartPolicy::Always);
+        let policy = if is_job { pb::RestartPolicy::OnFailure } else { pb::RestartPolicy::Always };
+        restart.set_policy(policy);
     }
     if restart.budget_window.is_none() {
-        restart.budget_window = Some(to_proto(BUDGET_WINDOW));
-        restart.budget_restarts =
-            if restart.budget_restarts == 0 { BUDGET_RESTARTS } else { restart.budget_restarts };
+        restart.budget_window = Some(to_proto(if is_job { JOB_BUDGET_WINDOW } else { BUDGET_WINDOW }));
+        let usual = if is_job { JOB_BUDGET_RESTARTS } else { BUDGET_RESTARTS };
+        restart.budget_restarts = if restart.budget_restarts == 0 { usual } else { restart.budget_restarts };
     }
 }
 

@@ -18,6 +18,8 @@ pub(super) const ROOT: Keys = &[
     "command",
     "count",
     "per_host",
+    "kind",
+    "schedule",
     "env",
     "user",
     "working_dir",
@@ -37,6 +39,7 @@ pub(super) const ROOT: Keys = &[
     "isolation",
     "rlimits",
     "artifact",
+    "job",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
@@ -59,6 +62,7 @@ pub(super) const RESOURCES: Keys =
     &["cpu", "cpu_max", "memory", "memory_soft", "pids", "nice", "oom_score_adj"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
 pub(super) const STOP: Keys = &["signal", "grace"];
+pub(super) const JOB: Keys = &["overlap", "missed"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
 pub(super) const ARTIFACT: Keys = &["name", "url", "sha256", "archive"];
 pub(super) const FILE: Keys = &["path", "content", "source", "template", "mode", "owner"];
@@ -76,7 +80,7 @@ pub(super) const ISOLATION: Keys = &[
 ];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 14] = [
+pub(super) const TABLES: [(&str, Keys); 15] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
     ("[health]", HEALTH),
@@ -86,6 +90,7 @@ pub(super) const TABLES: [(&str, Keys); 14] = [
     ("[update]", UPDATE),
     ("[stop]", STOP),
     ("[placement]", PLACEMENT),
+    ("[job]", JOB),
     ("[logs]", LOGS),
     ("[[file]]", FILE),
     ("[[artifact]]", ARTIFACT),
@@ -167,6 +172,13 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.resources = field("resources").and_then(|field| resources(&field, problems));
     manifest.update = field("update").and_then(|field| update(&field, problems));
     manifest.stop = field("stop").and_then(|field| stop(&field, problems));
+    manifest.kind = field("kind")
+        .and_then(|field| field.word(problems, &["service", "job"], words::parse_kind))
+        .unwrap_or_default()
+        .into();
+    manifest.schedule =
+        field("schedule").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
+    manifest.job = field("job").and_then(|field| job(&field, problems));
     manifest.placement = field("placement").and_then(|field| placement(&field, problems));
     manifest.artifacts = field("artifact").map(|field| artifacts(&field, problems)).unwrap_or_default();
     manifest.files = field("file").map(|field| files(&field, problems)).unwrap_or_default();
@@ -438,6 +450,17 @@ fn stop(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Stop> {
         signal: signal.unwrap_or(0),
         grace: table.field("grace").and_then(|field| field.duration(problems)).map(to_proto),
     })
+}
+
+fn job(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Job> {
+    let table = field.table("such as { overlap = \"skip\" }", problems)?;
+    unknown_keys(&table, JOB, problems);
+    let overlap = table
+        .field("overlap")
+        .and_then(|field| field.word(problems, &["skip", "queue", "replace"], words::parse_overlap));
+    let missed =
+        table.field("missed").and_then(|field| field.word(problems, &["skip", "run"], words::parse_missed));
+    Some(pb::Job { overlap: overlap.unwrap_or_default().into(), missed: missed.unwrap_or_default().into() })
 }
 
 fn placement(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Placement> {

@@ -28,6 +28,13 @@ pub(super) struct Document {
     /// One instance on each host that fits, now and later.
     #[serde(skip_serializing_if = "Option::is_none")]
     per_host: Option<bool>,
+    /// `service`, the default, runs until it is stopped; `job` runs to completion, once for each run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<KindWord>,
+    /// When a job runs: minute, hour, day, month, weekday and a time zone (UTC by default), `30 2 * * * Europe/Berlin`.
+    /// Without it a job runs once for each change of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    schedule: Option<String>,
     /// Environment variables. Whole numbers and booleans are taken as text.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     #[schemars(with = "BTreeMap<String, EnvValue>")]
@@ -73,6 +80,9 @@ pub(super) struct Document {
     /// How much of each instance's output its host keeps.
     #[serde(skip_serializing_if = "Option::is_none")]
     logs: Option<LogsDocument>,
+    /// What a job does when runs come too close or too late.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    job: Option<JobDocument>,
     /// Secrets by name, each from a file on the host; found in the directory NAVE_SECRETS, readable by the service alone.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     secrets: BTreeMap<String, String>,
@@ -150,6 +160,9 @@ macro_rules! word {
 }
 word!(ProtocolWord, ["http", "http2", "grpc", "tcp"]);
 word!(PolicyWord, ["always", "on-failure", "never"]);
+word!(KindWord, ["service", "job"]);
+word!(OverlapWord, ["skip", "queue", "replace"]);
+word!(MissedWord, ["skip", "run"]);
 word!(OnDisconnectWord, ["keep", "stop"]);
 word!(SeccompWord, ["standard", "offline"]);
 
@@ -321,6 +334,19 @@ struct StopDocument {
     /// Time it has before SIGKILL; 10s by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     grace: Option<DurationText>,
+}
+
+/// What a job does when runs come too close or too late.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct JobDocument {
+    /// A run that is due while the one before goes on: `skip` it, the default, `queue` it (at most one waits), or
+    /// `replace` the one before, which is stopped first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overlap: Option<OverlapWord>,
+    /// Runs that were due while no hub could start them: `skip` them, the default, or `run` once for all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    missed: Option<MissedWord>,
 }
 
 /// On which hosts instances may run.

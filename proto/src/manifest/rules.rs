@@ -97,6 +97,7 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.update(manifest);
     rules.stop(manifest.stop.as_ref());
     rules.placement(manifest.placement.as_ref());
+    rules.job(manifest);
     rules.logs(manifest.logs.as_ref());
     rules.files(manifest);
     rules.isolation(manifest);
@@ -381,6 +382,43 @@ impl Rules {
             }
         }
         self.duration(&["stop", "grace"], stop.grace.as_ref(), Duration::ZERO, HOUR);
+    }
+
+    fn job(&mut self, manifest: &pb::Manifest) {
+        if manifest.kind() != pb::Kind::Job {
+            if !manifest.schedule.is_empty() {
+                self.at(&["schedule"], "only a job has a schedule; say kind = \"job\"");
+            }
+            if manifest.job.is_some() {
+                self.at(&["job"], "is for jobs; say kind = \"job\"");
+            }
+            return;
+        }
+        if manifest.per_host {
+            self.at(&["per_host"], "a job runs on one host at a time; leave it out");
+        } else if manifest.count != 1 {
+            self.at(
+                &["count"],
+                format!("a job has one process at a time, not {}; leave it out", manifest.count),
+            );
+        }
+        if manifest.health.is_some() {
+            self.at(&["health"], "a job is done when it ends, nobody asks whether it is ready; leave it out");
+        }
+        if manifest.update.is_some_and(|update| update.canary != 0) {
+            self.at(&["update", "canary"], "a job replaces nothing, so it has no canaries");
+        }
+        if manifest.restart.as_ref().is_some_and(|restart| restart.policy() == pb::RestartPolicy::Always) {
+            self.at(
+                &["restart", "policy"],
+                "always would never let a job end; on-failure tries again, never does not",
+            );
+        }
+        if !manifest.schedule.is_empty()
+            && let Err(why) = super::schedule::Schedule::parse(&manifest.schedule)
+        {
+            self.at(&["schedule"], why);
+        }
     }
 
     fn placement(&mut self, placement: Option<&pb::Placement>) {

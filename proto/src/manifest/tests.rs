@@ -271,6 +271,7 @@ fn the_schema_knows_exactly_the_keys_that_the_parser_reads() {
         ("StopDocument", definition::STOP),
         ("PlacementDocument", definition::PLACEMENT),
         ("IsolationDocument", definition::ISOLATION),
+        ("JobDocument", definition::JOB),
     ] {
         let table = &schema["$defs"][name];
         assert_eq!(keys(table), expected(known), "{name}");
@@ -300,11 +301,26 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(changed(|m| m.rlimits = [("nofile".to_owned(), 9)].into()));
     assert!(changed(|m| m.isolation = Some(pb::Isolation { read_only: true, ..Default::default() })));
     assert!(!changed(|m| m.isolation = Some(pb::Isolation::default())));
+    assert!(changed(|m| m.set_kind(pb::Kind::Job)));
+    assert!(!changed(|m| m.schedule = "0 3 * * *".into()));
     assert!(!changed(|m| m.count = 9));
     assert!(!changed(|m| m.health = None));
     assert!(!changed(|m| m.needs.clear()));
     assert!(!changed(|m| m.stop = None));
     assert!(!changed(|m| m.placement = None));
+}
+
+#[test]
+fn a_job_tries_a_run_a_few_times_and_survives_the_round() {
+    let text = "name = \"tidy\"\ncommand = [\"true\"]\nkind = \"job\"\nschedule = \"30 2 * * 1-5 Europe/Berlin\"\n\
+                [job]\noverlap = \"queue\"\nmissed = \"run\"";
+    let job = toml(text);
+    let restart = job.restart.clone().unwrap();
+    assert_eq!((restart.policy(), restart.budget_restarts), (pb::RestartPolicy::OnFailure, 3));
+    let policies = job.job.unwrap();
+    assert_eq!((policies.overlap(), policies.missed()), (pb::OverlapPolicy::Queue, pb::MissedPolicy::Run));
+    assert_eq!(toml(&to_toml(&job)), job);
+    assert_eq!(least().kind(), pb::Kind::Service);
 }
 
 #[test]

@@ -394,6 +394,7 @@ fn step_brief(step: &pb::plan_step::Step) -> String {
             set.deployment.as_ref().map(pb::Deployment::status)
         ),
         Step::Revert(revert) => format!("revert {} to v{}", revert.service, revert.to_version),
+        Step::ScheduleRun(step) => format!("schedule of {}", step.service),
         Step::Forget(forget) => format!("forget i-{} epoch {}", forget.instance_id, forget.epoch),
     }
 }

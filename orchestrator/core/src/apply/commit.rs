@@ -47,6 +47,10 @@ impl Tx<'_> {
                     self.revert(step);
                 }
                 Step::Forget(step) => self.forget(&mut standings, &step),
+                Step::ScheduleRun(step) => {
+                    standings.0.remove(&step.service);
+                    self.schedule_run(&step);
+                }
             }
         }
         Ok(pb::Accepted::default())
@@ -122,11 +126,15 @@ impl Tx<'_> {
             observed: observed(State::Pending(Pending {})),
             since_unix_ns: self.now,
             placed_unix_ns: self.now,
+            run: step.run,
             ..Default::default()
         };
         let message = format!("{} is placed on {}", called(&record), self.host_name(record.host()));
         self.event("instance_placed", Subject::instance(&record), message);
         standing.changes(self.state, None, &record);
+        if record.run != 0 {
+            self.run_placed(&record);
+        }
         self.put_instance(record);
     }
 

@@ -60,6 +60,7 @@ impl Tx<'_> {
         let event = instance_event(&before, &after, &host);
         let subject = Subject::instance(&after);
         let template = after.template_version;
+        let for_run = (after.run != 0).then(|| after.clone());
         self.put_instance(after);
         for (kind, message) in notes {
             self.event(&kind, subject.clone(), message);
@@ -72,6 +73,9 @@ impl Tx<'_> {
                 self.extend_deadline(&subject.service, template);
             }
             self.event(kind, subject, message);
+        }
+        if let Some(instance) = for_run {
+            self.job_reported(&instance);
         }
     }
 

@@ -11,6 +11,7 @@ use crate::change::{Change, RowId};
 use crate::events::Subject;
 use crate::limits::{COUNT_MAX, SERVICES_MAX};
 use crate::state::ServiceEntry;
+use crate::wants::ManifestExt as _;
 
 impl Tx<'_> {
     pub(super) fn apply_service(&mut self, command: pb::ApplyService) -> Outcome {
@@ -64,6 +65,11 @@ impl Tx<'_> {
         if manifest.per_host {
             let message =
                 format!("{name} runs once per host (per_host = true), so it has no count to change");
+            return Err(rejected(RejectedCode::Invalid, message));
+        }
+        if manifest.is_job() {
+            let message =
+                format!("{name} is a job and has one process at a time, so it has no count to change");
             return Err(rejected(RejectedCode::Invalid, message));
         }
         let before = manifest.count;

@@ -124,7 +124,10 @@ impl Tx<'_> {
         cause: &Cause,
     ) {
         let version = before.map_or(1, |record| record.version + 1);
-        let done = self.nothing_to_do(before, &manifest);
+        let same = before.is_some_and(|before| before.template_version == template_version);
+        let is_job = manifest.is_job();
+        let runs = is_job && starts_run(&manifest, same, cause);
+        let done = self.nothing_to_do(before, &manifest) || (is_job && !runs);
         let mut deployment = self.deployment(version, &manifest, before, cause, done);
         if let Some(before) = before.filter(|_| !done) {
             go_on(&mut deployment, &manifest, before, before.template_version == template_version, cause);
@@ -142,6 +145,7 @@ impl Tx<'_> {
             revision: self.revision,
             oldest_version: before.map_or(version, |record| record.oldest_version),
             data_hosts: before.map(|record| record.data_hosts.clone()).unwrap_or_default(),
+            job: before.and_then(|before| before.job.clone()).filter(|_| is_job),
             manifest: Some(manifest),
         };
         let row = pb::VersionRecord {
@@ -158,8 +162,12 @@ impl Tx<'_> {
         let replaces = before.is_some_and(|record| record.template_version != template_version);
         let (kind, message) = cause.event(&record, replaces);
         let subject = Subject::service(&record.name);
+        let name = runs.then(|| record.name.clone());
         self.put_service(record, row);
         self.event(kind, subject, message);
+        if let Some(name) = name {
+            self.start_run(&name);
+        }
     }
 
     /// The template of the next version: that of the current one, or of other running instances, when a process
@@ -279,6 +287,17 @@ impl Tx<'_> {
         self.edit_service(name, |record| record.oldest_version = oldest);
         let gone = stale.into_iter().map(|version| RowId::Version(name.to_owned(), version));
         self.changes.extend(gone.map(Change::Deleted));
+    }
+}
+
+/// Whether a new version of a job is a word to run it: without a schedule each change is, that of limits and the like
+/// apart; with one only a restart.
+fn starts_run(manifest: &pb::Manifest, same_template: bool, cause: &Cause) -> bool {
+    match cause {
+        Cause::Restart => true,
+        Cause::Apply | Cause::Scale { .. } | Cause::Rollback { .. } | Cause::Revert { .. } => {
+            manifest.schedule.is_empty() && !same_template
+        }
     }
 }
 

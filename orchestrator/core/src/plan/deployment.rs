@@ -40,6 +40,9 @@ pub(crate) fn canaries(state: &ClusterState, service: &str, now: i64) -> Option<
 impl Rollout<'_> {
     /// `unplaced`: why instances are missing, for the sentence of a failure.
     pub(crate) fn verdict(&self, unplaced: &[String], now: i64) -> Verdict {
+        if self.meant.run.is_some() {
+            return Verdict::Open; // its run says how it ends
+        }
         match self.status() {
             DeploymentStatus::Running if self.complete() => Verdict::Complete,
             DeploymentStatus::Running => match self.gave_up().or_else(|| self.out_of_time(unplaced, now)) {
@@ -152,8 +155,10 @@ impl Rollout<'_> {
         // What it says of an auto-revert stays true once that has succeeded.
         let reason = if reason.is_empty() { before.reason.clone() } else { reason };
         let reason = if before.status() == DeploymentStatus::Failed { String::new() } else { reason };
+        // What returns with a lost host is replaced without another promotion.
+        let canary = if mark_stable { 0 } else { before.canary };
         let deployment =
-            pb::Deployment { status: status.into(), reason, ended_unix_ns: now, ..before.clone() };
+            pb::Deployment { status: status.into(), reason, ended_unix_ns: now, canary, ..before.clone() };
         let service = self.entry.record.name.clone();
         Some(Step::SetDeployment(pb::SetDeployment { service, deployment: Some(deployment), mark_stable }))
     }

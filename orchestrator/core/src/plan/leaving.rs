@@ -76,6 +76,9 @@ impl<'a> Look<'a> {
         {
             return format!("{who} is stopped next");
         }
+        if rollout.meant.run.is_some() {
+            return format!("{who} finishes its run first; `nave delete {}` ends it", instance.service);
+        }
         if !rollout.old.iter().any(|old| old.id == instance.id) {
             return format!("{who} stays: {} is meant to run here", instance.service);
         }

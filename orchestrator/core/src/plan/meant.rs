@@ -6,8 +6,9 @@ use nave_proto::ids::HostId;
 use nave_proto::pb;
 
 use super::conditions::Conditions;
+use crate::jobs::open_run;
 use crate::state::{ClusterState, ServiceEntry};
-use crate::wants::{HostExt as _, InstanceExt as _};
+use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
 
 /// What is to become of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +17,8 @@ pub(crate) enum Kind {
     Current,
     /// To be replaced: of another template, or on a host that it has to leave.
     Old,
-    /// In nobody's place, on a host that is being emptied or never comes back (`per_host`).
+    /// In nobody's place, on a host that is being emptied or never comes back (`per_host`); for no run that goes on (a
+    /// job's).
     Surplus,
     /// In nobody's place, but good for standing in until enough others are ready (`per_host`): a second one on its
     /// host, or on a host that is no longer meant. Most are left over when a count becomes `per_host`.
@@ -32,6 +34,8 @@ pub(crate) enum Kind {
 pub(crate) struct Meant {
     pub(crate) template: u64,
     pub(crate) per_host: bool,
+    /// Of a job: the run that goes on, 0 none.
+    pub(crate) run: Option<u64>,
     pub(crate) conditions: Conditions,
     /// For `per_host`: the hosts that should have one.
     pub(crate) slot_hosts: BTreeSet<HostId>,
@@ -45,13 +49,19 @@ impl Meant {
         let admitted = || state.hosts.iter().filter(|(_, host)| conditions.admit(host)).map(|(id, _)| id);
         let slot_hosts = if manifest.per_host { admitted().collect() } else { BTreeSet::new() };
         let (template, per_host) = (entry.record.template_version, manifest.per_host);
-        Self { template, per_host, conditions, slot_hosts, seconds: BTreeSet::new() }
+        let open = || entry.record.job.as_ref().and_then(open_run).map_or(0, |run| run.number);
+        let run = manifest.is_job().then(open);
+        Self { template, per_host, run, conditions, slot_hosts, seconds: BTreeSet::new() }
     }
 
     pub(crate) fn kind(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> Kind {
         let is_current = instance.template_version == self.template;
         if !instance.wanted() {
             return Kind::Stopping;
+        }
+        if let Some(run) = self.run {
+            // Whatever it runs and wherever: a run is neither replaced nor moved.
+            return if run != 0 && instance.run == run { Kind::Current } else { Kind::Surplus };
         }
         let adrift = self.is_adrift(state, instance);
         if self.per_host && adrift {

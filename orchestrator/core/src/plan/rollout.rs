@@ -44,10 +44,11 @@ impl<'a> Rollout<'a> {
     pub(crate) fn of(state: &'a ClusterState, entry: &'a ServiceEntry, now: i64) -> Option<Self> {
         let manifest = entry.current()?;
         let meant = Meant::of(state, entry, manifest);
-        let slots = match (entry.record.deleting, manifest.per_host) {
-            (true, _) => 0,
-            (false, true) => meant.slot_hosts.len(),
-            (false, false) => usize::try_from(manifest.count).unwrap_or(usize::MAX),
+        let slots = match (entry.record.deleting, manifest.per_host, meant.run) {
+            (true, _, _) => 0,
+            (false, _, Some(run)) => usize::from(run != 0),
+            (false, true, None) => meant.slot_hosts.len(),
+            (false, false, None) => usize::try_from(manifest.count).unwrap_or(usize::MAX),
         };
         let mut rollout = Self {
             state,

@@ -44,9 +44,10 @@ pub(crate) fn plan_service<'a>(
     let Some(rollout) = Rollout::of(state, entry, now) else { return ServicePlan::default() };
     let mut planner = Planner { rollout: &rollout, fleet, now, budget, plan: ServicePlan::default() };
     planner.forget_lost();
-    match entry.record.deleting {
-        true => planner.stop_all(),
-        false => planner.converge(),
+    match (entry.record.deleting, rollout.manifest.is_job()) {
+        (true, _) => planner.stop_all(),
+        (false, true) => planner.run_job(),
+        (false, false) => planner.converge(),
     }
     planner.plan
 }
@@ -59,17 +60,17 @@ fn at_rest(entry: &ServiceEntry) -> bool {
         && deployment.is_some_and(|deployment| deployment.status() == pb::DeploymentStatus::Successful)
 }
 
-struct Planner<'r, 'a> {
-    rollout: &'r Rollout<'a>,
-    fleet: &'r mut Fleet<'a>,
-    now: i64,
+pub(super) struct Planner<'r, 'a> {
+    pub(super) rollout: &'r Rollout<'a>,
+    pub(super) fleet: &'r mut Fleet<'a>,
+    pub(super) now: i64,
     budget: usize,
-    plan: ServicePlan,
+    pub(super) plan: ServicePlan,
 }
 
 impl<'a> Planner<'_, 'a> {
     /// False: the budget is used up.
-    fn push(&mut self, step: Step) -> bool {
+    pub(super) fn push(&mut self, step: Step) -> bool {
         if self.plan.steps.len() >= self.budget {
             self.plan.cut = true;
             return false;
@@ -78,7 +79,7 @@ impl<'a> Planner<'_, 'a> {
         true
     }
 
-    fn wake_at(&mut self, at: i64) {
+    pub(super) fn wake_at(&mut self, at: i64) {
         self.plan.wake_at = Some(self.plan.wake_at.map_or(at, |earlier| earlier.min(at)));
     }
 
@@ -108,7 +109,7 @@ impl<'a> Planner<'_, 'a> {
         self.stop_each(&wanted, "the service is being deleted");
     }
 
-    fn stop_each(&mut self, instances: &[&Arc<pb::InstanceRecord>], reason: &str) {
+    pub(super) fn stop_each(&mut self, instances: &[&Arc<pb::InstanceRecord>], reason: &str) {
         for instance in instances {
             let (instance_id, epoch) = (instance.id, instance.epoch);
             let stop = pb::StopInstance { instance_id, epoch, reason: reason.to_owned() };
@@ -140,9 +141,7 @@ impl<'a> Planner<'_, 'a> {
             return false;
         }
         if rollout.held() {
-            self.plan.missing = again.len() + new + moves;
-            self.plan.reasons =
-                rollout.missing_needs().map(|name| needs_reason(rollout.state, name)).collect();
+            self.lacks_needs(again.len() + new + moves);
             return false;
         }
         let mut placer = Placer::new(self.census());
@@ -169,15 +168,29 @@ impl<'a> Planner<'_, 'a> {
             refusals = why;
         }
         if self.plan.missing > 0 {
-            let name =
-                |host| rollout.state.host(host).map_or_else(|| host.to_string(), |record| record.shown());
-            self.plan.reasons = refusals.sentences(&wanted, rollout.state.hosts.len(), name);
+            self.explain_missing(&refusals);
         }
         refusals.have_shortage()
     }
 
+    pub(super) fn lacks_needs(&mut self, missing: usize) {
+        let rollout = self.rollout;
+        self.plan.missing = missing;
+        self.plan.reasons = rollout.missing_needs().map(|name| needs_reason(rollout.state, name)).collect();
+    }
+
+    pub(super) fn explain_missing(&mut self, refusals: &Refusals) {
+        let state = self.rollout.state;
+        let name = |host| state.host(host).map_or_else(|| host.to_string(), |record| record.shown());
+        let wanted = Reservation::of(self.rollout.manifest);
+        self.plan.reasons = refusals.sentences(&wanted, state.hosts.len(), name);
+    }
+
     /// Instances to place under their next epoch: lost with their host, or given up and due for another try.
-    fn due_again(&mut self, excess: &[&Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
+    pub(super) fn due_again(
+        &mut self,
+        excess: &[&Arc<pb::InstanceRecord>],
+    ) -> Vec<&'a Arc<pb::InstanceRecord>> {
         let rollout = self.rollout;
         if rollout.troubled.is_empty() {
             return Vec::new();
@@ -200,12 +213,12 @@ impl<'a> Planner<'_, 'a> {
     }
 
     /// Where instances of the current template are, or with the next step will be no more.
-    fn census(&self) -> Census {
+    pub(super) fn census(&self) -> Census {
         let here = self.rollout.current.iter().filter(|instance| !self.rollout.is_adrift(instance));
         Census::new(self.rollout.manifest.spread(), here.map(|instance| instance.host()).collect())
     }
 
-    fn place_again(
+    pub(super) fn place_again(
         &mut self,
         instance: &Arc<pb::InstanceRecord>,
         placer: &mut Placer<'a>,
@@ -396,9 +409,9 @@ impl<'a> Planner<'_, 'a> {
         if refusals.is_empty() { Ok(()) } else { Err(Rc::new(refusals)) }
     }
 
-    fn placement(&self, version: u64, host: HostId, ordinal: u32) -> pb::Place {
+    pub(super) fn placement(&self, version: u64, host: HostId, ordinal: u32) -> pb::Place {
         let service = self.rollout.entry.record.name.clone();
-        pb::Place { service, version, host_id: host.0, instance_id: 0, expected_epoch: 0, ordinal }
+        pb::Place { service, version, host_id: host.0, instance_id: 0, expected_epoch: 0, ordinal, run: 0 }
     }
 
     fn replace(&mut self, blocked: bool, excess: &[&Arc<pb::InstanceRecord>]) {
@@ -460,7 +473,9 @@ impl<'a> Planner<'_, 'a> {
 fn placed_again(step: &Step) -> Option<u64> {
     match step {
         Step::Place(place) => Some(place.instance_id),
-        Step::Stop(_) | Step::SetDeployment(_) | Step::Revert(_) | Step::Forget(_) => None,
+        Step::Stop(_) | Step::SetDeployment(_) | Step::Revert(_) | Step::Forget(_) | Step::ScheduleRun(_) => {
+            None
+        }
     }
 }
 
@@ -469,6 +484,9 @@ pub(crate) fn needs_reason(state: &ClusterState, name: &str) -> String {
     match state.services.get(name) {
         None => format!("needs {name}, which does not exist; apply its manifest"),
         Some(entry) if entry.record.deleting => format!("needs {name}, which is being deleted"),
+        Some(entry) if entry.current().is_some_and(|manifest| manifest.is_job()) => {
+            format!("needs {name}, a job that has not succeeded; `nave status {name}` says why")
+        }
         Some(_) => format!("needs {name}, which has no ready instance; `nave status {name}` says why"),
     }
 }

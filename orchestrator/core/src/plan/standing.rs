@@ -12,8 +12,9 @@ use super::meant::{Kind, Meant};
 use super::rollout::Rollout;
 use super::rules::{Count, Rules};
 use super::times::Times;
+use crate::jobs::is_done;
 use crate::state::{ClusterState, ServiceEntry};
-use crate::wants::{HostExt as _, InstanceExt as _};
+use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
 
 /// See the file's head.
 #[derive(Debug)]
@@ -152,6 +153,10 @@ impl Standing {
         step: &pb::Place,
         template: u64,
     ) -> bool {
+        if let Some(run) = self.meant.run {
+            let alone = entry.instances.is_empty() && step.ordinal == 0;
+            return run != 0 && step.run == run && step.version == entry.record.version && alone;
+        }
         let host = HostId(step.host_id);
         let moved = self.is_moved(state, entry, step.version);
         let meant_here = !self.meant.per_host || self.meant.slot_hosts.contains(&host);
@@ -233,7 +238,12 @@ pub(crate) fn missing_needs<'a>(
     state: &'a ClusterState,
     entry: &'a ServiceEntry,
 ) -> impl Iterator<Item = &'a str> + use<'a> {
-    let ready = |name: &str| state.services.get(name).is_some_and(|entry| entry.ready > 0);
+    let ready = |name: &str| {
+        state.services.get(name).is_some_and(|entry| match entry.current() {
+            Some(manifest) if manifest.is_job() => is_done(entry),
+            Some(_) | None => entry.ready > 0,
+        })
+    };
     let needs = entry.current().map_or(&[][..], |manifest| &manifest.needs);
     needs.iter().map(String::as_str).filter(move |name| !ready(name))
 }

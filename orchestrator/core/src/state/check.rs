@@ -60,6 +60,7 @@ impl ClusterState {
         if record.deleting && entry.instances.is_empty() {
             return Err(format!("service {name}: deleting and empty, but still there"));
         }
+        crate::jobs::check(entry)?;
         self.check_versions(entry)?;
         self.check_slots(entry)
     }

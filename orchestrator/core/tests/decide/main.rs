@@ -6,6 +6,7 @@
 mod cluster;
 mod data;
 mod hosts;
+mod jobs;
 mod members;
 mod model;
 mod placement;

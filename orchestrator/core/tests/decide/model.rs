@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use nave_orchestrator_core::{ClusterState, PlanCursor, desired_count, plan, plan_dirty, ready_count};
-use nave_proto::ids::HostId;
+use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::observed::{self, State};
@@ -256,7 +256,8 @@ impl Model {
         let deployment = was.deployment.as_ref().unwrap();
         let status = deployment.status();
         // Once none is left to replace, the rest comes at once.
-        if had.old > 0 && has.old > 0 && has.current > had.current {
+        let brings = self.state.instances_of(WEB).any(|i| before.instance(InstanceId(i.id)).is_none());
+        if had.old > 0 && has.old > 0 && has.current > had.current && brings {
             // What was away with its host comes back to a deployment that has long ended.
             let open = matches!(status, DeploymentStatus::Running | DeploymentStatus::Successful);
             assert!(open || had.old_templates == 0, "{status:?} replaces");
@@ -418,7 +419,7 @@ impl Census {
                 census.staying_old += usize::from(!draining && !lost && !second);
                 let stays = !draining && !lost && !second;
                 census.ready_old += usize::from(stays && is_ready(instance));
-                census.spare_old += usize::from(second);
+                census.spare_old += usize::from(second && !draining && !lost);
             }
             if manifest.per_host && (lost || draining || second) {
                 continue;

@@ -223,6 +223,7 @@ fn what_must_never_run_twice_waits_until_its_old_host_has_stopped_it() {
         instance_id: 1,
         expected_epoch: 1,
         ordinal: 0,
+        run: 0,
     };
     world.commit(vec![Step::Place(place)]);
     assert_eq!(world.wanted("db")[0].epoch, 1);
@@ -450,6 +451,7 @@ fn a_placement_of_an_older_epoch_is_skipped() {
         instance_id: 1,
         expected_epoch: 1,
         ordinal: 0,
+        run: 0,
     };
     world.lose("alpha");
     world.commit(vec![Step::Place(place_on("beta", &world))]);

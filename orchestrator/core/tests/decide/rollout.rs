@@ -486,7 +486,11 @@ fn stop_after_another_turned_unready(first: &pb::Manifest) -> World {
     };
     let stopped_by = |step: &Step| match step {
         Step::Stop(stop) => Some(stop.instance_id),
-        Step::Place(_) | Step::SetDeployment(_) | Step::Revert(_) | Step::Forget(_) => None,
+        Step::Place(_)
+        | Step::SetDeployment(_)
+        | Step::Revert(_)
+        | Step::Forget(_)
+        | Step::ScheduleRun(_) => None,
     };
     let stopped: Vec<_> = steps.iter().filter_map(stopped_by).collect();
     let other = world

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    ArtifactDocument, Document, DurationText, FileDocument, HealthDocument, IsolationDocument, LogsDocument,
-    OnDisconnectWord, PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord,
-    ResourcesDocument, RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
+    ArtifactDocument, Document, DurationText, FileDocument, HealthDocument, IsolationDocument, JobDocument,
+    KindWord, LogsDocument, MissedWord, OnDisconnectWord, OverlapWord, PlacementDocument, PolicyWord,
+    PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, RlimitValue, SeccompWord,
+    StopDocument, UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
 use crate::pb;
@@ -32,6 +33,9 @@ impl From<&pb::Manifest> for Document {
             update: manifest.update.as_ref().map(UpdateDocument::from),
             stop: manifest.stop.as_ref().map(StopDocument::from),
             placement: manifest.placement.as_ref().map(PlacementDocument::from),
+            kind: (manifest.kind() == pb::Kind::Job).then(|| KindWord(words::kind(manifest.kind()))),
+            schedule: (!manifest.schedule.is_empty()).then(|| manifest.schedule.clone()),
+            job: manifest.job.as_ref().map(JobDocument::from),
             logs: manifest.logs.as_ref().map(LogsDocument::from),
             env_file: manifest.env_files.clone(),
             data: manifest.data.then_some(true),
@@ -165,6 +169,17 @@ impl From<&pb::Stop> for StopDocument {
         Self {
             signal: (stop.signal != 0).then(|| signals::name(stop.signal)),
             grace: DurationText::of(stop.grace.as_ref()),
+        }
+    }
+}
+
+impl From<&pb::Job> for JobDocument {
+    fn from(job: &pb::Job) -> Self {
+        let (overlap, missed) = (job.overlap(), job.missed());
+        Self {
+            overlap: (overlap != pb::OverlapPolicy::Unspecified)
+                .then(|| OverlapWord(words::overlap(overlap))),
+            missed: (missed != pb::MissedPolicy::Unspecified).then(|| MissedWord(words::missed(missed))),
         }
     }
 }

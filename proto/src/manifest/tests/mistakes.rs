@@ -107,6 +107,33 @@ fn a_mistake_in_files_and_secrets_is_answered_in_place() {
 }
 
 #[test]
+fn a_mistake_in_a_job_is_answered_in_place() {
+    for (body, part) in [
+        ("schedule = \"0 3 * * *\"", "f:3:12: schedule: only a job has a schedule; say kind = \"job\""),
+        ("[job]\noverlap = \"skip\"", "job: is for jobs; say kind = \"job\""),
+        ("kind = \"cron\"", "f:3:8: kind: "),
+        ("kind = \"job\"\ncount = 2", "f:4:9: count: a job has one process at a time, not 2; leave it out"),
+        (
+            "kind = \"job\"\nper_host = true",
+            "f:4:12: per_host: a job runs on one host at a time; leave it out",
+        ),
+        (
+            "kind = \"job\"\nschedule = \"hourly\"",
+            "f:4:12: schedule: has five fields and perhaps a time zone",
+        ),
+        ("kind = \"job\"\nschedule = \"0 3 * * * Mars\"", "failed to find timezone Mars"),
+        (
+            "kind = \"job\"\n[restart]\npolicy = \"always\"",
+            "restart.policy: always would never let a job end",
+        ),
+        ("kind = \"job\"\n[health]\nexec = [\"true\"]", "health: a job is done when it ends"),
+        ("kind = \"job\"\n[job]\noverlap = \"both\"", "f:5:11: job.overlap: "),
+    ] {
+        assert!(told(body).contains(part), "{body}: {}", told(body));
+    }
+}
+
+#[test]
 fn a_mistake_in_logs_is_answered_in_place() {
     for (body, message) in [
         ("[logs]\nmax_size = \"1KiB\"", "f:4:12: logs.max_size: must be 64KiB to 1TiB, not 1KiB"),
@@ -423,7 +450,7 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
         ),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, kind, schedule, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact, job\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
         ),
     ] {
         assert_eq!(told(body), message);

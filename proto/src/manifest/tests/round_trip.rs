@@ -236,7 +236,18 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                     let (name, command, needs) = names;
                     let (update, isolation, rlimits) = more;
                     let (restart, stop, placement) = rest;
+                    let is_job = count == Some(1)
+                        && health.is_none()
+                        && update.canary == 0
+                        && restart.policy() != pb::RestartPolicy::Always;
+                    let odd = name.len() % 2;
+                    let schedule =
+                        ["", "30 2 * * 1-5 Europe/Berlin"][if is_job { odd } else { 0 }].to_owned();
+                    let policy = i32::from(odd == 1) + 1;
                     pb::Manifest {
+                        kind: if is_job { pb::Kind::Job } else { pb::Kind::Service }.into(),
+                        schedule,
+                        job: is_job.then_some(pb::Job { overlap: policy, missed: policy }),
                         name,
                         command,
                         count: count.unwrap_or(0),
