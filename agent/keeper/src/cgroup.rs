@@ -60,12 +60,34 @@ pub(crate) fn is_in(dir: &str, pid: u32) -> bool {
     text.lines().any(|line| line.parse() == Ok(pid))
 }
 
-/// The cgroup2 directory, for a child to be made in; none when there is none.
-pub(crate) fn open(spawn: &pb::Spawn) -> Option<fs::File> {
-    if spawn.cgroup2.is_empty() {
-        return None;
+/// The cgroup2 directory, for a child to be made in; none when there is none, or none that is safe for that.
+///
+/// A kernel that knows `cgroup.kill` takes a child made in a cgroup (`CLONE_INTO_CGROUP`) for one that slipped past a
+/// kill when that cgroup has been killed before and its parent's has not (`kill_seq` in kernel/cgroup/cgroup.c), and
+/// kills it. So each process gets a directory that is new: the one that its predecessor left, empty, is removed by
+/// [`make_way`] first.
+pub(crate) fn open(spawn: &pb::Spawn, way: &Way) -> Option<fs::File> {
+    match way {
+        Way::Clear if !spawn.cgroup2.is_empty() => fs::File::open(&spawn.cgroup2).ok(),
+        Way::Clear | Way::Used => None,
     }
-    fs::File::open(&spawn.cgroup2).ok()
+}
+
+/// Whether the cgroup2 directory to be made is a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Clear,
+    /// It is there and not to be removed: somebody has made directories or put processes in it.
+    Used,
+}
+
+/// Removes what an earlier process left of its cgroup2 directory. Before [`create`].
+pub(crate) fn make_way(spawn: &pb::Spawn) -> Way {
+    match fs::remove_dir(&spawn.cgroup2) {
+        Ok(()) => Way::Clear,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Way::Clear,
+        Err(_) => Way::Used,
+    }
 }
 
 fn collect(dir: &Path, pids: &mut BTreeSet<u32>) {

@@ -167,6 +167,7 @@ impl Keeper {
     }
 
     fn fork_stub(&mut self, spawn: &pb::Spawn) -> Result<(Process, OwnedFd), Failure> {
+        let way = cgroup::make_way(spawn);
         let cgroup_id =
             cgroup::create(spawn).map_err(|(dir, error)| Failure::new(Step::Cgroup, error, dir))?;
         let [stdout, stderr] =
@@ -194,7 +195,7 @@ impl Keeper {
             .map_err(|_| stub(io::ErrorKind::InvalidInput.into()))?;
         let oom_kills = cgroup::oom_kills(spawn);
         let inherit = [memory.as_fd(), theirs.as_fd(), stdout.as_fd(), stderr.as_fd()];
-        let group = cgroup::open(spawn);
+        let group = cgroup::open(spawn, &way);
         let group = group.as_ref().map(AsFd::as_fd);
         let pid = sys::fork_exec(&argv[0], &argv, &inherit, group, theirs.as_fd(), Step::Stub as u8)
             .map_err(stub)?;

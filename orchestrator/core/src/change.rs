@@ -160,7 +160,7 @@ impl Change {
             Change::Event(record) => Row::Event(record.as_ref().clone()),
             Change::Token(record) => Row::Token(record.as_ref().clone()),
             Change::Dedup(record) => Row::Dedup(record.as_ref().clone()),
-            Change::Session(record) => Row::Session(record.as_ref().clone()),
+            Change::Session(record) => Row::Session(**record),
             Change::Deleted(_) => return None,
         };
         Some(pb::Row { row: Some(row) })

@@ -205,12 +205,16 @@ fn a_double_forked_daemon_does_not_escape_its_cgroup_and_blocks_the_next_attempt
     assert_eq!(agent.exit(1).code, 3);
     let daemon: u32 = host.line(1, "daemon ").parse().unwrap();
     assert!(agent.kept(1).unwrap().leftover);
-    let next = pb::Spawn { attempt: 2, argv: vec!["true".to_owned()], ..spawn };
+    let argv = ["sh", "-c", "sleep 0.1; exit 7"].map(str::to_owned).to_vec();
+    let next = pb::Spawn { attempt: 2, argv, ..spawn };
     let error = agent.refused(Request::Spawn(next.clone()));
     assert_eq!(error.kind(), Kind::Busy);
     assert!(error.message.contains("being killed"), "{error:?}");
     eventually("the daemon's end, reaped", || state(daemon).is_none().then_some(()));
     eventually("the next attempt", || agent.ask(Request::Spawn(next.clone())).ok());
+    // In a cgroup that has been killed before, the kernel may kill what is born in it.
+    let end = agent.exit(1);
+    assert_eq!((end.cause(), end.code), (pb::ExitCause::Exit, 7), "{end:?}");
 }
 
 #[test]
