@@ -307,7 +307,7 @@ mod tests {
             || std::fs::OpenOptions::new().read(true).write(true).open(sockets.fifo(instance)).unwrap();
         let mut process = open();
         process.write_all(b"almost").unwrap();
-        assert!(tokio::time::timeout(Duration::from_millis(50), heard.recv()).await.is_err());
+        tokio::time::timeout(Duration::from_millis(50), heard.recv()).await.unwrap_err();
         process.write_all(b" there\n").unwrap();
         assert_eq!(heard.recv().await, Some((instance, Input::Notify { key, message: Notification::Ready })));
     }

@@ -103,7 +103,7 @@ fn make_place(root: &Path, original: &Path, at: &Path) -> io::Result<()> {
         .parent()
         .into_iter()
         .flat_map(Path::components)
-        .chain(below.file_name().filter(|_| is_dir).map(|name| std::path::Component::Normal(name)))
+        .chain(below.file_name().filter(|_| is_dir).map(std::path::Component::Normal))
     {
         path.push(part);
         match DirBuilder::new().mode(0o755).create(&path) {

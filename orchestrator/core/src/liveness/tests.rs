@@ -85,7 +85,7 @@ impl Fleet {
             let version =
                 pb::VersionRecord { service: (*service).to_owned(), version: 1, ..Default::default() };
             let observed = lost(*host)
-                .then(|| pb::Observed { state: Some(pb::observed::State::Lost(pb::observed::Lost {})) });
+                .then_some(pb::Observed { state: Some(pb::observed::State::Lost(pb::observed::Lost {})) });
             let instance = pb::InstanceRecord {
                 id,
                 service: (*service).to_owned(),

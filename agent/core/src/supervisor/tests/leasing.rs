@@ -15,9 +15,9 @@ impl Scene {
     }
 
     fn spawned_under(&mut self) -> Option<Option<Monotonic>> {
-        self.orders().into_iter().find_map(|action| match action {
-            Action::Spawn(order) => Some(order.deadline.map(|deadline| deadline.at)),
-            _ => None,
+        self.orders().into_iter().find_map(|action| {
+            let Action::Spawn(order) = action else { return None };
+            Some(order.deadline.map(|deadline| deadline.at))
         })
     }
 }
@@ -45,9 +45,9 @@ fn the_keepers_deadline_moves_with_each_lease_and_never_back() {
         scene.pass(seconds(pass));
         scene.lease(hold);
         let key = scene.supervisor.key();
-        deadlines.extend(scene.orders().into_iter().filter_map(|action| match action {
-            Action::SetDeadline { key: of, deadline } if of == key => Some(deadline),
-            _ => None,
+        deadlines.extend(scene.orders().into_iter().filter_map(|action| {
+            let Action::SetDeadline { key: of, deadline } = action else { return None };
+            (of == key).then_some(deadline)
         }));
     }
     let at = |s: u64| Deadline { at: Monotonic::BOOT + seconds(s), signal: 15, grace: seconds(10) };
