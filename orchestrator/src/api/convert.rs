@@ -8,6 +8,8 @@ use nave_proto::{pb, words};
 use pb::observed::State;
 use prost_types::Timestamp;
 
+use crate::clock;
+
 /// A moment in the log; unset when it never was.
 pub(crate) fn timestamp(unix_ns: i64) -> Option<Timestamp> {
     const NS: i64 = 1_000_000_000;
@@ -20,6 +22,7 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
     let desired = count(core::desired_count(state, &record.name));
     let ready = count(core::ready_count(state, &record.name));
     let missing = desired > ready;
+    let now = clock::unix_now_ns().max(state.time_unix_ns());
     pb::Service {
         name: record.name.clone(),
         version: record.version,
@@ -37,7 +40,7 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
         unplaced: if missing { core::explain(state, &record.name) } else { Vec::new() },
         runs: record.job.as_ref().map_or_else(Vec::new, |job| job.runs.clone()),
         next_run: record.job.as_ref().and_then(|job| timestamp(job.next_due_unix_ns)),
-        waits_for: core::waits_for(state, &record.name).unwrap_or_default(),
+        waits_for: core::waits_for(state, &record.name, now).unwrap_or_default(),
     }
 }
 

@@ -54,14 +54,15 @@ pub(crate) fn why_not_ready(state: &ClusterState, instance: &Arc<pb::InstanceRec
     format!("{service}.{ordinal} ({id}) on {host} {what}{why}")
 }
 
-/// What the deployment of a service waits for that only a person can give: a promotion, or to be resumed.
-pub fn waits_for(state: &ClusterState, service: &str) -> Option<String> {
+/// What the deployment of a service waits for that only a person can give: a promotion, or to be resumed. `now`: wall
+/// time in unix nanoseconds, since nothing is logged when a canary has been ready for long enough.
+pub fn waits_for(state: &ClusterState, service: &str, now: i64) -> Option<String> {
     let entry = state.services.get(service)?;
     let undecided =
         entry.record.deployment.as_ref().is_some_and(|deployment| {
             deployment.canary > 0 || deployment.status() == DeploymentStatus::Paused
         });
-    let rollout = undecided.then(|| Rollout::of(state, entry, state.time_unix_ns())).flatten()?;
+    let rollout = undecided.then(|| Rollout::of(state, entry, now)).flatten()?;
     let waits = rollout.status() == DeploymentStatus::Paused || rollout.waits_for_promotion();
     waits.then(|| deployment(&rollout)).flatten()
 }

@@ -520,6 +520,20 @@ fn with_canary(manifest: pb::Manifest, canary: u32) -> pb::Manifest {
 }
 
 #[test]
+fn a_canary_is_said_to_be_ready_in_its_time_though_nothing_more_is_logged() {
+    let min_ready = Some(prost_types::Duration { seconds: 2, nanos: 0 });
+    let first = with_update(with_canary(manifest("web", 1), 1), |update| update.min_ready = min_ready);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_once();
+    world.agents();
+    let logged = world.state.time_unix_ns();
+    let waits = |now| nave_orchestrator_core::waits_for(&world.state, "web", now);
+    assert_eq!(waits(logged), None);
+    assert!(waits(logged + 2 * SECOND).is_some());
+}
+
+#[test]
 fn canaries_run_beside_the_old_ones_until_a_person_promotes_them() {
     let first = with_canary(manifest("web", 3), 1);
     let mut world = deployed(&first);
@@ -529,7 +543,7 @@ fn canaries_run_beside_the_old_ones_until_a_person_promotes_them() {
     world.settle_for(3600);
     assert_eq!((by_version(&world, "web"), world.ready("web")), (vec![(1, 3), (2, 1)], 4));
     assert_eq!(world.status("web"), DeploymentStatus::Running, "waiting for a person never fails");
-    let waits = nave_orchestrator_core::waits_for(&world.state, "web").unwrap();
+    let waits = nave_orchestrator_core::waits_for(&world.state, "web", world.now).unwrap();
     assert_eq!(waits, "1 canary is ready, and the rest of version 2 waits for `nave promote web`");
     // Scaled, it waits on.
     world.accept(scale("web", 4));
