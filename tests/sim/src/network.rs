@@ -267,7 +267,8 @@ impl Context {
                 Way::Up => Way::Down,
                 Way::Down => Way::Up,
             };
-            stream.lane(back).waiting.clear();
+            // That it had closed its end is known from the silence all the same.
+            stream.lane(back).waiting.retain(|word| matches!(word, Word::Closed));
         }
         self.close(id, way);
     }
