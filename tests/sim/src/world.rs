@@ -2,6 +2,7 @@
 //! over and everything is as wanted, or a promise is broken.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use nave_orchestrator_core::{ClusterState, Unplaced, desired_count, plan, ready_count};
 use nave_proto::ids::{HostId, InstanceId};
@@ -504,8 +505,14 @@ impl World {
 
     /// What is being drained becomes empty, as far as there is somewhere to go.
     fn drain_wrong(&self, state: &ClusterState, unplaced: &BTreeMap<&str, &Unplaced>) -> Option<String> {
+        // Nothing is stopped here before it may be started elsewhere, for which what it needs has to be ready.
+        let fed = |service: &pb::ServiceRecord| {
+            let needs = service.manifest.iter().flat_map(|manifest| &manifest.needs);
+            needs.into_iter().all(|need| ready_count(state, need) > 0)
+        };
         let movable = |name: &str| {
-            !unplaced.contains_key(name) && state.service(name).is_some_and(|service| is_sound(service))
+            let free = |service: &Arc<pb::ServiceRecord>| is_sound(service) && fed(service);
+            !unplaced.contains_key(name) && state.service(name).is_some_and(free)
         };
         let draining = state.hosts().filter(|host| host.draining).map(|host| HostId(host.id));
         let mut full =
