@@ -92,7 +92,7 @@ impl<'a> Look<'a> {
             return format!("{who} has no other place: {}", self.plan.reasons.join("; "));
         }
         // A version that is held moves under its own number.
-        let moved = rollout.rules.only_leaves();
+        let moved = rollout.rules.holds_old();
         let replacing = if moved { &rollout.old } else { &rollout.current };
         let leaves = |instance: &&&Arc<pb::InstanceRecord>| moved && rollout.leaves(instance);
         let mut unready = replacing.iter().filter(|i| !leaves(i) && !rollout.healthy(i));

@@ -63,8 +63,8 @@ impl Rules {
         self.canary > 0 && self.old_templates > 0
     }
 
-    /// What runs of the version before stays as it is, whatever the new one does.
-    fn holds_old(&self) -> bool {
+    /// What runs of the version before stays as it is, whatever the new one does: what goes, goes because of its host.
+    pub(crate) fn holds_old(&self) -> bool {
         self.frozen() || (self.canarying() && self.old.all <= self.slots)
     }
 
@@ -102,11 +102,6 @@ impl Rules {
         let stand = self.current.healthy + self.staying_old();
         let missing = self.slots.saturating_sub(stand).min(self.leaving.all);
         missing.min(self.max_parallel.saturating_sub(unhealthy))
-    }
-
-    /// Whatever of the version before goes now goes because of its host.
-    pub(crate) fn only_leaves(&self) -> bool {
-        self.holds_old()
     }
 
     /// Whether one of the version before may leave a host that is being drained, though the version is held.

@@ -438,7 +438,7 @@ impl<'a> Planner<'_, 'a> {
         let rollout = self.rollout;
         let record = &rollout.entry.record;
         let moved = instance.template_version == record.template_version
-            || (rollout.rules.only_leaves() && rollout.leaves(instance));
+            || (rollout.rules.holds_old() && rollout.leaves(instance));
         if !moved {
             return format!("replaced by version {}", record.version);
         }
