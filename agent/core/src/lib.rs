@@ -5,6 +5,7 @@
 #![warn(clippy::wildcard_enum_match_arm)]
 
 pub mod address;
+pub mod directory;
 pub mod env;
 mod monotonic;
 pub mod ports;
