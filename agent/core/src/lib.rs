@@ -1,10 +1,12 @@
 //! What an agent decides, without doing any of it: the life of each instance ([`Supervisor`]), the wanted set as a
-//! whole ([`Reconciler`]), ports, and the environment of a process. Pure and deterministic: the time and randomness
+//! whole ([`Reconciler`]), ports, the environment of a process, and which endpoint a call goes to
+//! ([`balancer::Balancer`]). Pure and deterministic: the time and randomness
 //! are arguments; no tokio, no files, no clock. The crate `nave-agent` performs the actions and feeds results back.
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
 pub mod address;
+pub mod balancer;
 pub mod directory;
 pub mod env;
 mod monotonic;
