@@ -24,6 +24,7 @@ mod notify;
 mod pressure;
 mod probes;
 mod provision;
+mod proxy;
 mod run;
 mod sequence;
 mod uplink;

@@ -1,0 +1,294 @@
+//! One port of a service as the engines see it: the rules, the choice of an endpoint, and what is counted. The table
+//! makes one for each port and keeps it for as long as the port is there, so that a connection may hold it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use nave_agent_core::balancer::{
+    Ask, Balancer, BalancerSettings, EndpointKey, EndpointSpec, NoPick, Pick, RetryBudget,
+};
+use nave_agent_core::directory::{PortRules, Protocol};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+
+use super::meter::{Refusal, RouteMeter};
+use crate::clock;
+
+/// Callers that have a retry budget and series of their own; the others share one.
+pub(crate) const CALLERS_MAX: usize = 64;
+
+/// Who opened a connection, as far as the kernel says.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Caller {
+    Unknown,
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("unknown"),
+        }
+    }
+}
+
+/// See the module's description.
+#[derive(Debug)]
+pub(crate) struct Route {
+    pub(crate) service: Arc<str>,
+    pub(crate) port: Arc<str>,
+    pub(crate) protocol: Protocol,
+    pub(crate) balancer: Balancer,
+    pub(crate) meter: RouteMeter,
+    rules: ArcSwap<PortRules>,
+    budgets: Mutex<Vec<(Caller, Arc<RetryBudget>)>>,
+    /// Something may be pickable that was not.
+    changed: Notify,
+    pending: AtomicUsize,
+    connections: AtomicUsize,
+    requests: AtomicUsize,
+}
+
+/// A place among so many, given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Place<'a>(&'a AtomicUsize);
+
+impl<'a> Place<'a> {
+    fn take(count: &'a AtomicUsize, max: usize) -> Option<Self> {
+        let within = |count: usize| (count < max).then_some(count + 1);
+        count.fetch_update(Relaxed, Relaxed, within).ok().map(|_| Self(count))
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Route {
+    pub(crate) fn new(
+        service: Arc<str>,
+        port: Arc<str>,
+        protocol: Protocol,
+        rules: PortRules,
+        settings: BalancerSettings,
+    ) -> Self {
+        Self {
+            service,
+            port,
+            protocol,
+            balancer: Balancer::new(settings),
+            meter: RouteMeter::default(),
+            rules: ArcSwap::from_pointee(rules),
+            budgets: Mutex::default(),
+            changed: Notify::new(),
+            pending: AtomicUsize::default(),
+            connections: AtomicUsize::default(),
+            requests: AtomicUsize::default(),
+        }
+    }
+
+    /// As they are now; a connection may look again for each request.
+    pub(crate) fn rules(&self) -> Arc<PortRules> {
+        self.rules.load_full()
+    }
+
+    pub(crate) fn set_rules(&self, rules: PortRules) {
+        self.rules.store(Arc::new(rules));
+    }
+
+    /// The endpoints are now these; whoever waits for one looks again. Called by the table only, under its lock.
+    pub(crate) fn update(&self, specs: Vec<EndpointSpec>) {
+        self.meter.keep(|key| specs.iter().any(|spec| spec.key == key));
+        self.balancer.update(clock::monotonic(), specs);
+        self.changed.notify_waiters();
+    }
+
+    /// Those who wait look again, since an endpoint has changed its state.
+    pub(crate) fn wake(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// One budget for each caller, never more than `CALLERS_MAX`.
+    pub(crate) fn budget(&self, caller: &Caller) -> Arc<RetryBudget> {
+        let mut budgets = self.budgets.lock();
+        if let Some((_, budget)) = budgets.iter().find(|(one, _)| one == caller) {
+            return budget.clone();
+        }
+        if budgets.len() >= CALLERS_MAX {
+            return budgets[0].1.clone();
+        }
+        let budget = Arc::<RetryBudget>::default();
+        budgets.push((caller.clone(), budget.clone()));
+        budget
+    }
+
+    /// `None`: the port has as many connections from this host as it may have.
+    pub(crate) fn connection(&self) -> Option<Place<'_>> {
+        Place::take(&self.connections, self.rules.load().connections_max)
+    }
+
+    /// `None`: as many requests are under way from this host as may be.
+    pub(crate) fn request(&self) -> Option<Place<'_>> {
+        Place::take(&self.requests, self.rules.load().requests_max)
+    }
+
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(Relaxed)
+    }
+
+    /// An endpoint for one try. While there is none at all, it is waited for, by a bounded number of callers for a
+    /// bounded time and not beyond `deadline`: a service that is being restarted is back within that.
+    ///
+    /// # Errors
+    /// [`NoPick::AllTried`] at once; the other reasons after the wait, or at once when too many wait already.
+    pub(crate) async fn pick(&self, ask: &Ask<'_>, deadline: Option<Instant>) -> Result<Pick, NoPick> {
+        let now = clock::monotonic();
+        let mut why = match self.balancer.pick(now, &mut rand::rng(), ask) {
+            Err(why) if why != NoPick::AllTried => why,
+            picked => return picked,
+        };
+        let rules = self.rules();
+        let Some(_place) = Place::take(&self.pending, rules.pending_max) else {
+            self.meter.refused(Refusal::PendingFull);
+            return Err(why);
+        };
+        let until = Instant::now() + rules.pending_timeout;
+        let until = deadline.map_or(until, |deadline| deadline.min(until));
+        loop {
+            // Listening before looking: what changes between the two is not missed.
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let now = clock::monotonic();
+            why = match self.balancer.pick(now, &mut rand::rng(), ask) {
+                Err(why) if why != NoPick::AllTried => why,
+                picked => return picked,
+            };
+            let look_again = match why {
+                NoPick::AllOut { until: Some(due) } => Instant::now() + due.since(now) + LOOK_AGAIN_MIN,
+                // The outcome of a probe wakes nobody.
+                NoPick::AllOut { until: None } => Instant::now() + LOOK_AGAIN_MIN * 10,
+                NoPick::Empty | NoPick::NoneReady | NoPick::AllTried => until,
+            };
+            let timed_out = timeout_at(look_again.min(until), changed).await.is_err();
+            if timed_out && Instant::now() >= until {
+                self.meter.refused(Refusal::PendingTimeout);
+                return Err(why);
+            }
+        }
+    }
+}
+
+/// Between two looks whether one that failed may be asked again.
+const LOOK_AGAIN_MIN: Duration = Duration::from_millis(2);
+
+/// The tries of one call that came to nothing, to say so to whoever made it.
+#[derive(Debug, Default)]
+pub(crate) struct Tries {
+    keys: Vec<EndpointKey>,
+    whys: Vec<String>,
+}
+
+impl Tries {
+    pub(crate) fn add(&mut self, endpoint: &EndpointSpec, why: impl fmt::Display) {
+        self.keys.push(endpoint.key);
+        self.whys.push(format!("{}: {why}", endpoint.key.instance));
+    }
+
+    /// For [`Ask::tried`].
+    pub(crate) fn keys(&self) -> &[EndpointKey] {
+        &self.keys
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// What to tell the caller: the service, the endpoints that were tried, and why each did not serve.
+    pub(crate) fn explain(&self, route: &Route, end: Option<NoPick>) -> String {
+        let mut text = format!("nave: {} cannot be reached", route.service);
+        if let Some(end) = end.filter(|end| self.keys.is_empty() || *end != NoPick::AllTried) {
+            text.push_str(&format!(": {end}"));
+        }
+        if !self.whys.is_empty() {
+            text.push_str(&format!("; tried {}", self.whys.join(", ")));
+        }
+        text.push_str(&format!(" (nave endpoints {})", route.service));
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nave_agent_core::balancer::Reach;
+    use nave_agent_core::directory::EndpointState;
+    use nave_proto::ids::InstanceId;
+
+    fn route(rules: PortRules) -> Route {
+        Route::new("web".into(), "http".into(), Protocol::Tcp, rules, BalancerSettings::default())
+    }
+
+    fn endpoint(instance: u64, state: EndpointState) -> EndpointSpec {
+        let key = EndpointKey { instance: InstanceId(instance), epoch: 1 };
+        EndpointSpec { key, reach: Reach::Local(([127, 0, 0, 1], 1).into()), state, weight: 1 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_endpoint_is_waited_for_but_not_for_ever_and_not_by_everybody() {
+        let route = route(PortRules { pending_max: 1, ..PortRules::default() });
+        let begun = Instant::now();
+        assert_eq!(route.pick(&Ask::default(), None).await.unwrap_err(), NoPick::Empty);
+        assert_eq!(begun.elapsed().as_secs(), 3);
+
+        route.update(vec![endpoint(1, EndpointState::Starting)]);
+        let ask = Ask::default();
+        let waits = route.pick(&ask, None);
+        let second = async {
+            let too_many = route.pick(&Ask::default(), None).await.unwrap_err();
+            assert_eq!(too_many, NoPick::NoneReady);
+            route.update(vec![endpoint(1, EndpointState::Ready)]);
+        };
+        let (picked, ()) = tokio::join!(biased; waits, second);
+        assert_eq!(picked.unwrap().endpoint().key.instance, InstanceId(1));
+        let deadline = Some(Instant::now() + Duration::from_millis(100));
+        route.update(Vec::new());
+        let begun = Instant::now();
+        route.pick(&Ask::default(), deadline).await.unwrap_err();
+        assert_eq!(begun.elapsed().as_millis(), 100, "the caller's deadline counts");
+    }
+
+    #[tokio::test]
+    async fn what_all_were_tried_for_is_not_waited_for_and_is_explained() {
+        let route = route(PortRules::default());
+        route.update(vec![endpoint(1, EndpointState::Ready), endpoint(2, EndpointState::Ready)]);
+        let mut tries = Tries::default();
+        for _ in 0..2 {
+            let pick = route.pick(&Ask { tried: tries.keys(), hash: None }, None).await.unwrap();
+            tries.add(pick.endpoint(), "connection refused");
+        }
+        let end = route.pick(&Ask { tried: tries.keys(), hash: None }, None).await.unwrap_err();
+        assert_eq!(end, NoPick::AllTried);
+        let said = tries.explain(&route, Some(end));
+        assert!(said.starts_with("nave: web cannot be reached; tried i-"), "{said}");
+        assert!(
+            said.contains("i-1: connection refused") && said.contains("i-2: connection refused"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn places_are_bounded_and_come_back() {
+        let route = route(PortRules { connections_max: 1, ..PortRules::default() });
+        let first = route.connection().unwrap();
+        assert!(route.connection().is_none());
+        drop(first);
+        assert!(route.connection().is_some());
+        assert_eq!(route.connections(), 0);
+    }
+}
