@@ -351,14 +351,18 @@ async fn spawn_process(
     order: Box<SpawnOrder>,
 ) {
     let key = order.key;
-    let prepared = tokio::task::spawn_blocking(move || context.orders(instance, &order)).await;
+    let preparing = context.clone();
+    let prepared = tokio::task::spawn_blocking(move || preparing.orders(instance, &order)).await;
     match prepared {
         Ok(Ok(spawn)) => keeper.ask(Request::Spawn(spawn), Purpose::Spawn { instance, key }).await,
         Ok(Err(error)) => {
             let _ending = inputs.send((instance, Input::SpawnFailed { key, error })).await;
         }
-        Err(_) => {} // the runtime is going down
+        Err(_) => return, // the runtime is going down
     }
+    // Behind the start, so that it costs it nothing; nothing starts before all of the earlier ones have ended.
+    let _ending =
+        tokio::task::spawn_blocking(move || context.directories.remove_tmp(instance, Some(key))).await;
 }
 
 /// Kills what is left of an ended process until the keeper sees nothing of it. No answer: something is stuck, and

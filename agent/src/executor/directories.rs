@@ -101,10 +101,13 @@ impl Directories {
         Ok(dirs)
     }
 
-    /// A new, empty /tmp and /var/tmp for the process that is about to start; those of the instance's earlier
-    /// processes go, since nothing starts before all of these have ended.
-    pub(crate) fn prepare_tmp(&self, instance: InstanceId, dirs: &InstanceDirectories) -> io::Result<()> {
-        self.remove_tmp(instance);
+    /// A new, empty /tmp and /var/tmp for the process that is about to start.
+    pub(crate) fn prepare_tmp(dirs: &InstanceDirectories) -> io::Result<()> {
+        // Left by an agent that ended in the middle of this.
+        match std::fs::remove_dir_all(&dirs.tmp) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
         // The way in leads through the process's own mount alone.
         DirBuilder::new().recursive(true).mode(0o700).create(&dirs.tmp)?;
         for name in ["tmp", "var-tmp"] {
@@ -115,11 +118,14 @@ impl Directories {
         Ok(())
     }
 
-    fn remove_tmp(&self, instance: InstanceId) {
-        let prefix = format!("{instance}-");
+    /// Removes the /tmp of all the instance's processes but one. Nothing should wait for this: the kernel takes a grace
+    /// period of some milliseconds for each directory that has something mounted below it.
+    pub(crate) fn remove_tmp(&self, instance: InstanceId, keep: Option<ProcessKey>) {
+        let of_instance = format!("{instance}-");
+        let kept = keep.map(|key| format!("{instance}-{}-{}", key.epoch, key.attempt));
         for folder in folders(&self.root.join("tmp")) {
-            let is_its =
-                folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix.as_str()));
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            let is_its = name.starts_with(&of_instance) && Some(&*name) != kept.as_deref();
             if is_its && let Err(error) = std::fs::remove_dir_all(&folder) {
                 warn!(%instance, path = %folder.display(), %error, "an old /tmp could not be removed");
             }
@@ -151,7 +157,7 @@ impl Directories {
         if let Err(error) = provision::remove(&run) {
             warn!(%instance, path = %run.display(), %error, "its files could not be removed");
         }
-        self.remove_tmp(instance);
+        self.remove_tmp(instance, None);
         let own = self.root.join("instances").join(instance.to_string());
         match std::fs::remove_dir_all(&own) {
             Ok(()) => debug!(%instance, "its directory is removed"),
@@ -312,11 +318,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let directories = Directories::new(dir.path());
         let of = |attempt| directories.of("web", InstanceId(1), ProcessKey { epoch: 1, attempt });
-        directories.prepare_tmp(InstanceId(1), &of(1)).unwrap();
+        Directories::prepare_tmp(&of(1)).unwrap();
+        std::fs::write(of(1).tmp.join("tmp/secret"), "x").unwrap();
+        Directories::prepare_tmp(&of(1)).unwrap();
+        assert!(!of(1).tmp.join("tmp/secret").exists());
         std::fs::write(of(1).tmp.join("tmp/secret"), "x").unwrap();
         let other = directories.of("web", InstanceId(11), FIRST);
-        directories.prepare_tmp(InstanceId(11), &other).unwrap();
-        directories.prepare_tmp(InstanceId(1), &of(2)).unwrap();
+        Directories::prepare_tmp(&other).unwrap();
+        Directories::prepare_tmp(&of(2)).unwrap();
+        directories.remove_tmp(InstanceId(1), Some(ProcessKey { epoch: 1, attempt: 2 }));
         assert!(!of(1).tmp.exists() && other.tmp.exists());
         assert_eq!(
             std::fs::metadata(of(2).tmp.join("var-tmp")).unwrap().permissions().mode() & 0o7777,

@@ -140,7 +140,7 @@ impl SpawnContext {
         })
         .map_err(|message| error(SpawnErrorKind::Exec, message))?;
         if !sandbox.tmp.is_empty() {
-            self.directories.prepare_tmp(instance, &dirs).map_err(|e| cannot_make("its /tmp", &e))?;
+            Directories::prepare_tmp(&dirs).map_err(|e| cannot_make("its /tmp", &e))?;
         }
         Ok(pb::Spawn {
             instance_id: instance.0,
