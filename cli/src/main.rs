@@ -11,6 +11,7 @@ mod client;
 mod clock;
 mod context;
 mod dev;
+mod early;
 mod failure;
 mod init;
 mod manifests;
