@@ -4,5 +4,6 @@
 
 #![expect(dead_code, reason = "the engines and the table come next")]
 
+mod http1;
 mod meter;
 mod route;

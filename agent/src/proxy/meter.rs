@@ -101,7 +101,7 @@ impl Refusal {
         Self::RequestTimeout,
     ];
 
-    const fn word(self) -> &'static str {
+    pub(crate) const fn word(self) -> &'static str {
         match self {
             Self::NoEndpoint => "no_endpoint",
             Self::PendingFull => "pending_full",

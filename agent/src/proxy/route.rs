@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
+use super::http1::Pool;
 use super::meter::{Refusal, RouteMeter};
 use crate::clock;
 
@@ -43,6 +44,8 @@ pub(crate) struct Route {
     pub(crate) protocol: Protocol,
     pub(crate) balancer: Balancer,
     pub(crate) meter: RouteMeter,
+    /// Connections of HTTP/1.1 that wait for their next request.
+    pub(crate) idle: Pool,
     rules: ArcSwap<PortRules>,
     budgets: Mutex<Vec<(Caller, Arc<RetryBudget>)>>,
     /// Something may be pickable that was not.
@@ -83,6 +86,7 @@ impl Route {
             protocol,
             balancer: Balancer::new(settings),
             meter: RouteMeter::default(),
+            idle: Pool::default(),
             rules: ArcSwap::from_pointee(rules),
             budgets: Mutex::default(),
             changed: Notify::new(),
@@ -103,7 +107,9 @@ impl Route {
 
     /// The endpoints are now these; whoever waits for one looks again. Called by the table only, under its lock.
     pub(crate) fn update(&self, specs: Vec<EndpointSpec>) {
-        self.meter.keep(|key| specs.iter().any(|spec| spec.key == key));
+        let there = |key| specs.iter().any(|spec| spec.key == key);
+        self.meter.keep(there);
+        self.idle.keep(there);
         self.balancer.update(clock::monotonic(), specs);
         self.changed.notify_waiters();
     }

@@ -1,0 +1,544 @@
+//! One request, until it is answered: choose an endpoint, send, and pass the answer on; or, as long as that is safe and
+//! nothing of an answer has gone to the caller, try another.
+//!
+//! Sent again is what was never sent (nobody answered the connection), what may be sent twice (RFC 9110 section 9.2.2)
+//! and was answered by nothing or by 502, 503 or 504; each within the port's budget of retries, and only while the body
+//! is still at hand.
+
+use std::future::poll_fn;
+use std::io;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Buf as _;
+use nave_agent_core::balancer::{Ask, EndpointKey, NoPick, Outcome, Pick, Reach};
+use nave_agent_core::directory::PortRules;
+use tokio::io::AsyncWriteExt as _;
+use tokio::time::Instant;
+
+use super::buffer::poll_fill;
+use super::connection::{After, Calling, Client};
+use super::framing::{Body, Framing};
+use super::receiver::{ReceiveError, Receiver};
+use super::refusal::Refusal;
+use super::replay::Replay;
+use super::request::Request;
+use super::response::{Response, Returning, response};
+use super::sender::{SendError, Sender, Taken};
+use super::tunnel::tunnel;
+use super::upstream::Upstream;
+use crate::proxy::meter::{Class, Refusal as Why};
+use crate::proxy::route::{Route, Tries};
+
+/// How long an endpoint may take to begin its answer when the port sets no time of its own: an endpoint that takes a
+/// connection and says nothing must not hold its caller for ever.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a body, either way, may stand still.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// A response's head.
+const RESPONSE_HEAD_BYTES_MAX: usize = 128 * 1024;
+
+/// Switching Protocols.
+const SWITCHED: u16 = 101;
+
+/// What one try came to.
+#[derive(Debug)]
+enum Tried {
+    /// The answer was passed on, whole.
+    Answered(Answered),
+    /// Nothing has been said to the caller.
+    Failed(Failure),
+    /// The caller's connection is of no more use: it has gone, or part of an answer has been passed on.
+    Broken(Outcome),
+}
+
+#[derive(Debug)]
+struct Answered {
+    status: u16,
+    reusable: bool,
+    /// The caller's connection can carry on.
+    after: After,
+}
+
+#[derive(Debug)]
+struct Failure {
+    refusal: Refusal,
+    outcome: Outcome,
+    /// Sending the request again cannot do twice what should be done once, whatever it is.
+    safe: bool,
+}
+
+/// One request on its way.
+#[derive(Debug)]
+pub(super) struct Exchange<'a> {
+    route: &'a Route,
+    rules: &'a PortRules,
+    calling: &'a Calling,
+    request: Request,
+    /// The next hop's head; what was taken of the body is put behind it.
+    outgoing: &'a mut Vec<u8>,
+    /// The caller's connection goes on afterwards, if the answer allows it.
+    keep_alive: bool,
+    begun: Instant,
+    tries: Tries,
+    tried_at: Instant,
+    /// Of this try, from its beginning to the head of its answer.
+    first_byte: Option<Duration>,
+    /// Who is asked next, when that had to be known before.
+    next: Option<Pick>,
+}
+
+impl<'a> Exchange<'a> {
+    pub(super) fn new(
+        route: &'a Route,
+        rules: &'a PortRules,
+        calling: &'a Calling,
+        request: Request,
+        outgoing: &'a mut Vec<u8>,
+        keep_alive: bool,
+    ) -> Self {
+        let (now, tries) = (Instant::now(), Tries::default());
+        Self {
+            route,
+            rules,
+            calling,
+            request,
+            outgoing,
+            keep_alive,
+            begun: now,
+            tries,
+            tried_at: now,
+            first_byte: None,
+            next: None,
+        }
+    }
+
+    pub(super) async fn run(mut self, client: &mut Client) -> After {
+        let head_bytes = self.outgoing.len();
+        let mut taken =
+            Taken { body: Body::new(self.request.framing), replay: Replay::new(self.rules.replay_bytes_max) };
+        if let Err(bad) = self.take_first(client, &mut taken) {
+            return self.refuse(client, &Refusal::bad_body(bad), false).await;
+        }
+        let Some(_place) = self.route.request() else {
+            let text = format!(
+                "nave: {} has {} requests under way from this host",
+                self.route.service, self.rules.requests_max
+            );
+            return self.refuse(client, &Refusal::new(503, Why::Requests, text), taken.body.is_done()).await;
+        };
+        self.calling.budget.request(crate::clock::monotonic());
+        loop {
+            let mut pick = match self.pick().await {
+                Ok(pick) => pick,
+                Err(none) => {
+                    let refusal =
+                        Refusal::new(503, Why::NoEndpoint, self.tries.explain(self.route, Some(none)));
+                    return self.refuse(client, &refusal, taken.body.is_done()).await;
+                }
+            };
+            let failure = match self.attempt(client, &mut pick, &mut taken).await {
+                Tried::Answered(answered) => {
+                    let class = Class::of_http(answered.status);
+                    self.ended(&mut pick, outcome(answered.status), class);
+                    return answered.after;
+                }
+                Tried::Broken(outcome) => {
+                    self.ended(&mut pick, outcome, Class::Cut);
+                    return After::Close;
+                }
+                Tried::Failed(failure) => failure,
+            };
+            self.tried(&mut pick, failure.outcome);
+            self.tries.add(pick.endpoint(), &failure.refusal.text);
+            drop(pick);
+            if self.next.is_none() && !self.may_retry(&failure, &taken) {
+                let text = self.tries.explain(self.route, None);
+                let refusal = Refusal { text, ..failure.refusal };
+                return self.refuse(client, &refusal, taken.body.is_done()).await;
+            }
+            self.route.meter.retried();
+            self.outgoing.truncate(head_bytes);
+            self.outgoing.extend_from_slice(taken.replay.bytes().unwrap_or_default());
+        }
+    }
+
+    async fn pick(&mut self) -> Result<Pick, NoPick> {
+        if let Some(next) = self.next.take() {
+            return Ok(next);
+        }
+        let ask = Ask { tried: self.tries.keys(), hash: self.request.hash };
+        self.route.pick(&ask, self.deadline()).await
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.rules.request_timeout.map(|limit| self.begun + limit)
+    }
+
+    /// What of the body has come with the head goes on with it, in one write.
+    fn take_first(&mut self, client: &mut Client, taken: &mut Taken) -> Result<(), super::framing::BadBody> {
+        let first = taken.body.take(&client.buffer)?;
+        taken.replay.add(&client.buffer[..first]);
+        self.outgoing.extend_from_slice(&client.buffer[..first]);
+        client.buffer.advance(first);
+        Ok(())
+    }
+
+    fn may_retry(&self, failure: &Failure, taken: &Taken) -> bool {
+        let again = failure.safe || (self.request.idempotent && failure.outcome != Outcome::Cancelled);
+        again
+            && self.can_retry(taken, self.tries.len())
+            // What was never sent costs no endpoint anything.
+            && (failure.outcome == Outcome::Unreached || self.calling.budget.retry(crate::clock::monotonic()))
+    }
+
+    fn can_retry(&self, taken: &Taken, tries: usize) -> bool {
+        taken.replay.bytes().is_some() && tries <= self.rules.retries_max as usize && !self.is_late()
+    }
+
+    fn is_late(&self) -> bool {
+        self.deadline().is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    /// One try is over.
+    fn tried(&self, pick: &mut Pick, outcome: Outcome) {
+        let first_byte = self.first_byte.unwrap_or_else(|| self.tried_at.elapsed());
+        pick.finish(crate::clock::monotonic(), outcome, first_byte);
+        let failed = matches!(outcome, Outcome::Failure | Outcome::Unreached);
+        self.route.meter.tried(pick.endpoint().key, failed);
+    }
+
+    /// The request is over, with that try.
+    fn ended(&self, pick: &mut Pick, outcome: Outcome, class: Class) {
+        self.tried(pick, outcome);
+        self.calling.meter.request(class, self.begun.elapsed());
+    }
+
+    /// Says no. The connection goes on only when nothing of the request is left on it.
+    async fn refuse(&self, client: &mut Client, refusal: &Refusal, whole: bool) -> After {
+        self.route.meter.refused(refusal.why);
+        self.calling.meter.request(Class::Refused, self.begun.elapsed());
+        let keep_alive = self.keep_alive && whole;
+        client.refuse(refusal, keep_alive, self.request.head_only).await
+    }
+
+    async fn attempt(&mut self, client: &mut Client, pick: &mut Pick, taken: &mut Taken) -> Tried {
+        let key = pick.endpoint().key;
+        (self.tried_at, self.first_byte) = (Instant::now(), None);
+        let mut upstream = match self.connection(pick).await {
+            Ok(upstream) => upstream,
+            Err(error) => return Tried::Failed(unreached(&error)),
+        };
+        let mut sender = Sender::new(self.outgoing);
+        let mut passing = Passing {
+            client: &mut *client,
+            upstream: &mut upstream,
+            sender: &mut sender,
+            taken,
+            sent: None,
+            patience: self.patience(),
+            progress_at: Instant::now(),
+            first_byte: None,
+            next: None,
+        };
+        let tried = self.pass(&mut passing, pick).await;
+        let (first_byte, next) = (passing.first_byte, passing.next.take());
+        sender.abandon(&mut client.buffer);
+        if matches!(&tried, Tried::Answered(answered) if answered.reusable) {
+            self.route.idle.give(key, upstream);
+        }
+        (self.first_byte, self.next) = (first_byte, next);
+        tried
+    }
+
+    async fn connection(&self, pick: &Pick) -> io::Result<Upstream> {
+        if let Some(waiting) = self.route.idle.take(pick.endpoint().key) {
+            return Ok(waiting);
+        }
+        match pick.endpoint().reach {
+            Reach::Local(address) => Upstream::connect(address, self.rules.connect_timeout).await,
+            Reach::Remote { .. } => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    async fn pass(&self, passing: &mut Passing<'_, '_>, pick: &mut Pick) -> Tried {
+        let response = match self.answer(passing).await {
+            Ok(response) => response,
+            Err(tried) => return tried,
+        };
+        let took = self.tried_at.elapsed();
+        pick.first_byte(crate::clock::monotonic(), took);
+        passing.first_byte = Some(took);
+        if matches!(response.status, 502..=504)
+            && let Some(other) = self.other(pick, passing.taken)
+        {
+            passing.next = Some(other);
+            let text = format!("it answered {}", response.status);
+            let refusal = Refusal::new(response.status, Why::NoEndpoint, text);
+            return Tried::Failed(Failure { refusal, outcome: Outcome::Failure, safe: false });
+        }
+        self.pass_on(passing, response).await
+    }
+
+    /// Who else may be asked, after an answer that says that this endpoint cannot; nobody: that answer is passed on.
+    fn other(&self, pick: &Pick, taken: &Taken) -> Option<Pick> {
+        let tried: Vec<EndpointKey> =
+            self.tries.keys().iter().copied().chain([pick.endpoint().key]).collect();
+        if !self.request.idempotent || !self.can_retry(taken, tried.len()) {
+            return None;
+        }
+        let (now, ask) = (crate::clock::monotonic(), Ask { tried: &tried, hash: self.request.hash });
+        let other = self.route.balancer.pick(now, &mut rand::rng(), &ask).ok()?;
+        self.calling.budget.retry(now).then_some(other)
+    }
+
+    /// Sends, and waits for the head of the answer; what is said before it (1xx) is passed on.
+    async fn answer(&self, passing: &mut Passing<'_, '_>) -> Result<Response, Tried> {
+        let returning = Returning {
+            head_only: self.request.head_only,
+            old: self.request.old,
+            keep_alive: self.keep_alive,
+            upgrade: self.request.upgrade,
+        };
+        loop {
+            passing.client.scratch.clear();
+            match response(&passing.upstream.buffer, returning, &mut passing.client.scratch) {
+                Ok(Some(response)) if response.is_interim() => {
+                    passing.upstream.buffer.advance(response.length);
+                    passing.say_interim().await.map_err(|_| Tried::Broken(Outcome::Cancelled))?;
+                    continue;
+                }
+                Ok(Some(response)) => {
+                    passing.upstream.buffer.advance(response.length);
+                    return Ok(response);
+                }
+                Ok(None) if passing.upstream.buffer.len() > RESPONSE_HEAD_BYTES_MAX => {
+                    return Err(Tried::Failed(nonsense("its head has more than 128 KiB")));
+                }
+                Ok(None) => {}
+                Err(bad) => return Err(Tried::Failed(nonsense(&bad.to_string()))),
+            }
+            if let Err(fault) = poll_fn(|cx| passing.poll_answer(cx)).await {
+                return Err(failed(passing, fault));
+            }
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience { whole: self.deadline(), still: self.rules.try_timeout.unwrap_or(ANSWER_TIMEOUT) }
+    }
+
+    async fn pass_on(&self, passing: &mut Passing<'_, '_>, response: Response) -> Tried {
+        if response.is_switch() {
+            return passing.tunnel(self.rules.idle_timeout).await;
+        }
+        let receiver =
+            Receiver::new(response.framing, &mut passing.upstream.buffer, &mut passing.client.scratch);
+        let mut receiver = match receiver {
+            Ok(receiver) => receiver,
+            Err(bad) => return Tried::Failed(nonsense(&bad.to_string())),
+        };
+        passing.patience.still = STALL_TIMEOUT;
+        passing.progress_at = Instant::now();
+        match poll_fn(|cx| passing.poll_body(cx, &mut receiver)).await {
+            Ok(()) => {}
+            Err(ReceiveFault::Caller) => return Tried::Broken(Outcome::Cancelled),
+            Err(ReceiveFault::Endpoint | ReceiveFault::Late) => {
+                return Tried::Broken(Outcome::Failure);
+            }
+        }
+        let sent = matches!(passing.sent, Some(Ok(()))) && passing.taken.body.is_done();
+        let goes_on = sent && self.keep_alive && response.framing != Framing::UntilClose;
+        Tried::Answered(Answered {
+            status: response.status,
+            reusable: sent && response.reusable && passing.upstream.buffer.is_empty(),
+            after: if goes_on { After::Next } else { After::Close },
+        })
+    }
+}
+
+/// What a try comes to that got no answer.
+fn failed(passing: &Passing<'_, '_>, fault: Fault) -> Tried {
+    match fault {
+        Fault::Caller => Tried::Broken(Outcome::Cancelled),
+        Fault::Body(bad) => Tried::Failed(Failure {
+            refusal: Refusal::bad_body(bad),
+            outcome: Outcome::Cancelled,
+            safe: false,
+        }),
+        Fault::Late => Tried::Failed(Failure {
+            refusal: Refusal::new(504, Why::RequestTimeout, "it did not answer in time"),
+            outcome: Outcome::Failure,
+            safe: false,
+        }),
+        Fault::Endpoint(error) => {
+            // A connection that had waited was closed before the endpoint can have read anything new from it:
+            // not known for sure, so only what was never written is safe for any method.
+            let safe = !passing.sender.touched;
+            let text = match passing.upstream.used {
+                true => format!("it closed a waiting connection: {error}"),
+                false => format!("it closed the connection without an answer: {error}"),
+            };
+            // Its idle connections may end at any time; that says nothing about its health.
+            let outcome = if passing.upstream.used { Outcome::Unreached } else { Outcome::Failure };
+            Tried::Failed(Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome, safe })
+        }
+    }
+}
+
+/// What the endpoint's answer says of its health.
+fn outcome(status: u16) -> Outcome {
+    match status {
+        429 => Outcome::Overloaded,
+        500..=599 => Outcome::Failure,
+        _ => Outcome::Success,
+    }
+}
+
+fn unreached(error: &io::Error) -> Failure {
+    let text = format!("it cannot be reached: {error}");
+    Failure { refusal: Refusal::new(503, Why::NoEndpoint, text), outcome: Outcome::Unreached, safe: true }
+}
+
+/// An endpoint that does not speak the port's protocol. It may have done what it was asked.
+fn nonsense(why: &str) -> Failure {
+    let text = format!("it answered what is no HTTP/1.1: {why}");
+    Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome: Outcome::Failure, safe: false }
+}
+
+/// Why no answer came.
+#[derive(Debug)]
+enum Fault {
+    Caller,
+    Body(super::framing::BadBody),
+    Late,
+    Endpoint(io::Error),
+}
+
+/// Why the rest of an answer did not come.
+#[derive(Debug, Clone, Copy)]
+enum ReceiveFault {
+    Caller,
+    Endpoint,
+    Late,
+}
+
+/// Both ends, and how far the request has gone.
+#[derive(Debug)]
+struct Passing<'a, 'h> {
+    client: &'a mut Client,
+    upstream: &'a mut Upstream,
+    sender: &'a mut Sender<'h>,
+    taken: &'a mut Taken,
+    /// How the sending ended.
+    sent: Option<Result<(), SendError>>,
+    patience: Patience,
+    progress_at: Instant,
+    /// From the try's beginning to the head of its answer.
+    first_byte: Option<Duration>,
+    /// Who is to be asked instead.
+    next: Option<Pick>,
+}
+
+/// How long a request may take.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// All of it.
+    whole: Option<Instant>,
+    /// Without a byte either way.
+    still: Duration,
+}
+
+impl Passing<'_, '_> {
+    /// An answer before the answer.
+    async fn say_interim(&mut self) -> io::Result<()> {
+        let due = Instant::now() + STALL_TIMEOUT;
+        let Client { stream, scratch, alarm, .. } = &mut *self.client;
+        alarm.within(due, stream.write_all(scratch)).await.map_err(|_| io::ErrorKind::TimedOut)?
+    }
+
+    /// The endpoint has switched protocols: bytes from now on, until both are done.
+    async fn tunnel(&mut self, idle: Duration) -> Tried {
+        if self.say_interim().await.is_err() {
+            return Tried::Broken(Outcome::Cancelled);
+        }
+        let Client { stream, buffer, alarm, .. } = &mut *self.client;
+        let upstream = &mut *self.upstream;
+        tunnel((stream, buffer), (&mut upstream.stream, &mut upstream.buffer), alarm, idle).await;
+        Tried::Answered(Answered { status: SWITCHED, reusable: false, after: After::Close })
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, progress: &mut bool) {
+        if self.sent.is_some() {
+            return;
+        }
+        let polled = self.sender.poll(
+            cx,
+            &mut self.client.stream,
+            &mut self.client.buffer,
+            self.taken,
+            &mut self.upstream.stream,
+            progress,
+        );
+        if let Poll::Ready(sent) = polled {
+            self.sent = Some(sent);
+        }
+    }
+
+    /// Ready when more of the answer's head has come.
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let mut progress = false;
+        self.poll_send(cx, &mut progress);
+        match &self.sent {
+            Some(Err(SendError::Caller)) => return Poll::Ready(Err(Fault::Caller)),
+            Some(Err(SendError::Body(bad))) => return Poll::Ready(Err(Fault::Body(*bad))),
+            // An endpoint that takes no more may have answered.
+            Some(Err(SendError::Endpoint(_)) | Ok(())) | None => {}
+        }
+        let read = poll_fill(&mut self.upstream.stream, cx, &mut self.upstream.buffer);
+        match read {
+            Poll::Ready(Ok(0)) => {
+                return Poll::Ready(Err(Fault::Endpoint(io::ErrorKind::UnexpectedEof.into())));
+            }
+            Poll::Ready(Ok(_)) => return Poll::Ready(Ok(())),
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(Fault::Endpoint(error))),
+            Poll::Pending => {}
+        }
+        if matches!(self.sent, Some(Ok(()))) && self.client.poll_gone(cx) {
+            return Poll::Ready(Err(Fault::Caller));
+        }
+        self.poll_late(cx, progress).map(|()| Err(Fault::Late))
+    }
+
+    /// Ready when patience has run out.
+    fn poll_late(&mut self, cx: &mut Context<'_>, progress: bool) -> Poll<()> {
+        if progress {
+            self.progress_at = Instant::now();
+        }
+        let still = self.progress_at + self.patience.still;
+        let due = self.patience.whole.map_or(still, |whole| whole.min(still));
+        self.client.alarm.poll(due, cx)
+    }
+
+    fn poll_body(&mut self, cx: &mut Context<'_>, receiver: &mut Receiver) -> Poll<Result<(), ReceiveFault>> {
+        let mut progress = false;
+        self.poll_send(cx, &mut progress);
+        let received = receiver.poll(
+            cx,
+            &self.client.scratch,
+            &mut self.upstream.stream,
+            &mut self.upstream.buffer,
+            &mut self.client.stream,
+            &mut progress,
+        );
+        match received {
+            Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
+            Poll::Ready(Err(ReceiveError::Caller)) => return Poll::Ready(Err(ReceiveFault::Caller)),
+            Poll::Ready(Err(ReceiveError::Body(_) | ReceiveError::Endpoint(_))) => {
+                return Poll::Ready(Err(ReceiveFault::Endpoint));
+            }
+            Poll::Pending => {}
+        }
+        self.poll_late(cx, progress).map(|()| Err(ReceiveFault::Late))
+    }
+}

@@ -1,0 +1,129 @@
+//! What is tried again, and what is not.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nave_agent_core::directory::PortRules;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::harness::{Stage, read_head};
+
+/// Of two endpoints each is asked first in half of the tries; that one is never asked in so many is not seen in a life.
+const CHANCES: usize = 64;
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+const GET: &str = "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n";
+const POST: &str = "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbody";
+
+#[tokio::test]
+async fn what_was_never_sent_goes_elsewhere_whatever_it_is() {
+    let mut stage = Stage::default();
+    let (gone, there) = (stage.nobody().await, stage.answering(OK).await);
+    for ask in [GET, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"] {
+        let mut caller = stage.call(&[gone, there], PortRules::default()).await;
+        assert!(caller.ask(ask).await.starts_with("HTTP/1.1 200 OK"));
+    }
+}
+
+#[tokio::test]
+async fn a_body_is_sent_again_with_its_head() {
+    let mut stage = Stage::default();
+    let gone = stage.nobody().await;
+    let echo = stage
+        .endpoint(|_, mut stream| async move {
+            read_head(&mut stream).await.unwrap();
+            let mut body = [0; 4];
+            stream.read_exact(&mut body).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n").await.unwrap();
+            stream.write_all(&body).await.unwrap();
+        })
+        .await;
+    let mut caller = stage.call(&[gone, gone, echo], PortRules::default()).await;
+    assert!(caller.ask(POST).await.ends_with("\r\n\r\nbody"));
+}
+
+#[tokio::test]
+async fn only_what_may_be_done_twice_is_sent_twice() {
+    let mut stage = Stage::default();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    let dropping = stage
+        .endpoint(move |_, mut stream| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            async move {
+                read_head(&mut stream).await;
+            }
+        })
+        .await;
+    let there = stage.answering(OK).await;
+    let met = || asked.load(Ordering::Relaxed);
+    for _ in 0..CHANCES {
+        let mut caller = stage.call(&[dropping, there], PortRules::default()).await;
+        assert!(caller.ask(GET).await.starts_with("HTTP/1.1 200 OK"));
+    }
+    assert!(met() > 0, "it was never asked");
+    for _ in 0..CHANCES {
+        let before = met();
+        let mut caller = stage.call(&[dropping, there], PortRules::default()).await;
+        let heard = caller.ask(POST).await;
+        if met() == before {
+            continue;
+        }
+        assert!(heard.starts_with("HTTP/1.1 502 Bad Gateway"), "{heard}");
+        assert!(heard.contains("i-0: it closed the connection without an answer"), "{heard}");
+        return;
+    }
+    panic!("it was never asked");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_unwell_is_passed_over() {
+    let mut stage = Stage::default();
+    let unwell = stage.answering("HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy").await;
+    let there = stage.answering(OK).await;
+    for _ in 0..CHANCES {
+        let mut caller = stage.call(&[unwell, there], PortRules::default()).await;
+        assert!(caller.ask(GET).await.starts_with("HTTP/1.1 200 OK"));
+    }
+    let mut caller = stage.call(&[unwell], PortRules::default()).await;
+    assert!(
+        caller.ask(GET).await.ends_with("\r\n\r\nbusy"),
+        "its own answer is passed on when there is no other"
+    );
+}
+
+#[tokio::test]
+async fn a_connection_that_the_endpoint_closed_meanwhile_is_not_used() {
+    let mut stage = Stage::default();
+    let endpoint = stage
+        .endpoint(|_, mut stream| async move {
+            read_head(&mut stream).await.unwrap();
+            // Says nothing of closing, and closes.
+            stream.write_all(OK.as_bytes()).await.unwrap();
+        })
+        .await;
+    let mut caller = stage.call(&[endpoint], PortRules::default()).await;
+    for _ in 0..20 {
+        caller.say("GET / HTTP/1.1\r\nHost: web\r\n\r\n").await;
+        assert_eq!(caller.hear(OK.len()).await, OK);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_is_not_made_whole() {
+    let mut stage = Stage::default();
+    let broken = stage
+        .endpoint(|_, mut stream| async move {
+            read_head(&mut stream).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart").await.unwrap();
+        })
+        .await;
+    let there = stage.answering(OK).await;
+    let mut broken_off = 0;
+    for _ in 0..CHANCES {
+        let mut caller = stage.call(&[broken, there], PortRules::default()).await;
+        let heard = caller.ask(GET).await;
+        broken_off += usize::from(heard.ends_with("\r\n\r\npart"));
+        assert!(heard.ends_with("\r\n\r\npart") || heard.ends_with("\r\n\r\nok"), "{heard}");
+    }
+    assert!(broken_off > 0, "it was never asked");
+}
