@@ -6,6 +6,7 @@
 
 mod confine;
 pub(crate) mod directories;
+mod hooks;
 mod ports;
 pub(crate) mod spawn;
 pub(crate) mod users;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nave_agent_core::ports::{PickPortsError, pick};
-use nave_agent_core::supervisor::{Deadline, ProbeOrder, SpawnOrder};
+use nave_agent_core::supervisor::{Deadline, Hook, HookOrder, ProbeOrder, SpawnOrder};
 use nave_agent_core::{Input, ProcessKey, Supervisor};
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
@@ -29,7 +30,9 @@ use crate::keeper::{CallError, KeeperHandle, Purpose};
 use crate::notify::{NotifySockets, NotifyTasks};
 use crate::pressure::Pressure;
 use crate::probes::{Check, Probes};
+use crate::provision::artifacts::cutoff::Cutoff;
 use directories::KeptLogs;
+use hooks::Hooks;
 use spawn::SpawnContext;
 
 /// Ports that others hold are met by chance; after so many the range is as good as full.
@@ -43,9 +46,23 @@ const FORGET_PAUSE: Duration = Duration::from_secs(1);
 /// What is done beside the main loop.
 #[derive(Debug, Clone, PartialEq)]
 enum Job {
+    Prepare(Preparation),
     Spawn(Box<SpawnOrder>),
     Signal(pb::Signal),
     Sweep(ProcessKey),
+}
+
+/// Of one attempt, to be cut short from outside.
+#[derive(Debug, Clone)]
+struct Preparation {
+    order: Box<SpawnOrder>,
+    cutoff: Arc<Cutoff>,
+}
+
+impl PartialEq for Preparation {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.cutoff, &other.cutoff)
+    }
 }
 
 #[derive(Debug)]
@@ -57,6 +74,7 @@ pub(crate) struct Executor {
     probes: Probes,
     notify: NotifyTasks,
     pressure: Pressure,
+    hooks: Hooks,
     /// Per instance, what waits behind the job that runs.
     queues: BTreeMap<InstanceId, VecDeque<Job>>,
     /// `None`: a job that nothing waits for.
@@ -77,6 +95,7 @@ impl Executor {
             probes: Probes::new(inputs.clone()),
             notify: NotifyTasks::new(inputs.clone()),
             pressure: Pressure::new(inputs.clone()),
+            hooks: Hooks::new(inputs.clone()),
             inputs,
             queues: BTreeMap::new(),
             running: JoinSet::new(),
@@ -94,6 +113,37 @@ impl Executor {
 
     pub(crate) fn spawn(&mut self, instance: InstanceId, order: Box<SpawnOrder>) {
         self.enqueue(instance, Job::Spawn(order));
+    }
+
+    pub(crate) fn prepare(&mut self, instance: InstanceId, order: Box<SpawnOrder>) {
+        self.enqueue(instance, Job::Prepare(Preparation { order, cutoff: Arc::default() }));
+    }
+
+    /// Whatever of that attempt is being made; it answers at once.
+    pub(crate) fn cancel_preparation(&mut self, instance: InstanceId, key: ProcessKey) {
+        for job in self.queues.get(&instance).into_iter().flatten() {
+            if let Job::Prepare(preparation) = job
+                && preparation.order.key == key
+            {
+                preparation.cutoff.cut();
+            }
+        }
+    }
+
+    pub(crate) fn run_hook(&mut self, instance: InstanceId, order: Box<HookOrder>) {
+        self.hooks.run(self.context.clone(), instance, order);
+    }
+
+    /// Also one that is not ours.
+    pub(crate) fn end_hook(
+        &mut self,
+        instance: InstanceId,
+        key: ProcessKey,
+        hook: Hook,
+        wanted: Option<&pb::WantedInstance>,
+    ) {
+        let group = wanted.and_then(|wanted| self.context.hook_group(instance, wanted, key));
+        self.hooks.end(group, instance, key, hook);
     }
 
     pub(crate) fn signal(&mut self, instance: InstanceId, signal: pb::Signal) {
@@ -166,6 +216,7 @@ impl Executor {
     pub(crate) fn remove_directory(&mut self, instance: InstanceId) {
         self.notify.stop(&self.context.notify, instance);
         self.pressure.stop(instance);
+        self.hooks.forget(instance);
         let context = self.context.clone();
         self.running.spawn(async move {
             let _ended = tokio::task::spawn_blocking(move || context.directories.forget(instance)).await;
@@ -319,6 +370,7 @@ impl Executor {
         let (keeper, inputs, context) = (self.keeper.clone(), self.inputs.clone(), self.context.clone());
         self.running.spawn(async move {
             match job {
+                Job::Prepare(preparation) => prepare(&inputs, context, instance, preparation).await,
                 Job::Spawn(order) => spawn_process(&keeper, &inputs, context, instance, order).await,
                 Job::Signal(signal) => {
                     let key = ProcessKey { epoch: signal.epoch, attempt: signal.attempt };
@@ -340,6 +392,20 @@ async fn prune_logs(context: Arc<SpawnContext>, kept: KeptLogs) {
     });
     // It fails only when the runtime is going down.
     let _ended = pruned.await;
+}
+
+async fn prepare(
+    inputs: &mpsc::Sender<(InstanceId, Input)>,
+    context: Arc<SpawnContext>,
+    instance: InstanceId,
+    Preparation { order, cutoff }: Preparation,
+) {
+    let key = order.key;
+    let made = tokio::task::spawn_blocking(move || context.prepare(instance, &order, &cutoff)).await;
+    // Else the runtime is going down.
+    if let Ok(result) = made {
+        let _ending = inputs.send((instance, Input::Prepared { key, result })).await;
+    }
 }
 
 /// Done when the order is on its way; the keeper's answer goes to the main loop.

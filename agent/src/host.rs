@@ -400,6 +400,13 @@ impl HostTask {
                     self.input(instance, Input::PortsPicked { ports }, work);
                 }
             }
+            Action::Prepare(order) => self.executor.prepare(instance, order),
+            Action::CancelPreparation { key } => self.executor.cancel_preparation(instance, key),
+            Action::RunHook(order) => self.executor.run_hook(instance, order),
+            Action::EndHook { key, hook } => {
+                let wanted = self.reconciler.supervisor(instance).map(Supervisor::wanted);
+                self.executor.end_hook(instance, key, hook, wanted);
+            }
             Action::Spawn(order) => {
                 self.executor.listen(instance, order.key, &order.wanted, true);
                 if let Some(manifest) = &order.wanted.manifest {
@@ -528,7 +535,12 @@ const STATES: [&str; 7] = ["pending", "starting", "running", "backing_off", "sto
 fn state_name(state: &State) -> Option<&'static str> {
     match state {
         State::Pending(_) => Some("pending"),
-        State::Starting(Starting::PickingPorts | Starting::Spawning) => Some("starting"),
+        State::Starting(
+            Starting::PickingPorts
+            | Starting::Preparing { .. }
+            | Starting::PreStart { .. }
+            | Starting::Spawning,
+        ) => Some("starting"),
         State::Running(_) => Some("running"),
         State::BackingOff { .. } => Some("backing_off"),
         State::Stopping(_) => Some("stopping"),

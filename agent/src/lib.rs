@@ -9,6 +9,7 @@ mod api;
 mod backoff;
 mod cgroups;
 mod clock;
+mod command;
 mod config;
 mod data_dir;
 mod executor;

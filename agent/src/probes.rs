@@ -14,7 +14,7 @@ use nave_proto::ids::InstanceId;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 
-pub(crate) use check::{Check, ExecCheck, LogCheck};
+pub(crate) use check::{Check, LogCheck};
 
 const FIRST_INTERVAL: Duration = Duration::from_millis(50);
 

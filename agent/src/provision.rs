@@ -21,6 +21,7 @@ use nix::unistd::{Gid, Uid, chown, fchown};
 
 use crate::executor::users;
 use artifacts::Artifacts;
+use artifacts::cutoff::Cutoff;
 
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 const SECRET_BYTES_MAX: u64 = 1024 * 1024;
@@ -69,6 +70,7 @@ pub(crate) fn variables(run: &Path, data: &Path, manifest: &pb::Manifest) -> BTr
 /// when it has one of its own. Returns the names that templates asked for and nobody knows.
 pub(crate) fn provide(
     artifacts: &Artifacts,
+    cutoff: &Cutoff,
     run: &Path,
     manifest: &pb::Manifest,
     env: &BTreeMap<String, String>,
@@ -77,7 +79,7 @@ pub(crate) fn provide(
     let fetched: Vec<(&str, PathBuf)> = manifest
         .artifacts
         .iter()
-        .map(|artifact| Ok((artifact.name.as_str(), artifacts.get(artifact)?)))
+        .map(|artifact| Ok((artifact.name.as_str(), artifacts.get(artifact, cutoff)?)))
         .collect::<Result<_, ProvisionError>>()?;
     remove(run).map_err(|e| ProvisionError::io("its old files cannot be removed:", run, &e))?;
     let mut unknown = BTreeSet::new();
@@ -233,7 +235,7 @@ mod tests {
         };
         let own = Some((nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()));
         for _start in 0..2 {
-            let unknown = provide(&none(), &run, &manifest, &env(), own).unwrap();
+            let unknown = provide(&none(), &Cutoff::default(), &run, &manifest, &env(), own).unwrap();
             assert_eq!(unknown, ["NOBODY".to_owned()].into());
         }
         let read = |path: &str| std::fs::read_to_string(run.join(path)).unwrap();
@@ -245,7 +247,7 @@ mod tests {
         assert_eq!(mode(&run.join("files/conf/app.toml")), 0o600);
         assert_eq!(mode(&run.join("files/taken")), 0o644);
         assert_eq!(mode(&run.join("secrets/password")), 0o400);
-        provide(&none(), &run, &pb::Manifest::default(), &env(), own).unwrap();
+        provide(&none(), &Cutoff::default(), &run, &pb::Manifest::default(), &env(), own).unwrap();
         assert!(!run.exists(), "what is no longer asked for goes");
     }
 
@@ -259,7 +261,7 @@ mod tests {
         std::fs::create_dir(&run).unwrap();
         std::os::unix::fs::symlink(&precious, run.join("files")).unwrap();
         let manifest = pb::Manifest { files: vec![file("app.toml", "new")], ..pb::Manifest::default() };
-        provide(&none(), &run, &manifest, &env(), None).unwrap();
+        provide(&none(), &Cutoff::default(), &run, &manifest, &env(), None).unwrap();
         assert_eq!(std::fs::read_to_string(precious.join("app.toml")).unwrap(), "precious");
         assert_eq!(std::fs::read_to_string(run.join("files/app.toml")).unwrap(), "new");
     }
@@ -271,7 +273,7 @@ mod tests {
         let absent = dir.path().join("absent").display().to_string();
         let manifest =
             pb::Manifest { secrets: [("password".to_owned(), absent)].into(), ..pb::Manifest::default() };
-        let error = provide(&none(), &run, &manifest, &env(), None).unwrap_err();
+        let error = provide(&none(), &Cutoff::default(), &run, &manifest, &env(), None).unwrap_err();
         assert_eq!(error.errno, libc::ENOENT);
         assert!(error.message.starts_with("secret password: /"), "{error}");
         let folder = dir.path().display().to_string();
@@ -279,7 +281,7 @@ mod tests {
             files: vec![pb::File { source: folder, ..file("a", "") }],
             ..pb::Manifest::default()
         };
-        let error = provide(&none(), &run, &manifest, &env(), None).unwrap_err();
+        let error = provide(&none(), &Cutoff::default(), &run, &manifest, &env(), None).unwrap_err();
         assert!(error.message.ends_with("is not a file"), "{error}");
     }
 }

@@ -233,4 +233,17 @@ sha256 = "{sum}"
     });
     let still = cluster.ps("user").iter().filter(|row| row["version"] == 1 && row["ready"] == true).count();
     assert_eq!(still, 2, "what ran goes on");
+
+    // One that never comes, from somebody who takes the call and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let late = format!(
+        "name = \"late\"\ncommand = [\"true\"]\n[[artifact]]\nname = \"x\"\nurl = \"http://{}/x\"\nsha256 = \"{bad}\"\n",
+        silent.local_addr().expect("an address")
+    );
+    cluster.apply(&late, &[]).expect(0);
+    eventually("it is being fetched", SOON, || {
+        cluster.ps("late").iter().any(|row| row["reason"] == "fetches what it needs")
+    });
+    cluster.nave(&["delete", "late"]).expect(0);
+    eventually("nobody waits for the end of that", SOON, || cluster.ps("late").is_empty());
 }

@@ -13,6 +13,7 @@ mod deploy_and_serve;
 mod dev;
 mod drain;
 mod full_disk;
+mod hooks;
 mod hosts_lost;
 mod hub_away;
 mod isolation;

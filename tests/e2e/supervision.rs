@@ -87,6 +87,7 @@ fn health_comes_in_every_form_and_each_end_has_its_reason() {
 
     cluster.wait_ready("stubborn", 1);
     cluster.nave(&["delete", "stubborn"]).expect(0);
-    let history = told(&cluster, "stubborn", "was sent SIGTERM, had not ended after 300ms, was sent SIGKILL");
-    assert!(history.contains("behind, which w"), "those it left are counted:\n{history}");
+    told(&cluster, "stubborn", "was sent SIGTERM, had not ended after 300ms, was sent SIGKILL");
+    // Those it left are counted.
+    told(&cluster, "stubborn", "behind, which w");
 }

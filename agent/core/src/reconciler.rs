@@ -302,6 +302,10 @@ impl Reconciler {
                 }
                 Action::WakeAt(_) => {}
                 Action::PickPorts { .. }
+                | Action::Prepare(_)
+                | Action::CancelPreparation { .. }
+                | Action::RunHook(_)
+                | Action::EndHook { .. }
                 | Action::Spawn(_)
                 | Action::Signal { .. }
                 | Action::SetDeadline { .. }

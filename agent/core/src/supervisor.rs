@@ -11,6 +11,7 @@ mod adopt;
 mod advance;
 mod events;
 mod health;
+mod hooks;
 mod input;
 mod lease;
 mod ledger;
@@ -29,10 +30,11 @@ use rand::Rng;
 
 pub use action::{Action, Deadline, Level, ProbeOrder, SignalScope, SpawnOrder};
 pub use health::{Health, LIVE_FAILURES_MAX, LIVE_GRACE, READY_FAILURES_MAX, watchdog};
+pub use hooks::{Hook, HookOrder, HookResult};
 pub use input::{
     Input, Notification, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
 };
-pub use ledger::unwanted;
+pub use ledger::{forgotten, unwanted};
 pub use restart::{
     BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, READY_FOR_RESET, RestartMemory,
     UPTIME_FOR_RESTART_AT_ONCE, describe, signal_name,
@@ -41,6 +43,7 @@ pub use state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping
 pub use stop::{DRAIN_WAIT, GRACE, KILL_WAIT, Sweep};
 
 use crate::monotonic::Monotonic;
+use hooks::PostStop;
 
 /// A process that ends sooner may have met a port that somebody else took.
 const QUICK_EXIT: Duration = Duration::from_secs(5);
@@ -73,6 +76,9 @@ pub struct Supervisor {
     /// What was done and seen that no state shows; the newest few.
     notes: Vec<pb::InstanceNote>,
     state: State,
+    /// `post_start` of the process that runs is not known to have ended.
+    post_start_open: bool,
+    post_stop: PostStop,
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
     /// have been made before the order and be read after it.
     keeper_known: bool,
@@ -112,6 +118,8 @@ impl Supervisor {
             sweeps: BTreeMap::new(),
             notes: Vec::new(),
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
+            post_start_open: false,
+            post_stop: PostStop::Nothing,
             keeper_known: false,
             lease: None,
             waits_for_lease: false,
@@ -158,6 +166,8 @@ impl Supervisor {
             Input::Lease { until } => self.leased(until, out),
             Input::PortsPicked { ports } => self.ports_picked(now, rng, ports, out),
             Input::PortClash { message } => self.port_clash(now, rng, message, out),
+            Input::Prepared { key, result } => self.prepared(now, rng, key, result, out),
+            Input::HookEnded { key, hook, result } => self.hook_ended(now, rng, key, hook, result, out),
             Input::Spawned { key, process, started_unix_ns } => {
                 self.spawned(now, key, process, started_unix_ns, out)
             }

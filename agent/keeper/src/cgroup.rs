@@ -77,16 +77,18 @@ pub(crate) fn open(spawn: &pb::Spawn, way: &Way) -> Option<fs::File> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     Clear,
-    /// It is there and not to be removed: somebody has made directories or put processes in it.
+    /// It is there and not to be removed: somebody is in it, or in a directory below.
     Used,
 }
 
 /// Removes what an earlier process left of its cgroup2 directory. Before [`create`].
 pub(crate) fn make_way(spawn: &pb::Spawn) -> Way {
-    match fs::remove_dir(&spawn.cgroup2) {
-        Ok(()) => Way::Clear,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Way::Clear,
-        Err(_) => Way::Used,
+    if spawn.cgroup2.is_empty() {
+        return Way::Clear;
+    }
+    match remove_tree(Path::new(&spawn.cgroup2)) {
+        Ok(true) => Way::Clear,
+        Ok(false) | Err(_) => Way::Used,
     }
 }
 
@@ -150,6 +152,16 @@ pub(crate) fn remove(spawn: &pb::Spawn) -> Result<bool, (String, io::Error)> {
         all &= remove_tree(Path::new(dir)).map_err(|error| (dir.clone(), error))?;
     }
     Ok(all)
+}
+
+/// Kills whoever is in a cgroup2 directory and those below, and removes it. `Ok(false)`: somebody has not ended yet.
+///
+/// # Errors
+/// When it cannot be removed for another reason.
+pub fn clear(dir: &Path) -> io::Result<bool> {
+    let of = pb::Spawn { cgroup2: dir.display().to_string(), ..Default::default() };
+    signal(&of, libc::SIGKILL);
+    remove_tree(dir)
 }
 
 fn remove_tree(dir: &Path) -> io::Result<bool> {

@@ -40,6 +40,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
+pub use crate::cgroup::clear as clear_cgroup;
 pub use crate::stub::{exec_check_main, exec_stub_main};
 
 /// What a keeper is told at its start.

@@ -183,6 +183,7 @@ impl Keeper {
             stdout_fd: number(&stdout),
             stderr_fd: number(&stderr),
             beside: None,
+            alone: false,
         };
         let memory = handover::sealed("nave-exec-orders", &orders.encode_to_vec()).map_err(stub)?;
         let argv: Vec<CString> = self

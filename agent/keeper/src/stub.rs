@@ -189,11 +189,12 @@ pub fn exec_check_main() -> ! {
     let mut bytes = Vec::new();
     let read = io::stdin().read_to_end(&mut bytes);
     let orders = read.ok().and_then(|_| pb::ExecOrders::decode(&*bytes).ok());
-    let Some(pb::ExecOrders { spawn: Some(spawn), beside, .. }) = orders else {
+    let Some(pb::ExecOrders { spawn: Some(spawn), beside, alone, .. }) = orders else {
         crate::say!("exec-check is for the agent's use only: its standard input holds no orders");
         sys::exit_now(2)
     };
-    let failure = match enter(&spawn, beside.as_ref()) {
+    let place = if alone { Place::Alone } else { Place::Beside(beside.as_ref()) };
+    let failure = match enter(&spawn, place) {
         Ok(()) => execute(&spawn),
         Err(failure) => failure,
     };
@@ -201,12 +202,25 @@ pub fn exec_check_main() -> ! {
     sys::exit_now(127)
 }
 
-/// Joins what the instance's own process was given.
-fn enter(spawn: &pb::Spawn, beside: Option<&pb::ProcessIdentity>) -> Result<(), Failure> {
+/// Where a command of an instance stands.
+enum Place<'a> {
+    /// With the process that runs.
+    Beside(Option<&'a pb::ProcessIdentity>),
+    /// Before or after it.
+    Alone,
+}
+
+/// Joins what the instance's own process was given, or is made the same.
+fn enter(spawn: &pb::Spawn, place: Place<'_>) -> Result<(), Failure> {
     let none = pb::Sandbox::default();
     let sandbox = spawn.sandbox.as_ref().unwrap_or(&none);
+    limits(spawn)?;
     enter_cgroups(spawn)?;
-    sandbox::join_mounts(sandbox, beside)?;
+    manners(spawn)?;
+    match place {
+        Place::Beside(process) => sandbox::join_mounts(sandbox, process)?,
+        Place::Alone => sandbox::make_mounts(sandbox)?,
+    }
     File::open("/dev/null")
         .and_then(|null| sys::duplicate_onto(null.as_fd(), 0, false))
         .map_err(|error| Failure::new(Step::Descriptors, error, ""))?;
@@ -325,14 +339,7 @@ fn standard_descriptors(orders: &pb::ExecOrders, channel: OwnedFd) -> Result<Own
 fn surroundings(spawn: &pb::Spawn) -> Result<(), Failure> {
     nix::unistd::setsid().map_err(|error| Failure::new(Step::Session, error, ""))?;
     sys::reset_signals().map_err(|error| Failure::new(Step::Session, error, ""))?;
-    let score = spawn.oom_score_adj.to_string();
-    write_file("/proc/self/oom_score_adj", &score)
-        .map_err(|error| Failure::new(Step::OomScore, error, &score))?;
-    for limit in &spawn.rlimits {
-        sys::set_resource_limit(limit.resource, limit.soft, limit.hard).map_err(|error| {
-            Failure::new(Step::Limit, error, format!("{} to {}:{}", limit.resource, limit.soft, limit.hard))
-        })?;
-    }
+    limits(spawn)?;
     for file in &spawn.cgroup_files {
         if let Err(error) = write_file(&file.path, &file.value)
             && file.required
@@ -341,6 +348,22 @@ fn surroundings(spawn: &pb::Spawn) -> Result<(), Failure> {
         }
     }
     enter_cgroups(spawn)?;
+    manners(spawn)
+}
+
+fn limits(spawn: &pb::Spawn) -> Result<(), Failure> {
+    let score = spawn.oom_score_adj.to_string();
+    write_file("/proc/self/oom_score_adj", &score)
+        .map_err(|error| Failure::new(Step::OomScore, error, &score))?;
+    for limit in &spawn.rlimits {
+        sys::set_resource_limit(limit.resource, limit.soft, limit.hard).map_err(|error| {
+            Failure::new(Step::Limit, error, format!("{} to {}:{}", limit.resource, limit.soft, limit.hard))
+        })?;
+    }
+    Ok(())
+}
+
+fn manners(spawn: &pb::Spawn) -> Result<(), Failure> {
     // Late: on a busy host the steps before are done sooner as nice as the keeper is.
     sys::set_nice(spawn.nice).map_err(|error| Failure::new(Step::Nice, error, spawn.nice.to_string()))?;
     let mask = if spawn.umask == 0 { 0o022 } else { spawn.umask & 0o777 };

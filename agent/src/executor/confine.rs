@@ -28,6 +28,11 @@ pub(super) struct Surrounded<'a> {
     pub(super) root: bool,
 }
 
+/// Whether its /tmp is its own. `root`: the agent is.
+pub(super) fn has_private_tmp(manifest: &pb::Manifest, root: bool) -> bool {
+    root && !manifest.isolation.as_ref().is_some_and(|isolation| isolation.shared_tmp)
+}
+
 /// Looks at the disk, to see which of the named paths are there. `Err`: what only root can do was asked for.
 pub(super) fn sandbox(around: &Surrounded<'_>) -> Result<pb::Sandbox, String> {
     let default = pb::Isolation::default();
@@ -44,7 +49,7 @@ pub(super) fn sandbox(around: &Surrounded<'_>) -> Result<pb::Sandbox, String> {
             ));
         }
     }
-    let private_tmp = around.root && !isolation.shared_tmp;
+    let private_tmp = has_private_tmp(around.manifest, around.root);
     let is_root = around.root && around.run_as.ids.is_none_or(|(uid, _)| uid == 0);
     let capabilities: Vec<u32> =
         isolation.capabilities.iter().filter_map(|name| limits::capability_number(name)).collect();

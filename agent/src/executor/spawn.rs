@@ -2,11 +2,12 @@
 //! disk and the user database, so it runs where blocking is allowed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nave_agent_core::env::{EnvironmentInput, arguments, environment};
 use nave_agent_core::supervisor::Deadline;
+use nave_agent_core::supervisor::HookOrder;
 use nave_agent_core::supervisor::State;
 use nave_agent_core::supervisor::{SpawnError, SpawnErrorKind, SpawnOrder};
 use nave_agent_core::{ProcessKey, Supervisor};
@@ -22,12 +23,14 @@ use tracing::warn;
 use super::confine::{self, Surrounded};
 use super::directories::Directories;
 use super::users::{self, RunAs};
-use crate::cgroups::Cgroups;
+use crate::cgroups::{Cgroups, InstanceCgroup};
+use crate::command::ServiceCommand;
 use crate::logs::limits::log_limits;
 use crate::logs::source::LinesSince;
 use crate::notify::NotifySockets;
-use crate::probes::{ExecCheck, LogCheck};
+use crate::probes::LogCheck;
 use crate::provision::artifacts::Artifacts;
+use crate::provision::artifacts::cutoff::Cutoff;
 use crate::provision::{self, ProvisionError, env_file};
 
 /// Open files that a service may have unless the machine allows fewer; what modern servers expect.
@@ -56,6 +59,20 @@ struct Surroundings {
     working_dir: String,
 }
 
+/// Whose program.
+struct Of<'a> {
+    instance: InstanceId,
+    wanted: &'a pb::WantedInstance,
+    ports: &'a BTreeMap<String, u16>,
+    key: ProcessKey,
+}
+
+/// Orders, and the names in them that nobody knows.
+struct Made {
+    spawn: pb::Spawn,
+    unknown: BTreeSet<String>,
+}
+
 /// As the keeper is told.
 pub(super) fn deadline(instance: InstanceId, key: ProcessKey, deadline: Deadline) -> pb::SetDeadline {
     pb::SetDeadline {
@@ -82,56 +99,84 @@ impl SpawnContext {
         Self { cluster, host_name, directories, cgroups, notify, artifacts, own_user, closed }
     }
 
-    /// Makes directories and looks up users; then all is said that the keeper needs. Blocks.
-    pub(crate) fn orders(&self, instance: InstanceId, order: &SpawnOrder) -> Result<pb::Spawn, SpawnError> {
+    /// Makes what an attempt needs: directories, artifacts, files, its /tmp. Blocks, until it is cut short at the latest.
+    pub(crate) fn prepare(
+        &self,
+        instance: InstanceId,
+        order: &SpawnOrder,
+        cutoff: &Cutoff,
+    ) -> Result<(), SpawnError> {
         let wanted = &order.wanted;
-        let manifest =
-            wanted.manifest.as_ref().ok_or_else(|| error(SpawnErrorKind::Invalid, "no manifest came"))?;
-        let run_as =
-            users::resolve(&manifest.user, wanted.uid).map_err(|m| error(SpawnErrorKind::Exec, m))?;
-        let name = &manifest.name;
+        let manifest = manifest_of(wanted)?;
+        let (name, of) = (&manifest.name, Of { instance, wanted, ports: &order.ports, key: order.key });
+        let run_as = run_as(wanted)?;
         let dirs = self
             .directories
             .prepare(name, instance, order.key, run_as.ids)
             .map_err(|e| cannot_make("its directories", &e))?;
-        let mut around = self
-            .surroundings(instance, wanted, &order.ports, &run_as, order.key)
-            .map_err(|e| SpawnError { kind: SpawnErrorKind::System, errno: e.errno, message: e.message })?;
-        if NotifySockets::is_wanted(manifest) {
-            let socket = self.notify.path(instance).display().to_string();
-            around.env.insert("NOTIFY_SOCKET".to_owned(), socket);
-        }
-        if let Some(period) = nave_agent_core::supervisor::watchdog(manifest) {
-            around.env.insert("WATCHDOG_USEC".to_owned(), period.as_micros().to_string());
-        }
-        let notify_fd = crate::notify::line_descriptor(manifest);
         if manifest.data {
-            self.directories.prepare_data(name, wanted.ordinal, run_as.ids).map_err(|e| SpawnError {
-                kind: SpawnErrorKind::System,
-                errno: e.raw_os_error().unwrap_or_default(),
-                message: format!("its data directory cannot be made: {e}"),
-            })?;
+            self.directories
+                .prepare_data(name, wanted.ordinal, run_as.ids)
+                .map_err(|e| cannot_make("its data directory", &e))?;
         }
-        let of_files = provision::provide(&self.artifacts, &dirs.run, manifest, &around.env, run_as.ids)
-            .map_err(|e| SpawnError { kind: SpawnErrorKind::System, errno: e.errno, message: e.message })?;
-        let argv = arguments(&manifest.command, &around.env);
-        let unknown: BTreeSet<_> = around.unknown.union(&argv.unknown).chain(&of_files).cloned().collect();
+        let env = self.process_env(&of, &run_as)?.env;
+        let unknown = provision::provide(&self.artifacts, cutoff, &dirs.run, manifest, &env, run_as.ids)?;
         if !unknown.is_empty() {
             warn!(service = name, %instance, ?unknown, "variables without a value are left as they are written");
         }
-        let group = self.cgroups.instance(
-            name,
-            &format!("{instance}-{}", order.key.epoch),
-            &manifest.resources.unwrap_or_default(),
-        );
-        let (uid, gid) = run_as.ids.unwrap_or_default();
+        if confine::has_private_tmp(manifest, geteuid().is_root()) {
+            Directories::prepare_tmp(&dirs).map_err(|e| cannot_make("its /tmp", &e))?;
+        }
+        Ok(())
+    }
+
+    /// All that the keeper needs to know, after what the attempt needs is made. Blocks.
+    pub(crate) fn orders(&self, instance: InstanceId, order: &SpawnOrder) -> Result<pb::Spawn, SpawnError> {
+        if !order.prepared {
+            self.prepare(instance, order, &Cutoff::default())?;
+        }
+        let manifest = manifest_of(&order.wanted)?;
+        let of = Of { instance, wanted: &order.wanted, ports: &order.ports, key: order.key };
+        let run_as = run_as(&order.wanted)?;
+        let around = self.process_env(&of, &run_as)?;
+        let Made { spawn, unknown } = self.spawn_of(&of, run_as, around, &manifest.command)?;
+        if !unknown.is_empty() {
+            let service = &manifest.name;
+            warn!(service, %instance, ?unknown, "variables without a value are left as they are written");
+        }
         let logs = log_limits(manifest);
-        let resources = manifest.resources.unwrap_or_default();
+        let notify_fd = crate::notify::line_descriptor(manifest);
+        Ok(pb::Spawn {
+            log_dir: self.directories.of(&manifest.name, instance, order.key).logs.display().to_string(),
+            log_segment_bytes: logs.segment_bytes,
+            log_segments: logs.segments,
+            log_age_ms: logs.age_ms,
+            notify_fifo: notify_fd
+                .map(|_| self.notify.fifo(instance).display().to_string())
+                .unwrap_or_default(),
+            notify_fd: notify_fd.unwrap_or_default(),
+            deadline: order.deadline.map(|at| deadline(instance, order.key, at)),
+            ..spawn
+        })
+    }
+
+    /// What any program of an instance runs with: its process, and commands before, beside and after it.
+    fn spawn_of(
+        &self,
+        of: &Of<'_>,
+        run_as: RunAs,
+        around: Surroundings,
+        command: &[String],
+    ) -> Result<Made, SpawnError> {
+        let manifest = manifest_of(of.wanted)?;
+        let argv = arguments(command, &around.env);
         let env = pairs(&around.env);
+        let resources = manifest.resources.unwrap_or_default();
+        let group = self.group(of, manifest);
         let sandbox = confine::sandbox(&Surrounded {
             manifest,
             run_as: &run_as,
-            dirs: &dirs,
+            dirs: &self.directories.of(&manifest.name, of.instance, of.key),
             working_dir: &around.working_dir,
             argv: &argv.value,
             env: &env,
@@ -139,14 +184,12 @@ impl SpawnContext {
             root: geteuid().is_root(),
         })
         .map_err(|message| error(SpawnErrorKind::Exec, message))?;
-        if !sandbox.tmp.is_empty() {
-            Directories::prepare_tmp(&dirs).map_err(|e| cannot_make("its /tmp", &e))?;
-        }
-        Ok(pb::Spawn {
-            instance_id: instance.0,
-            epoch: order.key.epoch,
-            attempt: order.key.attempt,
-            service: name.clone(),
+        let (uid, gid) = run_as.ids.unwrap_or_default();
+        let spawn = pb::Spawn {
+            instance_id: of.instance.0,
+            epoch: of.key.epoch,
+            attempt: of.key.attempt,
+            service: manifest.name.clone(),
             argv: argv.value,
             env,
             working_dir: around.working_dir,
@@ -157,22 +200,33 @@ impl SpawnContext {
             cgroup2: group.cgroup2,
             cgroup1: group.cgroup1,
             cgroup_files: group.files,
-            log_dir: dirs.logs.display().to_string(),
-            log_segment_bytes: logs.segment_bytes,
-            log_segments: logs.segments,
-            log_age_ms: logs.age_ms,
             rlimits: rlimits(manifest),
             nice: resources.nice,
             oom_score_adj: resources.oom_score_adj,
             no_new_privileges: !new_privileges(manifest),
             sandbox: Some(sandbox),
-            notify_fifo: notify_fd
-                .map(|_| self.notify.fifo(instance).display().to_string())
-                .unwrap_or_default(),
-            notify_fd: notify_fd.unwrap_or_default(),
-            deadline: order.deadline.map(|at| deadline(instance, order.key, at)),
             ..pb::Spawn::default()
-        })
+        };
+        Ok(Made { spawn, unknown: around.unknown.union(&argv.unknown).cloned().collect() })
+    }
+
+    fn group(&self, of: &Of<'_>, manifest: &pb::Manifest) -> InstanceCgroup {
+        let name = format!("{}-{}", of.instance, of.key.epoch);
+        self.cgroups.instance(&manifest.name, &name, &manifest.resources.unwrap_or_default())
+    }
+
+    /// What only the process itself is told besides.
+    fn process_env(&self, of: &Of<'_>, run_as: &RunAs) -> Result<Surroundings, SpawnError> {
+        let mut around = self.surroundings(of, run_as)?;
+        let manifest = manifest_of(of.wanted)?;
+        if NotifySockets::is_wanted(manifest) {
+            let socket = self.notify.path(of.instance).display().to_string();
+            around.env.insert("NOTIFY_SOCKET".to_owned(), socket);
+        }
+        if let Some(period) = nave_agent_core::supervisor::watchdog(manifest) {
+            around.env.insert("WATCHDOG_USEC".to_owned(), period.as_micros().to_string());
+        }
+        Ok(around)
     }
 
     /// A look at the output of the process that runs.
@@ -193,57 +247,59 @@ impl SpawnContext {
         beside: Option<pb::ProcessIdentity>,
         ports: &BTreeMap<String, u16>,
         command: &[String],
-    ) -> Result<ExecCheck, String> {
-        let instance = InstanceId(wanted.instance_id);
-        let user = wanted.manifest.as_ref().map(|manifest| manifest.user.as_str()).unwrap_or_default();
-        let run_as = users::resolve(user, wanted.uid)?;
-        let around = self.surroundings(instance, wanted, ports, &run_as, key).map_err(|e| e.message)?;
-        let default = pb::Manifest::default();
-        let manifest = wanted.manifest.as_ref().unwrap_or(&default);
-        let dirs = self.directories.of(&manifest.name, instance, key);
-        let (command, env) = (arguments(command, &around.env).value, pairs(&around.env));
-        let sandbox = confine::sandbox(&Surrounded {
-            manifest,
-            run_as: &run_as,
-            dirs: &dirs,
-            working_dir: &around.working_dir,
-            argv: &command,
-            env: &env,
-            notify: self.notify.dir(),
-            root: geteuid().is_root(),
-        })?;
-        let group = self.cgroups.instance(
-            &manifest.name,
-            &format!("{instance}-{}", key.epoch),
-            &pb::Resources::default(),
-        );
-        let (uid, gid) = run_as.ids.unwrap_or_default();
-        let spawn = pb::Spawn {
-            argv: command.clone(),
-            env: env.clone(),
-            working_dir: around.working_dir.clone(),
-            uid,
-            gid,
-            set_user: run_as.ids.is_some(),
-            groups: run_as.groups,
-            cgroup2: group.cgroup2,
-            cgroup1: group.cgroup1,
-            no_new_privileges: !new_privileges(manifest),
-            sandbox: Some(sandbox),
-            ..pb::Spawn::default()
-        };
-        let orders = pb::ExecOrders { spawn: Some(spawn), beside, ..pb::ExecOrders::default() };
-        Ok(ExecCheck { command, env, working_dir: around.working_dir, orders: orders.encode_to_vec() })
+    ) -> Result<ServiceCommand, String> {
+        let of = Of { instance: InstanceId(wanted.instance_id), wanted, ports, key };
+        let made = self.command(&of, command).map_err(|error| error.message)?;
+        Ok(service_command(made.spawn, beside, false))
     }
 
-    fn surroundings(
+    /// A hook, and the names in it that nobody knows. Makes its cgroup, with the instance's when that is not there yet.
+    /// Blocks.
+    pub(crate) fn hook_command(
+        &self,
+        instance: InstanceId,
+        order: &HookOrder,
+    ) -> Result<(ServiceCommand, BTreeSet<String>), String> {
+        let of = Of { instance, wanted: &order.wanted, ports: &order.ports, key: order.key };
+        let Made { mut spawn, unknown } = self.command(&of, &order.command).map_err(|error| error.message)?;
+        let alone = order.beside.is_none();
+        if let Some(group) = self.hook_group(instance, &order.wanted, order.key) {
+            spawn.cgroup2 = group.display().to_string();
+        }
+        for dir in spawn.cgroup1.iter().chain((!spawn.cgroup2.is_empty()).then_some(&spawn.cgroup2)) {
+            std::fs::create_dir_all(dir).map_err(|error| format!("cannot make the cgroup {dir}: {error}"))?;
+        }
+        for file in spawn.cgroup_files.iter().filter(|_| alone) {
+            if let Err(error) = std::fs::write(&file.path, &file.value)
+                && file.required
+            {
+                return Err(format!("cannot write {:?} to {}: {error}", file.value, file.path));
+            }
+        }
+        Ok((service_command(spawn, order.beside.clone(), alone), unknown))
+    }
+
+    /// The cgroup of an instance's hooks; none where there is no cgroup2.
+    pub(crate) fn hook_group(
         &self,
         instance: InstanceId,
         wanted: &pb::WantedInstance,
-        ports: &BTreeMap<String, u16>,
-        run_as: &RunAs,
         key: ProcessKey,
-    ) -> Result<Surroundings, ProvisionError> {
+    ) -> Option<PathBuf> {
+        let manifest = wanted.manifest.as_ref()?;
+        let ports = BTreeMap::new();
+        let group = self.group(&Of { instance, wanted, ports: &ports, key }, manifest);
+        (!group.cgroup2.is_empty()).then(|| Path::new(&group.cgroup2).join("hook"))
+    }
+
+    fn command(&self, of: &Of<'_>, command: &[String]) -> Result<Made, SpawnError> {
+        let run_as = run_as(of.wanted)?;
+        let around = self.surroundings(of, &run_as)?;
+        self.spawn_of(of, run_as, around, command)
+    }
+
+    fn surroundings(&self, of: &Of<'_>, run_as: &RunAs) -> Result<Surroundings, ProvisionError> {
+        let &Of { instance, wanted, ports, key } = of;
         let default = pb::Manifest::default();
         let manifest = wanted.manifest.as_ref().unwrap_or(&default);
         let dirs = self.directories.of(&manifest.name, instance, key);
@@ -274,6 +330,28 @@ impl SpawnContext {
             given => given.to_owned(),
         };
         Ok(Surroundings { env: expanded.value, unknown: expanded.unknown, working_dir })
+    }
+}
+
+fn manifest_of(wanted: &pb::WantedInstance) -> Result<&pb::Manifest, SpawnError> {
+    wanted.manifest.as_ref().ok_or_else(|| error(SpawnErrorKind::Invalid, "no manifest came"))
+}
+
+fn run_as(wanted: &pb::WantedInstance) -> Result<RunAs, SpawnError> {
+    let user = wanted.manifest.as_ref().map(|manifest| manifest.user.as_str()).unwrap_or_default();
+    users::resolve(user, wanted.uid).map_err(|message| error(SpawnErrorKind::Exec, message))
+}
+
+/// `alone`: there is no process yet, or no more.
+fn service_command(spawn: pb::Spawn, beside: Option<pb::ProcessIdentity>, alone: bool) -> ServiceCommand {
+    let (command, env, working_dir) = (spawn.argv.clone(), spawn.env.clone(), spawn.working_dir.clone());
+    let orders = pb::ExecOrders { spawn: Some(spawn), beside, alone, ..pb::ExecOrders::default() };
+    ServiceCommand { command, env, working_dir, orders: orders.encode_to_vec() }
+}
+
+impl From<ProvisionError> for SpawnError {
+    fn from(error: ProvisionError) -> Self {
+        Self { kind: SpawnErrorKind::System, errno: error.errno, message: error.message }
     }
 }
 
@@ -331,6 +409,7 @@ mod tests {
         SpawnOrder {
             key: ProcessKey { epoch: 3, attempt: 2 },
             deadline: None,
+            prepared: false,
             wanted: pb::WantedInstance {
                 instance_id: 42,
                 epoch: 3,

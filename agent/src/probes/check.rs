@@ -3,7 +3,6 @@
 use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +13,11 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+use crate::command::ServiceCommand;
 use crate::logs::source::LinesSince;
 
 /// A status line is far shorter; what is longer is not HTTP.
 const STATUS_LINE_BYTES_MAX: usize = 1024;
-/// The end of a failed command's output, for the reason.
-const OUTPUT_BYTES_MAX: usize = 200;
 
 /// What to look at.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,7 +25,7 @@ pub(crate) enum Check {
     Http { port: u16, path: String },
     Tcp { port: u16 },
     Grpc { port: u16 },
-    Exec(ExecCheck),
+    Exec(ServiceCommand),
     Log(LogCheck),
 }
 
@@ -56,17 +54,6 @@ impl LogCheck {
             Err(_) => Err("the agent is ending".to_owned()),
         }
     }
-}
-
-/// A command run as the service itself would be.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct ExecCheck {
-    pub(crate) command: Vec<String>,
-    /// `NAME=value`, the whole environment.
-    pub(crate) env: Vec<String>,
-    pub(crate) working_dir: String,
-    /// For `nave exec-check`, which enters the instance and becomes the command; empty: the command is run as it is.
-    pub(crate) orders: Vec<u8>,
 }
 
 impl Check {
@@ -162,69 +149,6 @@ async fn grpc(port: u16, timeout: Duration) -> Result<(), String> {
     }
 }
 
-impl ExecCheck {
-    async fn run(&self) -> Result<(), String> {
-        let (program, arguments) = self.command.split_first().ok_or("the command is empty")?;
-        let mut command = if self.orders.is_empty() {
-            let mut command = tokio::process::Command::new(program);
-            command.args(arguments).env_clear();
-            command.envs(self.env.iter().filter_map(|pair| pair.split_once('=')));
-            if !self.working_dir.is_empty() {
-                command.current_dir(&self.working_dir);
-            }
-            command
-        } else {
-            // This very program, also when its file was replaced since.
-            let mut command = tokio::process::Command::new("/proc/self/exe");
-            command.arg("exec-check").env_clear();
-            command
-        };
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true);
-        let mut child = command.spawn().map_err(|e| format!("{program}: {e}"))?;
-        let mut group = Group(child.id());
-        let mut stdin = child.stdin.take().expect("stdin is piped above");
-        // A command that does not read gets its end all the same.
-        let _unread = stdin.write_all(&self.orders).await;
-        drop(stdin);
-        let stderr = child.stderr.take().expect("stderr is piped above");
-        // Only the beginning is read; a command that writes more gets EPIPE, not our memory.
-        let mut said = Vec::new();
-        stderr.take(64 * 1024).read_to_end(&mut said).await.map_err(|e| format!("{program}: {e}"))?;
-        let status = child.wait().await.map_err(|e| format!("{program}: {e}"))?;
-        group.0 = None;
-        match status.success() {
-            true => Ok(()),
-            false => Err(format!("{program} ended with {status}{}", last_line(&said))),
-        }
-    }
-}
-
-/// A command that is given up goes with all that it has started. Its pid is not reaped before this is dropped, so
-/// nobody else's group has that number.
-struct Group(Option<u32>);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(pid) = self.0.and_then(|pid| i32::try_from(pid).ok()) {
-            let _gone = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
-        }
-    }
-}
-
-/// What a failed command said last, if anything.
-fn last_line(output: &[u8]) -> String {
-    let text = String::from_utf8_lossy(output);
-    match text.lines().rev().find(|line| !line.trim().is_empty()) {
-        Some(line) => format!(": {}", line.trim().chars().take(OUTPUT_BYTES_MAX).collect::<String>()),
-        None => String::new(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,52 +232,5 @@ mod tests {
         assert_eq!(check.run(TIMEOUT).await, Ok(()));
         reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         assert_eq!(check.run(TIMEOUT).await.unwrap_err(), "grpc.health.v1 says NOT_SERVING");
-    }
-
-    #[tokio::test]
-    async fn a_command_runs_with_the_given_environment_and_is_killed_when_late() {
-        let exec = |script: &str| {
-            Check::Exec(ExecCheck {
-                command: ["/bin/sh", "-c", script].map(str::to_owned).into(),
-                env: vec!["PORT=7".into()],
-                working_dir: "/".into(),
-                orders: Vec::new(),
-            })
-        };
-        assert_eq!(exec("[ \"$PORT\" = 7 ] && [ -z \"$HOME\" ]").run(TIMEOUT).await, Ok(()));
-        let said = exec("echo starting >&2; echo no database >&2; exit 3").run(TIMEOUT).await.unwrap_err();
-        assert_eq!(said, "/bin/sh ended with exit status: 3: no database");
-        let said = exec("exec sleep 60").run(Duration::from_millis(100)).await.unwrap_err();
-        assert_eq!(said, "no answer in 100 ms");
-    }
-
-    #[tokio::test]
-    async fn a_command_that_hangs_takes_its_children_along() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("pid");
-        let script = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", file.display());
-        let exec = Check::Exec(ExecCheck {
-            command: ["/bin/sh", "-c", &script].map(str::to_owned).into(),
-            env: Vec::new(),
-            working_dir: String::new(),
-            orders: Vec::new(),
-        });
-        let child = loop {
-            exec.run(TIMEOUT).await.unwrap_err();
-            if let Ok(pid) = std::fs::read_to_string(&file) {
-                break pid.trim().to_owned();
-            }
-        };
-        let runs = || {
-            let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-            !stat.is_empty() && !stat.contains(") Z ")
-        };
-        tokio::time::timeout(Duration::from_secs(20), async {
-            while runs() {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        })
-        .await
-        .unwrap();
     }
 }

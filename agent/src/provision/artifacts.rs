@@ -4,6 +4,7 @@
 //! `cache/<sha256>.<form>` is complete or not there: it is made beside and renamed. A start makes links to what it
 //! names; what no link leads to goes, the least recently used first, when the cache is larger than it may be.
 
+pub(crate) mod cutoff;
 pub(crate) mod stub;
 
 use std::collections::BTreeSet;
@@ -22,6 +23,7 @@ use sha2::{Digest as _, Sha256};
 use tracing::{info, warn};
 
 use super::ProvisionError;
+use cutoff::{Cutoff, Watched};
 
 /// The user and group that owns nothing.
 pub(crate) const NOBODY: u32 = 65_534;
@@ -29,6 +31,11 @@ pub(crate) const NOBODY: u32 = 65_534;
 const CACHE_BYTES_MAX: u64 = 10 << 30;
 /// One that was used so lately may be about to be linked to.
 const SETTLED: Duration = Duration::from_secs(3600);
+
+/// Whoever waits for another to fetch looks that often whether it shall still wait.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// What a stub may say.
+const STUB_BYTES_MAX: u64 = 64 * 1024;
 
 /// How an artifact is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,26 +72,30 @@ impl Artifacts {
         Self { root: data_dir.join("cache"), making: Mutex::default(), made: Condvar::new() }
     }
 
-    /// Where the artifact is, once it is there: a file, or the directory that it was unpacked to. Blocks.
-    pub(crate) fn get(&self, artifact: &pb::Artifact) -> Result<PathBuf, ProvisionError> {
+    /// Where the artifact is, once it is there: a file, or the directory that it was unpacked to. Blocks, until it is cut
+    /// short at the latest.
+    pub(crate) fn get(&self, artifact: &pb::Artifact, cutoff: &Cutoff) -> Result<PathBuf, ProvisionError> {
         let key = format!("{}.{}", artifact.sha256, artifact.archive);
         let mut making = self.making.lock();
         while !making.insert(key.clone()) {
-            self.made.wait(&mut making);
+            self.made.wait_for(&mut making, LOOK_AGAIN);
+            if cutoff.is_cut() {
+                return Err(ProvisionError::new(0, cutoff::CUT.to_owned()));
+            }
         }
         drop(making);
-        let found = self.find_or_make(&key, artifact);
+        let found = self.find_or_make(&key, artifact, cutoff);
         self.making.lock().remove(&key);
         self.made.notify_all();
         found.map_err(|why| ProvisionError::new(0, format!("artifact {}: {why}", artifact.name)))
     }
 
-    fn find_or_make(&self, key: &str, artifact: &pb::Artifact) -> Result<PathBuf, String> {
+    fn find_or_make(&self, key: &str, artifact: &pb::Artifact, cutoff: &Cutoff) -> Result<PathBuf, String> {
         let place = self.root.join(key);
         let form = Form::parse(&artifact.archive).ok_or("its form of archive is not known here")?;
         if !place.exists() {
             let beside = self.root.join(format!("new-{key}"));
-            let made = self.make(&beside, form, artifact);
+            let made = self.make(&beside, form, artifact, cutoff);
             if made.is_ok() {
                 // Whole on the disk before it has its name: it is not looked at again.
                 let whole = File::open(&beside).and_then(|folder| Ok(syncfs(folder)?));
@@ -104,7 +115,13 @@ impl Artifacts {
         })
     }
 
-    fn make(&self, beside: &Path, form: Form, artifact: &pb::Artifact) -> Result<(), String> {
+    fn make(
+        &self,
+        beside: &Path,
+        form: Form,
+        artifact: &pb::Artifact,
+        cutoff: &Cutoff,
+    ) -> Result<(), String> {
         let text = |e: io::Error| e.to_string();
         remove(beside).map_err(text)?;
         // Passed through by services on the way to what they link to.
@@ -113,12 +130,12 @@ impl Artifacts {
         DirBuilder::new().mode(0o711).create(beside).map_err(text)?;
         std::fs::set_permissions(beside, Permissions::from_mode(0o711)).map_err(text)?;
         let packed = beside.join("file");
-        let bytes = fetch(artifact, &packed)?;
+        let bytes = fetch(artifact, &packed, cutoff)?;
         let size = match form {
             Form::Plain => bytes,
             Form::TarGz | Form::TarZst | Form::Zip => {
                 let tree = beside.join("tree");
-                unpack(&packed, &artifact.archive, &tree)?;
+                unpack(&packed, &artifact.archive, &tree, cutoff)?;
                 std::fs::remove_file(&packed).map_err(text)?;
                 settle(&tree).map_err(text)?
             }
@@ -182,11 +199,12 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Into a file of ours, while its checksum is made; a wrong one is refused before anybody looks into it.
-fn fetch(artifact: &pb::Artifact, into: &Path) -> Result<u64, String> {
+fn fetch(artifact: &pb::Artifact, into: &Path, cutoff: &Cutoff) -> Result<u64, String> {
     let mut child = stub_command(&["fetch", &artifact.url], Path::new("/"))
         .stdin(Stdio::null())
         .spawn()
         .map_err(|e| e.to_string())?;
+    let watched = cutoff.watch(child.id());
     let mut out = child.stdout.take().expect("it is piped");
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(0o755).open(into).map_err(|e| e.to_string())?;
@@ -205,7 +223,7 @@ fn fetch(artifact: &pb::Artifact, into: &Path) -> Result<u64, String> {
         }
     };
     drop(out);
-    let done = finish(child);
+    let done = finish(child, watched);
     copied?;
     done.map_err(|why| format!("{}: {why}", artifact.url))?;
     file.set_permissions(Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
@@ -219,7 +237,7 @@ fn fetch(artifact: &pb::Artifact, into: &Path) -> Result<u64, String> {
     }
 }
 
-fn unpack(packed: &Path, form: &str, tree: &Path) -> Result<(), String> {
+fn unpack(packed: &Path, form: &str, tree: &Path, cutoff: &Cutoff) -> Result<(), String> {
     let text = |e: io::Error| e.to_string();
     DirBuilder::new().mode(0o700).create(tree).map_err(text)?;
     if geteuid().is_root() {
@@ -227,7 +245,8 @@ fn unpack(packed: &Path, form: &str, tree: &Path) -> Result<(), String> {
     }
     let archive = File::open(packed).map_err(text)?;
     let child = stub_command(&["unpack", form], tree).stdin(archive).spawn().map_err(text)?;
-    finish(child)
+    let watched = cutoff.watch(child.id());
+    finish(child, watched)
 }
 
 /// From now on it is ours, and nobody else writes to it. Returns how large it is.
@@ -260,14 +279,22 @@ fn stub_command(words: &[&str], folder: &Path) -> Command {
 }
 
 /// Waits for its end; what it said last is why it failed.
-fn finish(child: Child) -> Result<(), String> {
-    let output = child.wait_with_output().map_err(|e| e.to_string())?;
-    if output.status.success() {
+fn finish(mut child: Child, watched: Watched<'_>) -> Result<(), String> {
+    let mut said = Vec::new();
+    let stderr = child.stderr.take().expect("it is piped");
+    let read = stderr.take(STUB_BYTES_MAX).read_to_end(&mut said);
+    // Before it is reaped: a signal after that might be for somebody else.
+    let cut = watched.release();
+    let status = child.wait().and_then(|status| read.map(|_| status)).map_err(|e| e.to_string())?;
+    if cut {
+        return Err(cutoff::CUT.to_owned());
+    }
+    if status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&said);
     let last = said.lines().rev().find(|line| !line.trim().is_empty());
-    Err(last.map_or_else(|| output.status.to_string(), |line| line.chars().take(300).collect()))
+    Err(last.map_or_else(|| status.to_string(), |line| line.chars().take(300).collect()))
 }
 
 #[cfg(test)]

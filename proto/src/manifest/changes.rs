@@ -13,6 +13,10 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         manifest.placement.as_ref().is_some_and(|place| place.on_disconnect() == pb::OnDisconnect::Stop)
     };
     let is_job = |manifest: &pb::Manifest| manifest.kind() == pb::Kind::Job;
+    // The other two hooks find a process as it was started.
+    let starts = |manifest: &pb::Manifest| {
+        manifest.hooks.clone().map(|hooks| (hooks.pre_start, hooks.post_start)).unwrap_or_default()
+    };
     a.command == b.command
         && is_job(a) == is_job(b)
         && a.env == b.env
@@ -27,6 +31,7 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         && limits(a) == limits(b)
         && a.rlimits == b.rlimits
         && a.isolation.clone().unwrap_or_default() == b.isolation.clone().unwrap_or_default()
+        && starts(a) == starts(b)
         // One that must never run twice is started under a lease.
         && stops(a) == stops(b)
 }

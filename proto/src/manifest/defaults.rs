@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::pb;
 use crate::pb::probe::Check;
-use crate::time::to_proto;
+use crate::time::{from_proto_or, to_proto};
 
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -19,6 +19,9 @@ const PROGRESS_DEADLINE: Duration = Duration::from_secs(2 * 60);
 const STOP_SIGNAL: i32 = 15;
 const STOP_GRACE: Duration = Duration::from_secs(10);
 const HTTP_SERVICE_PORT: u32 = 80;
+const HOOK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Of `pre_stop`, whose time is part of the grace: at most that, and at most half of the grace.
+const PRE_STOP_TIMEOUT: Duration = Duration::from_secs(5);
 const LOGS_MAX_SIZE_BYTES: u64 = 50 * 1024 * 1024;
 const LOGS_MAX_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -54,6 +57,10 @@ pub fn fill_defaults(manifest: &mut pb::Manifest) {
         manifest.update.get_or_insert_with(|| pb::Update { auto_revert: true, ..Default::default() }),
     );
     fill_stop(manifest.stop.get_or_insert_default());
+    if let Some(hooks) = &mut manifest.hooks {
+        let grace = manifest.stop.as_ref().and_then(|stop| stop.grace.as_ref());
+        fill_hooks(hooks, from_proto_or(grace, STOP_GRACE));
+    }
     fill_placement(manifest.placement.get_or_insert_default());
     fill_logs(manifest.logs.get_or_insert_default());
 }
@@ -124,6 +131,20 @@ fn fill_stop(stop: &mut pb::Stop) {
         stop.signal = STOP_SIGNAL;
     }
     stop.grace.get_or_insert_with(|| to_proto(STOP_GRACE));
+}
+
+fn fill_hooks(hooks: &mut pb::Hooks, grace: Duration) {
+    // Whole milliseconds, as a file could have it.
+    let half = Duration::from_millis(u64::try_from(grace.as_millis() / 2).unwrap_or(u64::MAX));
+    let fill = |hook: Option<&mut pb::Hook>, timeout: Duration| {
+        if let Some(hook) = hook {
+            hook.timeout.get_or_insert_with(|| to_proto(timeout));
+        }
+    };
+    fill(hooks.pre_start.as_mut(), HOOK_TIMEOUT);
+    fill(hooks.post_start.as_mut(), HOOK_TIMEOUT);
+    fill(hooks.pre_stop.as_mut(), PRE_STOP_TIMEOUT.min(half));
+    fill(hooks.post_stop.as_mut(), HOOK_TIMEOUT);
 }
 
 fn fill_logs(logs: &mut pb::Logs) {

@@ -40,6 +40,7 @@ pub(super) const ROOT: Keys = &[
     "rlimits",
     "artifact",
     "job",
+    "hooks",
 ];
 pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
@@ -66,6 +67,8 @@ pub(super) const JOB: Keys = &["overlap", "missed"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
 pub(super) const ARTIFACT: Keys = &["name", "url", "sha256", "archive"];
 pub(super) const FILE: Keys = &["path", "content", "source", "template", "mode", "owner"];
+pub(super) const HOOKS: Keys = &["pre_start", "post_start", "pre_stop", "post_stop"];
+pub(super) const HOOK: Keys = &["command", "timeout"];
 pub(super) const LOGS: Keys = &["max_size", "max_age"];
 pub(super) const ISOLATION: Keys = &[
     "private_tmp",
@@ -80,7 +83,7 @@ pub(super) const ISOLATION: Keys = &[
 ];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 15] = [
+pub(super) const TABLES: [(&str, Keys); 17] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
     ("[health]", HEALTH),
@@ -96,10 +99,12 @@ pub(super) const TABLES: [(&str, Keys); 15] = [
     ("[[artifact]]", ARTIFACT),
     ("[isolation]", ISOLATION),
     ("[rlimits]", crate::limits::RLIMIT_NAMES),
+    ("[hooks]", HOOKS),
+    ("[hooks.NAME]", HOOK),
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 43] = [
+const SYNONYMS: [(&str, &str); 47] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -143,6 +148,10 @@ const SYNONYMS: [(&str, &str); 43] = [
     ("security", "isolation"),
     ("start_period", "start_grace"),
     ("initial_delay", "start_grace"),
+    ("lifecycle", "hooks"),
+    ("exec_start_pre", "pre_start"),
+    ("exec_start_post", "post_start"),
+    ("exec_stop_post", "post_stop"),
 ];
 
 const CHECKS: Keys = &["http", "tcp", "grpc", "exec", "notify", "notify_fd", "log"];
@@ -189,6 +198,7 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
     manifest.secrets = field("secrets").map(|field| secrets(&field, problems)).unwrap_or_default();
     manifest.logs = field("logs").and_then(|field| logs(&field, problems));
     manifest.isolation = field("isolation").and_then(|field| isolation(&field, problems));
+    manifest.hooks = field("hooks").and_then(|field| hooks(&field, problems));
     manifest.rlimits = field("rlimits").map(|field| rlimits(&field, problems)).unwrap_or_default();
     manifest
 }
@@ -584,6 +594,27 @@ fn isolation(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Isolation
         read: paths("read", problems),
         write: paths("write", problems),
         seccomp: seccomp.unwrap_or_default().into(),
+    })
+}
+
+fn hooks(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Hooks> {
+    let table = field.table("such as { pre_start = { command = [\"/srv/migrate\"] } }", problems)?;
+    unknown_keys(&table, HOOKS, problems);
+    let hook = |key, problems: &mut Problems| table.field(key).and_then(|field| hook(&field, problems));
+    Some(pb::Hooks {
+        pre_start: hook("pre_start", problems),
+        post_start: hook("post_start", problems),
+        pre_stop: hook("pre_stop", problems),
+        post_stop: hook("post_stop", problems),
+    })
+}
+
+fn hook(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Hook> {
+    let table = field.table("such as { command = [\"/srv/migrate\"], timeout = \"30s\" }", problems)?;
+    unknown_keys(&table, HOOK, problems);
+    Some(pb::Hook {
+        command: table.field("command").map(|field| command(&field, problems)).unwrap_or_default(),
+        timeout: table.field("timeout").and_then(|field| field.duration(problems)).map(to_proto),
     })
 }
 

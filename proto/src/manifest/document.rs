@@ -99,6 +99,9 @@ pub(super) struct Document {
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     #[schemars(with = "BTreeMap<String, RlimitValue>")]
     rlimits: BTreeMap<String, RlimitValue>,
+    /// Commands at the turns of a process's life, each run as the process itself is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hooks: Option<HooksDocument>,
 }
 
 /// A whole number, a size, or `unlimited`.
@@ -460,6 +463,37 @@ struct IsolationDocument {
     /// `offline` network sockets as well. None by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     seccomp: Option<SeccompWord>,
+}
+
+/// Commands at the turns of a process's life, with its user, environment, limits and view of the files.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct HooksDocument {
+    /// Before each start, once files and artifacts are in place. When it fails, so has the start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pre_start: Option<HookDocument>,
+    /// Once the process runs, beside it. Its failure is noted, and ends nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    post_start: Option<HookDocument>,
+    /// Before the stop signal; its time is part of `stop.grace`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pre_stop: Option<HookDocument>,
+    /// After each end, however it came, and before the next start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    post_stop: Option<HookDocument>,
+}
+
+/// One such command.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct HookDocument {
+    /// Program and arguments; variables are replaced as in `command`.
+    #[schemars(length(min = 1))]
+    command: Vec<String>,
+    /// When it takes longer it is killed with all that it has started, and has failed; 30s by default, of `pre_stop` 5s
+    /// but at most half of `stop.grace`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout: Option<DurationText>,
 }
 
 /// The manifest as a TOML file that [`parse`](super::parse) reads back to the same.

@@ -4,6 +4,7 @@
 
 mod files;
 mod health;
+mod hooks;
 mod isolation;
 
 use std::collections::BTreeMap;
@@ -102,6 +103,7 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.files(manifest);
     rules.isolation(manifest);
     rules.rlimits(manifest);
+    rules.hooks(manifest);
     rules.broken
 }
 

@@ -272,6 +272,8 @@ fn the_schema_knows_exactly_the_keys_that_the_parser_reads() {
         ("PlacementDocument", definition::PLACEMENT),
         ("IsolationDocument", definition::ISOLATION),
         ("JobDocument", definition::JOB),
+        ("HooksDocument", definition::HOOKS),
+        ("HookDocument", definition::HOOK),
     ] {
         let table = &schema["$defs"][name];
         assert_eq!(keys(table), expected(known), "{name}");
@@ -301,6 +303,14 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(changed(|m| m.rlimits = [("nofile".to_owned(), 9)].into()));
     assert!(changed(|m| m.isolation = Some(pb::Isolation { read_only: true, ..Default::default() })));
     assert!(!changed(|m| m.isolation = Some(pb::Isolation::default())));
+    let hook = |command: &str| Some(pb::Hook { command: vec![command.to_owned()], timeout: None });
+    let with = |hooks: pb::Hooks| {
+        let after = pb::Manifest { hooks: Some(hooks), ..before.clone() };
+        !same_template(&before, &after)
+    };
+    assert!(with(pb::Hooks { pre_start: hook("a"), ..Default::default() }));
+    assert!(with(pb::Hooks { post_start: hook("a"), ..Default::default() }));
+    assert!(!with(pb::Hooks { pre_stop: hook("a"), post_stop: hook("b"), ..Default::default() }));
     assert!(changed(|m| m.set_kind(pb::Kind::Job)));
     assert!(!changed(|m| m.schedule = "0 3 * * *".into()));
     assert!(!changed(|m| m.count = 9));
@@ -308,6 +318,23 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(!changed(|m| m.needs.clear()));
     assert!(!changed(|m| m.stop = None));
     assert!(!changed(|m| m.placement = None));
+}
+
+#[test]
+fn hooks_have_time_to_end_and_a_stop_some_left_to_be_obeyed() {
+    let timeouts = |grace: &str| {
+        let hook = "= { command = [\"true\"] }";
+        let text = format!(
+            "name = \"web\"\ncommand = [\"true\"]\nstop = {{ grace = \"{grace}\" }}\n[hooks]\npre_start {hook}\n\
+             post_start {hook}\npre_stop {hook}\npost_stop {hook}"
+        );
+        let hooks = toml(&text).hooks.unwrap();
+        let timeout = |hook: Option<pb::Hook>| from_proto_or(hook.unwrap().timeout.as_ref(), Duration::MAX);
+        [hooks.pre_start, hooks.post_start, hooks.pre_stop, hooks.post_stop].map(timeout)
+    };
+    let seconds = |all: [u64; 4]| all.map(Duration::from_secs);
+    assert_eq!(timeouts("30s"), seconds([30, 30, 5, 30]));
+    assert_eq!(timeouts("4s"), seconds([30, 30, 2, 30]));
 }
 
 #[test]

@@ -2,9 +2,10 @@
 //! one does, in the same order (records before effects, by the real sequencer), and may die between any two steps.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use nave_agent_core::supervisor::{ProbeKind, ProbeOrder, ProbeOutcome};
-use nave_agent_core::{Action, Input, Monotonic, Order, Reconciler};
+use nave_agent_core::supervisor::{Hook, HookResult, ProbeKind, ProbeOrder, ProbeOutcome};
+use nave_agent_core::{Action, Input, Monotonic, Order, ProcessKey, Reconciler};
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 use pb::hub_message::Message as FromHub;
@@ -420,6 +421,18 @@ impl Host {
                 self.input(cx, instance, input, work);
             }
             Action::StartProbe(order) => self.probe(cx, instance.0, &order),
+            Action::Prepare(order) => {
+                self.answers(cx, instance, Input::Prepared { key: order.key, result: Ok(()) })
+            }
+            Action::RunHook(order) => {
+                let fails = !cx.calm && cx.rng.random_bool(0.1);
+                let outcome = if fails { Err("it had a bad day".to_owned()) } else { Ok(()) };
+                self.hook_ends(cx, instance, order.key, order.hook, outcome);
+            }
+            Action::EndHook { key, hook } => {
+                self.hook_ends(cx, instance, key, hook, Err("it was ended".to_owned()));
+            }
+            Action::CancelPreparation { .. } => {} // it takes no long time here
             Action::Spawn(_)
             | Action::Signal { .. }
             | Action::SetDeadline { .. }
@@ -435,6 +448,29 @@ impl Host {
             | Action::WakeAt(_)
             | Action::Log { .. } => {}
         }
+    }
+
+    fn hook_ends(
+        &mut self,
+        cx: &mut Context,
+        instance: InstanceId,
+        key: ProcessKey,
+        hook: Hook,
+        outcome: Result<(), String>,
+    ) {
+        let result = HookResult { took: Duration::ZERO, outcome };
+        self.answers(cx, instance, Input::HookEnded { key, hook, result });
+    }
+
+    /// What a job beside the main loop has to say in a while.
+    fn answers(&mut self, cx: &mut Context, instance: InstanceId, input: Input) {
+        let Some(agent) = &self.agent else { return };
+        let soon = cx.rng.random_range(MS..SECOND);
+        let input = Box::new(input);
+        cx.after(
+            soon,
+            Event::Agent(self.index, ToAgent::Input { run: agent.run, instance: instance.0, input }),
+        );
     }
 
     fn order(&mut self, cx: &mut Context, order: Order) {

@@ -225,6 +225,10 @@ impl Keeper {
                 }
             }
             Action::PickPorts { .. }
+            | Action::Prepare(_)
+            | Action::CancelPreparation { .. }
+            | Action::RunHook(_)
+            | Action::EndHook { .. }
             | Action::StartProbe(_)
             | Action::StopProbes
             | Action::Persist(_)

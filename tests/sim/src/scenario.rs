@@ -219,6 +219,14 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
         2 if rng.random_bool(0.3) => vec![SERVICES[1].to_owned()],
         _ => Vec::new(),
     };
+    let hook =
+        |chosen: bool| chosen.then(|| pb::Hook { command: vec!["true".to_owned()], timeout: seconds(30) });
+    let hooks = rng.random_bool(0.25).then(|| pb::Hooks {
+        pre_start: hook(rng.random_bool(0.5)),
+        post_start: hook(rng.random_bool(0.5)),
+        pre_stop: None,
+        post_stop: hook(rng.random_bool(0.5)),
+    });
     let stop = rng.random_bool(0.4);
     let on_disconnect = if stop { pb::OnDisconnect::Stop } else { pb::OnDisconnect::Keep };
     pb::Manifest {
@@ -249,6 +257,7 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
         }),
         stop: Some(pb::Stop { signal: 15, grace: seconds([1, 5, 10, 30][rng.random_range(0..4)]) }),
         placement: Some(pb::Placement { on_disconnect: on_disconnect.into(), ..Default::default() }),
+        hooks,
         ..Default::default()
     }
 }

@@ -8,7 +8,7 @@ use nave_proto::pb::{self, ledger_record::Record};
 
 use super::Reconciler;
 use crate::monotonic::Monotonic;
-use crate::supervisor::{Supervisor, unwanted};
+use crate::supervisor::{Supervisor, forgotten};
 
 impl Reconciler {
     /// From the ledger, in the order in which it was written. The keeper's exits and list come next.
@@ -20,17 +20,19 @@ impl Reconciler {
     ) -> Self {
         let mut reconciler = Self::new(boot_id);
         let mut wanted = BTreeMap::new();
+        // What was wanted before of those that are not any more.
+        let mut before = BTreeMap::new();
         let mut ledgers: BTreeMap<InstanceId, pb::InstanceLedger> = BTreeMap::new();
         for record in records {
             match record.record {
                 Some(Record::Wanted(set)) => {
                     (reconciler.incarnation, reconciler.generation) = (set.incarnation, set.generation);
-                    wanted =
-                        set.instances.into_iter().map(|one| (InstanceId(one.instance_id), one)).collect();
+                    let named = set.instances.into_iter().map(|one| (InstanceId(one.instance_id), one));
+                    before.extend(std::mem::replace(&mut wanted, named.collect()));
                 }
                 Some(Record::Delta(delta)) if reconciler.continues(&delta) => {
                     reconciler.generation = delta.to_generation;
-                    wanted.retain(|id, _| !delta.removed.contains(&id.0));
+                    before.extend(wanted.extract_if(.., |id, _| delta.removed.contains(&id.0)));
                     wanted.extend(delta.put.into_iter().map(|one| (InstanceId(one.instance_id), one)));
                 }
                 Some(Record::Delta(_)) | None => {}
@@ -39,6 +41,7 @@ impl Reconciler {
                 }
                 Some(Record::Forgotten(id)) => {
                     ledgers.remove(&InstanceId(id));
+                    before.remove(&InstanceId(id));
                 }
             }
         }
@@ -49,8 +52,8 @@ impl Reconciler {
         }
         // In the ledger but not wanted: its stop was under way.
         for (instance, ledger) in ledgers {
-            let supervisor =
-                Supervisor::restore(unwanted(instance, ledger.epoch), Some(&ledger), boot_id, now);
+            let wanted = forgotten(instance, &ledger, before.remove(&instance));
+            let supervisor = Supervisor::restore(wanted, Some(&ledger), boot_id, now);
             reconciler.supervisors.insert(instance, supervisor.forgotten());
         }
         reconciler

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use nave_proto::pb;
 
+use super::hooks::{Hook, HookOrder};
 use super::input::{ProbeKind, ProcessKey};
 use crate::monotonic::Monotonic;
 
@@ -16,6 +17,16 @@ use crate::monotonic::Monotonic;
 pub enum Action {
     /// Find ports; answered by `Input::PortsPicked` or `Input::PortClash`. Fixed ones are only checked.
     PickPorts { fixed: BTreeMap<String, u16>, dynamic: Vec<String> },
+    /// Fetch and make what the attempt needs, to which a [`Action::Spawn`] of the same key follows; answered by
+    /// `Input::Prepared`.
+    Prepare(Box<SpawnOrder>),
+    /// Cut that short; it is answered at once.
+    CancelPreparation { key: ProcessKey },
+    /// Run a command of the manifest, once whatever is left of an earlier one is killed; answered by
+    /// `Input::HookEnded`, when it has ended or was killed at its time-out, with all that it started.
+    RunHook(Box<HookOrder>),
+    /// Kill it; also one that an agent before us has started. Answered by `Input::HookEnded`.
+    EndHook { key: ProcessKey, hook: Hook },
     /// Start the process; answered by `Input::Spawned`, `Input::SpawnFailed`, or `Input::Exited` alone.
     Spawn(Box<SpawnOrder>),
     /// Send a signal through the keeper, which checks that the process is ours. Failure: `Input::SignalFailed`.
@@ -57,6 +68,8 @@ pub struct SpawnOrder {
     pub wanted: pb::WantedInstance,
     /// Every port by name, picked and fixed.
     pub ports: BTreeMap<String, u16>,
+    /// What it needs was made by [`Action::Prepare`].
+    pub prepared: bool,
     /// In force from the start; for a process that runs only under a lease.
     pub deadline: Option<Deadline>,
 }

@@ -34,6 +34,9 @@ impl Supervisor {
                     running.health.respecify(now, running.since, manifest);
                     health::start_probes(key, manifest, &self.ports, out);
                 }
+                if restored && self.post_start_open {
+                    self.post_start(out);
+                }
             }
             State::Stopping(stopping) if current => {
                 stopping.running.process = process;
@@ -60,12 +63,13 @@ impl Supervisor {
         let spared = match &self.state {
             State::Running(_) | State::Stopping(_) => key.epoch == self.epoch,
             State::Starting(Starting::Spawning) => key.epoch == self.epoch && key != self.key(),
-            State::Pending(_)
-            | State::Starting(Starting::PickingPorts)
+            State::Starting(
+                Starting::PickingPorts | Starting::Preparing { .. } | Starting::PreStart { .. },
+            )
             | State::BackingOff { .. }
             | State::Exited { .. }
-            | State::Failed { .. }
-            | State::Gone => false,
+            | State::Failed { .. } => self.runs_hook_alone(key.epoch),
+            State::Pending(_) | State::Gone => false,
         };
         if !spared {
             self.sweep(now, key, out);
@@ -87,7 +91,10 @@ impl Supervisor {
                 self.ended(now, rng, exit, out);
             }
             // The order never reached the keeper: it counts for nothing.
-            State::Starting(Starting::Spawning) if fresh || restored => self.state = State::due(now),
+            State::Starting(Starting::Spawning) if fresh || restored => {
+                self.owe_post_stop();
+                self.state = State::due(now);
+            }
             State::Starting(_)
             | State::BackingOff { .. }
             | State::Exited { .. }
@@ -103,6 +110,20 @@ impl Supervisor {
         let State::Pending(pending) = &mut self.state else { return false };
         let exit = pending.exit.take();
         self.state = std::mem::replace(&mut *pending.recalled, State::Gone);
+        match self.state {
+            // With the agent that did it.
+            State::Starting(Starting::Preparing { .. }) => self.state = State::due(now),
+            // Its end will not be told to us: it is ended, and the start begins anew.
+            State::Starting(Starting::PreStart { .. }) => self.end_pre_start(out),
+            State::Starting(Starting::PickingPorts | Starting::Spawning)
+            | State::Pending(_)
+            | State::Running(_)
+            | State::BackingOff { .. }
+            | State::Stopping(_)
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => {}
+        }
         if let Some(exit) = exit {
             self.exited(now, rng, *exit, out);
         }

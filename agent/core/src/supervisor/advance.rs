@@ -7,6 +7,8 @@ use nave_proto::pb;
 use rand::Rng;
 
 use super::action::{Action, Level, SpawnOrder};
+use super::hooks::PostStop;
+use super::input::{ProcessKey, SpawnError};
 use super::lease::LEASE_OVER;
 use super::restart::{Verdict, policy};
 use super::state::{Starting, State, StopCause};
@@ -47,10 +49,30 @@ impl Supervisor {
                     self.state = State::due(now);
                 }
                 (State::Starting(Starting::PickingPorts), Goal::Run) => return,
+                (State::Starting(Starting::Preparing { ending: false }), Goal::Stop | Goal::Replace) => {
+                    self.state = State::Starting(Starting::Preparing { ending: true });
+                    return out.push(Action::CancelPreparation { key: self.key() });
+                }
+                (State::Starting(Starting::PreStart { ending: false }), Goal::Stop | Goal::Replace) => {
+                    return self.end_pre_start(out);
+                }
+                (State::Starting(Starting::PreStart { ending: false }), Goal::Run)
+                    if self.has_lost_lease(now) =>
+                {
+                    return self.end_pre_start(out);
+                }
+                (State::Starting(Starting::Preparing { .. } | Starting::PreStart { .. }), _) => return,
                 (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, _)
                     if !self.sweeps.is_empty() =>
                 {
                     return;
+                }
+                (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, _)
+                    if self.post_stop != PostStop::Nothing =>
+                {
+                    if self.waits_for_post_stop(out) {
+                        return;
+                    }
                 }
                 (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, Goal::Stop) => {
                     self.clean_up(out);
@@ -74,14 +96,18 @@ impl Supervisor {
     pub fn next_wake(&self) -> Option<Monotonic> {
         let own = match &self.state {
             State::BackingOff { until, .. } => {
-                (self.sweeps.is_empty() && self.keeper_known && !self.waits_for_lease).then_some(*until)
+                let waits = !self.sweeps.is_empty() || self.post_stop != PostStop::Nothing;
+                (!waits && self.keeper_known && !self.waits_for_lease).then_some(*until)
+            }
+            State::Starting(Starting::PreStart { ending: false }) => {
+                self.lease.filter(|_| self.needs_lease())
             }
             State::Running(running) => {
                 let lease = self.lease.filter(|_| self.needs_lease());
                 lease.into_iter().chain(running.health.watchdog_at()).min()
             }
             State::Stopping(stopping) => Some(match stopping.step {
-                super::StopStep::Draining { until } => until,
+                super::StopStep::Draining { until } | super::StopStep::PreStop { until } => until,
                 super::StopStep::Terminating { .. } => stopping.kill_at,
                 super::StopStep::Killing { next, .. } => next,
             }),
@@ -140,14 +166,58 @@ impl Supervisor {
         self.state = State::Starting(Starting::PickingPorts);
     }
 
-    /// The attempt is on disk before the order is given, so that no number is ever used twice.
+    /// An attempt begins. It is on disk before anything is ordered, so that no number is ever used twice.
     pub(super) fn spawn(&mut self, out: &mut Vec<Action>) {
         self.attempt = self.attempt.saturating_add(1);
+        if !self.is_prepared_first() {
+            return self.order_process(out);
+        }
+        self.state = State::Starting(Starting::Preparing { ending: false });
+        self.persist(out);
+        out.push(Action::Prepare(self.spawn_order()));
+    }
+
+    pub(super) fn order_process(&mut self, out: &mut Vec<Action>) {
         self.state = State::Starting(Starting::Spawning);
         self.persist(out);
+        out.push(Action::Spawn(self.spawn_order()));
+    }
+
+    fn spawn_order(&self) -> Box<SpawnOrder> {
         let (key, wanted, ports) = (self.key(), self.wanted.clone(), self.ports.clone());
-        let order = SpawnOrder { key, wanted, ports, deadline: self.deadline() };
-        out.push(Action::Spawn(Box::new(order)));
+        Box::new(SpawnOrder {
+            key,
+            wanted,
+            ports,
+            prepared: self.is_prepared_first(),
+            deadline: self.deadline(),
+        })
+    }
+
+    /// Others are made ready with the start itself, which takes no time to speak of.
+    fn is_prepared_first(&self) -> bool {
+        let fetches = self.wanted.manifest.as_ref().is_some_and(|manifest| !manifest.artifacts.is_empty());
+        fetches || self.has_pre_start()
+    }
+
+    pub(super) fn prepared<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        key: ProcessKey,
+        result: Result<(), SpawnError>,
+        out: &mut Vec<Action>,
+    ) {
+        let State::Starting(Starting::Preparing { ending }) = self.state else { return };
+        if key != self.key() {
+            return;
+        }
+        match result {
+            _ if ending => self.state = State::due(now),
+            Err(error) => self.never_prepared(now, rng, &error, out),
+            Ok(()) if self.may_start(now) => self.pre_start(out),
+            Ok(()) => self.state = State::due(now),
+        }
     }
 
     /// After a process ended that should have run on.

@@ -8,10 +8,11 @@ use rand::Rng;
 use super::action::{Action, Level};
 use super::advance::{give_up, ports_fit};
 use super::health::{self, Health};
+use super::hooks::Hook;
 use super::input::{ProcessKey, SpawnError, SpawnErrorKind};
 use super::lease::LEASE_OVER;
 use super::restart::{cannot_heal, describe, hints_at_port, is_failure, is_fatal};
-use super::state::{Running, Starting, State, StopCause};
+use super::state::{Running, Starting, State, StopCause, StopStep};
 use super::stop::ladder;
 use super::{AFTER_OPERATOR, Goal, Ports, QUICK_EXIT, Supervisor};
 use crate::monotonic::Monotonic;
@@ -120,6 +121,7 @@ impl Supervisor {
         let health = Health::begin(manifest, now);
         out.push(Action::Log { level: Level::Info, message: format!("process {} runs", process.pid) });
         self.state = State::Running(Running { process, started_unix_ns, since: now, health });
+        self.post_start(out);
     }
 
     pub(super) fn spawn_failed<R: Rng + ?Sized>(
@@ -137,6 +139,7 @@ impl Supervisor {
             SpawnErrorKind::Unavailable => self.keeper_lost(),
             SpawnErrorKind::Busy => {
                 let until = now + self.memory.next_delay(rng, Duration::ZERO);
+                self.owe_post_stop();
                 self.state = State::BackingOff { until, why: error.message.clone() };
                 out.push(Action::ListProcesses);
             }
@@ -154,7 +157,32 @@ impl Supervisor {
         }
     }
 
-    fn never_ran<R: Rng + ?Sized>(
+    /// What it needs cannot be had.
+    pub(super) fn never_prepared<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        error: &SpawnError,
+        out: &mut Vec<Action>,
+    ) {
+        let exit = self.exec_error(error);
+        let hopeless = error.kind == SpawnErrorKind::Exec && cannot_heal(error.errno);
+        self.start_came_to_nothing(now, rng, exit, hopeless, out);
+    }
+
+    pub(super) fn never_ran<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        exit: pb::ExitRecord,
+        hopeless: bool,
+        out: &mut Vec<Action>,
+    ) {
+        self.owe_post_stop();
+        self.start_came_to_nothing(now, rng, exit, hopeless, out);
+    }
+
+    fn start_came_to_nothing<R: Rng + ?Sized>(
         &mut self,
         now: Monotonic,
         rng: &mut R,
@@ -172,7 +200,7 @@ impl Supervisor {
     }
 
     /// Our own note of a failed start; the keeper's record replaces it when it comes.
-    fn exec_error(&self, error: &SpawnError) -> pb::ExitRecord {
+    pub(super) fn exec_error(&self, error: &SpawnError) -> pb::ExitRecord {
         pb::ExitRecord {
             cause: pb::ExitCause::ExecError.into(),
             errno: error.errno,
@@ -219,7 +247,9 @@ impl Supervisor {
             State::Starting(Starting::Spawning) | State::Running(_) | State::Stopping(_) => {
                 self.ended(now, rng, exit, out);
             }
-            State::Starting(Starting::PickingPorts)
+            State::Starting(
+                Starting::PickingPorts | Starting::Preparing { .. } | Starting::PreStart { .. },
+            )
             | State::BackingOff { .. }
             | State::Exited { .. }
             | State::Failed { .. }
@@ -240,9 +270,14 @@ impl Supervisor {
         exit: pb::ExitRecord,
         out: &mut Vec<Action>,
     ) {
+        self.end_post_start(out);
+        self.owe_post_stop();
         let (running, cause) = match std::mem::replace(&mut self.state, State::due(now)) {
             State::Running(running) => (Some(running), None),
             State::Stopping(stopping) => {
+                if matches!(stopping.step, StopStep::PreStop { .. }) {
+                    out.push(Action::EndHook { key: self.key(), hook: Hook::PreStop });
+                }
                 self.note("instance_stop", ladder(&stopping, now));
                 (Some(stopping.running), Some(stopping.cause))
             }

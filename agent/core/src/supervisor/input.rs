@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nave_proto::pb;
 
+use super::hooks::{Hook, HookResult};
 use crate::monotonic::Monotonic;
 
 /// One start of one placement: what makes two processes of an instance different.
@@ -30,6 +31,12 @@ pub enum Input {
     PortsPicked { ports: BTreeMap<String, u16> },
     /// Answer to [`Action::PickPorts`](super::Action::PickPorts): it cannot be had. The message names port and holder.
     PortClash { message: String },
+    /// Answer to [`Action::Prepare`](super::Action::Prepare), also when it was cut short: what the attempt needs is
+    /// there, or why it cannot be had.
+    Prepared { key: ProcessKey, result: Result<(), SpawnError> },
+    /// Answer to [`Action::RunHook`](super::Action::RunHook) and [`Action::EndHook`](super::Action::EndHook): nothing of
+    /// it runs any longer.
+    HookEnded { key: ProcessKey, hook: Hook, result: HookResult },
     /// The keeper started the process of [`Action::Spawn`](super::Action::Spawn): exec has succeeded.
     Spawned { key: ProcessKey, process: pb::ProcessIdentity, started_unix_ns: i64 },
     /// The process could not be started.

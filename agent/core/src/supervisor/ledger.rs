@@ -7,6 +7,7 @@ use nave_proto::ids::InstanceId;
 use nave_proto::pb::{self, InstanceLedgerPhase as Phase};
 
 use super::health::{Health, WATCHDOG_SILENT};
+use super::hooks::PostStop;
 use super::lease::LEASE_OVER;
 use super::restart::{RestartMemory, backoff};
 use super::state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping};
@@ -41,10 +42,20 @@ impl Supervisor {
         if !same_boot {
             supervisor.memory.rebase(now);
         }
+        supervisor.post_start_open = ledger.post_start_open && same_boot;
+        if ledger.post_stop_owed || (!same_boot && came_to_something(ledger.phase())) {
+            supervisor.post_stop = PostStop::Owed;
+        }
         let recalled = if same_boot { recall(ledger, now) } else { recall_other_boot(ledger, now) };
         supervisor.state = State::Pending(Pending { recalled: Box::new(recalled), exit: None });
         supervisor.persisted = Some(ledger.clone());
         supervisor
+    }
+
+    /// The hub names it no longer, and its hooks are to be known to the end.
+    fn remembered_when_forgotten(&self) -> Option<pb::WantedInstance> {
+        let has_hooks = self.wanted.manifest.as_ref().is_some_and(|manifest| manifest.hooks.is_some());
+        (self.forget && has_hooks).then(|| self.wanted.clone())
     }
 
     /// The record as it should be on disk now.
@@ -64,6 +75,9 @@ impl Supervisor {
             exec_failures: self.memory.exec_failures,
             pick_ports: self.pick_ports,
             notes: self.notes.clone(),
+            post_start_open: self.post_start_open,
+            post_stop_owed: self.post_stop != PostStop::Nothing,
+            forgotten: self.remembered_when_forgotten(),
             ..pb::InstanceLedger::default()
         };
         write_state(&self.state, &mut ledger);
@@ -75,6 +89,8 @@ fn write_state(state: &State, ledger: &mut pb::InstanceLedger) {
     let phase = match state {
         State::Pending(pending) => return write_state(&pending.recalled, ledger),
         State::Starting(Starting::PickingPorts) => Phase::Pending,
+        State::Starting(Starting::Preparing { .. }) => Phase::Preparing,
+        State::Starting(Starting::PreStart { .. }) => Phase::PreStart,
         State::Starting(Starting::Spawning) => Phase::Starting,
         State::Running(running) => {
             write_running(running, ledger);
@@ -122,7 +138,7 @@ fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
         StopCause::Probe(reason) | StopCause::Watchdog(reason) => ledger.stop_reason.clone_from(reason),
     }
     match stopping.step {
-        StopStep::Draining { .. } => {}
+        StopStep::Draining { .. } | StopStep::PreStop { .. } => {}
         StopStep::Terminating { delivered } => ledger.stop_signalled = delivered,
         StopStep::Killing { tries, .. } => {
             ledger.stop_signalled = true;
@@ -135,6 +151,8 @@ fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
 fn recall(ledger: &pb::InstanceLedger, now: Monotonic) -> State {
     match ledger.phase() {
         Phase::Unspecified | Phase::Pending => State::due(now),
+        Phase::Preparing => State::Starting(Starting::Preparing { ending: false }),
+        Phase::PreStart => State::Starting(Starting::PreStart { ending: false }),
         Phase::Starting => State::Starting(Starting::Spawning),
         Phase::Running => State::Running(recall_running(ledger)),
         Phase::BackingOff => {
@@ -146,13 +164,30 @@ fn recall(ledger: &pb::InstanceLedger, now: Monotonic) -> State {
     }
 }
 
+/// Whether the attempt had a hook or a process, which a reboot has ended.
+fn came_to_something(phase: Phase) -> bool {
+    match phase {
+        Phase::PreStart | Phase::Starting | Phase::Running | Phase::Stopping => true,
+        Phase::Unspecified
+        | Phase::Pending
+        | Phase::Preparing
+        | Phase::BackingOff
+        | Phase::Exited
+        | Phase::Failed => false,
+    }
+}
+
 /// Every process ended with its boot, by no fault of its own: it is due at once. A back-off is served in full from
 /// now, since how much of it had passed is not known.
 fn recall_other_boot(ledger: &pb::InstanceLedger, now: Monotonic) -> State {
     match ledger.phase() {
-        Phase::Unspecified | Phase::Pending | Phase::Starting | Phase::Running | Phase::Stopping => {
-            State::due(now)
-        }
+        Phase::Unspecified
+        | Phase::Pending
+        | Phase::Preparing
+        | Phase::PreStart
+        | Phase::Starting
+        | Phase::Running
+        | Phase::Stopping => State::due(now),
         Phase::BackingOff => {
             // `step` is the next wait's; the one under way is the one before. 1: a restart at once.
             let wait = match ledger.backoff_step {
@@ -209,6 +244,23 @@ pub(super) fn widen(ports: &Ports) -> std::collections::BTreeMap<String, u32> {
 /// Ports as we keep them; what is no port is left out, and picked anew.
 fn narrow(ports: &std::collections::BTreeMap<String, u32>) -> Ports {
     ports.iter().filter_map(|(name, &port)| Some((name.clone(), u16::try_from(port).ok()?))).collect()
+}
+
+/// As [`unwanted`], of an instance that was wanted until `before`: it is stopped as its manifest says.
+#[must_use]
+pub fn forgotten(
+    instance: InstanceId,
+    ledger: &pb::InstanceLedger,
+    before: Option<pb::WantedInstance>,
+) -> pb::WantedInstance {
+    let known = before.or_else(|| ledger.forgotten.clone()).unwrap_or_default();
+    pb::WantedInstance {
+        manifest: known.manifest,
+        uid: known.uid,
+        ordinal: known.ordinal,
+        version: known.version,
+        ..unwanted(instance, ledger.epoch)
+    }
 }
 
 /// What little can be said of an instance that is only in the ledger or only with the keeper: stop and forget it.

@@ -120,6 +120,9 @@ impl Supervisor {
             },
             (State::BackingOff { why, .. } | State::Exited { why }, Goal::Run) => why.clone(),
             (State::Failed { reason }, Goal::Run) => reason.clone(),
+            (State::Starting(Starting::Preparing { .. }), Goal::Run) => "fetches what it needs".to_owned(),
+            (State::Starting(Starting::PreStart { .. }), Goal::Run) => "runs its pre_start hook".to_owned(),
+            (_, Goal::Stop) if self.runs_post_stop() => "runs its post_stop hook".to_owned(),
             (State::Starting(Starting::PickingPorts | Starting::Spawning) | State::Gone, Goal::Run)
             | (_, Goal::Stop | Goal::Replace) => String::new(),
         }

@@ -62,10 +62,18 @@ pub struct Pending {
     pub exit: Option<Box<pb::ExitRecord>>,
 }
 
-/// The two steps of a start.
+/// The steps of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Starting {
     PickingPorts,
+    /// What the process needs is fetched and made, where that may take long. `ending`: that is being cut short.
+    Preparing {
+        ending: bool,
+    },
+    /// The hook of that name runs. `ending`: it is being killed.
+    PreStart {
+        ending: bool,
+    },
     /// The order is with the keeper; only its answer, an exit record or its list ends this.
     Spawning,
 }
@@ -112,6 +120,8 @@ pub enum StopCause {
 pub enum StopStep {
     /// The endpoint is reported as draining; callers get until then to leave.
     Draining { until: Monotonic },
+    /// The hook of that name runs, until then at most.
+    PreStop { until: Monotonic },
     /// The stop signal is sent, and as far as is known was `delivered`.
     Terminating { delivered: bool },
     /// SIGKILL is sent, `tries` times; again at `next`.

@@ -8,6 +8,7 @@ use nave_proto::pb;
 
 use super::Supervisor;
 use super::action::{Action, Level, SignalScope};
+use super::hooks::Hook;
 use super::input::{ProcessKey, SignalError};
 use super::restart::signal_name;
 use super::state::{Running, State, StopCause, StopStep, Stopping};
@@ -68,6 +69,7 @@ impl Supervisor {
         self.state =
             State::Stopping(Stopping { running, cause, signal, step, kill_at: drained + grace, began: now });
         out.push(Action::StopProbes);
+        self.end_post_start(out);
         self.publish_report(out);
         self.persist(out);
     }
@@ -79,13 +81,16 @@ impl Supervisor {
             let hub = self.signal_cause();
             let State::Stopping(stopping) = &mut self.state else { return };
             match stopping.step {
-                StopStep::Draining { until } if now < until => return,
+                StopStep::Draining { until } | StopStep::PreStop { until } if now < until => return,
                 StopStep::Draining { .. } => {
-                    let signal = stopping.signal;
-                    stopping.step = StopStep::Terminating { delivered: true };
-                    out.push(signal_process(key, signal, SignalScope::Process, hub));
-                    // A stopped process would not see the signal.
-                    out.push(signal_process(key, SIGCONT, SignalScope::Process, pb::ExitCause::Unspecified));
+                    if self.pre_stop(now, out) {
+                        return;
+                    }
+                    self.terminate(out);
+                }
+                StopStep::PreStop { .. } => {
+                    out.push(Action::EndHook { key, hook: Hook::PreStop });
+                    self.terminate(out);
                 }
                 StopStep::Terminating { .. } if now < stopping.kill_at => return,
                 StopStep::Terminating { .. } => stopping.step = StopStep::Killing { tries: 0, next: now },
@@ -98,6 +103,16 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// The rung of the stop signal.
+    pub(super) fn terminate(&mut self, out: &mut Vec<Action>) {
+        let (key, cause) = (self.key(), self.signal_cause());
+        let State::Stopping(stopping) = &mut self.state else { return };
+        stopping.step = StopStep::Terminating { delivered: true };
+        out.push(signal_process(key, stopping.signal, SignalScope::Process, cause));
+        // A stopped process would not see the signal.
+        out.push(signal_process(key, SIGCONT, SignalScope::Process, pb::ExitCause::Unspecified));
     }
 
     fn signal_cause(&self) -> pb::ExitCause {
@@ -190,7 +205,9 @@ pub(super) fn ladder(stopping: &Stopping, now: Monotonic) -> String {
     let signal = signal_name(stopping.signal);
     let took = |since: Monotonic| human_ms(now.since(since));
     match stopping.step {
-        StopStep::Draining { .. } => "ended by itself before its stop signal".to_owned(),
+        StopStep::Draining { .. } | StopStep::PreStop { .. } => {
+            "ended by itself before its stop signal".to_owned()
+        }
         StopStep::Terminating { .. } => format!("was sent {signal} and ended after {}", took(stopping.began)),
         StopStep::Killing { tries, .. } => {
             let grace = human_ms(stopping.kill_at.since(stopping.began));
@@ -211,13 +228,14 @@ pub(super) fn progress(stopping: &Stopping) -> String {
     let grace = human_ms(stopping.kill_at.since(stopping.began));
     match stopping.step {
         StopStep::Draining { .. } => String::new(),
+        StopStep::PreStop { .. } => "runs its pre_stop hook".to_owned(),
         StopStep::Terminating { .. } => format!("was sent {signal} and has {grace} to end"),
         StopStep::Killing { .. } => stuck(stopping)
             .unwrap_or_else(|| format!("did not end after {signal} within {grace} and was sent SIGKILL")),
     }
 }
 
-fn human_ms(duration: Duration) -> String {
+pub(super) fn human_ms(duration: Duration) -> String {
     nave_proto::time::format_duration(Duration::from_millis(
         u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
     ))
@@ -230,7 +248,10 @@ pub(super) fn stuck(stopping: &Stopping) -> Option<String> {
             "pid {} does not die from SIGKILL, sent {tries} times",
             stopping.running.process.pid
         )),
-        StopStep::Killing { .. } | StopStep::Draining { .. } | StopStep::Terminating { .. } => None,
+        StopStep::Killing { .. }
+        | StopStep::Draining { .. }
+        | StopStep::PreStop { .. }
+        | StopStep::Terminating { .. } => None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod ending;
 mod health;
+mod hooks;
 mod leasing;
 mod starting;
 mod stopping;
@@ -187,6 +188,10 @@ impl Scene {
         let signal = |action: &Action| match action {
             Action::Signal { signal, scope, .. } => Some((*signal, *scope)),
             Action::PickPorts { .. }
+            | Action::Prepare(_)
+            | Action::CancelPreparation { .. }
+            | Action::RunHook(_)
+            | Action::EndHook { .. }
             | Action::Spawn(_)
             | Action::SweepCgroup { .. }
             | Action::StartProbe(_)

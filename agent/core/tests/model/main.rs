@@ -24,6 +24,7 @@ enum Event {
     Exit(u64, i32),
     Next(Temper, usize),
     Probe(u64, bool, bool),
+    HookEnds(u64, bool),
     Run(u64),
     Stop(u64),
     Remove(u64),
@@ -52,8 +53,21 @@ fn manifest(health: bool) -> pb::Manifest {
             ..Default::default()
         }),
         stop: Some(pb::Stop { signal: 15, grace: seconds(10) }),
+        hooks: Some(pb::Hooks { pre_start: hook(), post_start: hook(), pre_stop: hook(), post_stop: hook() }),
         ..pb::Manifest::default()
     }
+}
+
+fn hook() -> Option<pb::Hook> {
+    let timeout = Duration::from_secs(5).try_into().ok();
+    Some(pb::Hook { command: vec!["true".to_owned()], timeout })
+}
+
+fn without_hooks(mut wanted: pb::WantedInstance) -> pb::WantedInstance {
+    if let Some(manifest) = &mut wanted.manifest {
+        manifest.hooks = None;
+    }
+    wanted
 }
 
 fn run(instance: u64, epoch: u64, health: bool) -> pb::WantedInstance {
@@ -77,6 +91,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
         Event::Probe(instance, live, passed) => {
             world.probe(instance, if live { ProbeKind::Live } else { ProbeKind::Ready }, passed);
         }
+        Event::HookEnds(instance, succeeds) => drop(world.hook_ends(instance, succeeds)),
         Event::Run(instance) => {
             *epochs += 1;
             let epoch = *epochs;
@@ -142,6 +157,7 @@ fn anything() -> impl Strategy<Value = Event> {
         6 => (instance(), 0..2_i32).prop_map(|(id, code)| Event::Exit(id, code)),
         5 => (temper(), 1..5_usize).prop_map(|(temper, times)| Event::Next(temper, times)),
         4 => (instance(), any::<bool>(), any::<bool>()).prop_map(|(id, live, ok)| Event::Probe(id, live, ok)),
+        5 => (instance(), any::<bool>()).prop_map(|(id, ok)| Event::HookEnds(id, ok)),
         4 => instance().prop_map(Event::Run),
         3 => instance().prop_map(Event::Stop),
         1 => instance().prop_map(Event::Remove),
@@ -213,7 +229,7 @@ proptest! {
     ) {
         let mut world = World::new(seed);
         world.oracle.strict = true;
-        world.wish(1, |_| Some(run(1, 1, false)));
+        world.wish(1, |_| Some(without_hooks(run(1, 1, false))));
         let mut epochs = 1;
         for event in &events {
             happen(&mut world, event, &mut epochs);

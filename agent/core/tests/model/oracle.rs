@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use nave_agent_core::supervisor::{
-    Action, BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, ProcessKey, UPTIME_FOR_RESTART_AT_ONCE,
+    Action, BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, Hook, HookOrder, ProcessKey,
+    UPTIME_FOR_RESTART_AT_ONCE,
 };
-use nave_agent_core::{Monotonic, Order};
+use nave_agent_core::{Monotonic, Order, SpawnOrder};
 use nave_proto::pb::{self, ledger_record::Record};
 
 use crate::keeper::FakeKeeper;
@@ -35,6 +36,10 @@ pub(crate) struct Oracle {
     exec_failures: BTreeMap<(u64, u64), u32>,
     /// The wait that must have passed since the last end, by (instance, epoch), and its step.
     steps: BTreeMap<(u64, u64), u32>,
+    /// Attempts that came as far as a hook or a process and whose `post_stop` has not ended.
+    owed: BTreeSet<Process>,
+    /// Attempts whose `pre_start` has succeeded.
+    pre_started: BTreeSet<Process>,
     /// Set by tests in which nothing but exits, time and the agent's death happen.
     pub(crate) strict: bool,
 }
@@ -169,6 +174,52 @@ impl Oracle {
         *step += 1;
         let waited = now.since(ended);
         assert!(waited >= wait.mul_f64(0.8), "{key:?} of i-{instance} waited {waited:?} instead of {wait:?}");
+    }
+
+    pub(crate) fn hook_begins(&mut self, instance: u64, order: &HookOrder, running: Option<ProcessKey>) {
+        let (key, hook) = (order.key, order.hook);
+        match hook {
+            Hook::PreStart => {
+                assert_eq!(running, None, "i-{instance}: {hook} of {key:?} beside a process");
+                self.owes_nothing(instance);
+                self.owed.insert((instance, key));
+            }
+            Hook::PostStart | Hook::PreStop => {
+                // It may have ended a moment ago.
+                assert!(
+                    running.is_none_or(|at| at == key),
+                    "i-{instance}: {hook} of {key:?} beside {running:?}"
+                );
+            }
+            Hook::PostStop => {
+                assert_eq!(running, None, "i-{instance}: {hook} of {key:?} beside a process");
+            }
+        }
+    }
+
+    pub(crate) fn hook_ended(&mut self, instance: u64, key: ProcessKey, hook: Hook, succeeds: bool) {
+        match hook {
+            Hook::PreStart if succeeds => drop(self.pre_started.insert((instance, key))),
+            Hook::PostStop => drop(self.owed.remove(&(instance, key))),
+            Hook::PreStart | Hook::PostStart | Hook::PreStop => {}
+        }
+    }
+
+    /// A process may start only after its own first hook, and after the last one of its predecessors.
+    pub(crate) fn hooks_allow_start(&mut self, instance: u64, order: &SpawnOrder) {
+        if order.wanted.manifest.as_ref().is_none_or(|manifest| manifest.hooks.is_none()) {
+            return;
+        }
+        let process = (instance, order.key);
+        assert!(self.pre_started.contains(&process), "{process:?} is started without its pre_start hook");
+        self.owed.insert(process);
+        let before = self.owed.iter().find(|other| other.0 == instance && other.1 != order.key);
+        assert_eq!(before, None, "{process:?} is started before the post_stop hook of an earlier one");
+    }
+
+    pub(crate) fn owes_nothing(&self, instance: u64) {
+        let owed = self.owed.iter().find(|(other, _)| *other == instance);
+        assert_eq!(owed, None, "i-{instance}: a post_stop hook was forgotten");
     }
 
     pub(crate) fn may_have_given_up(&self, instance: u64, epoch: u64, reason: &str) {

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use nave_agent_core::supervisor::{
-    Action, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind, State,
+    Action, Hook, HookResult, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
+    State,
 };
 use nave_agent_core::{Input, Monotonic, Order, Reconciler, WallOffset};
 use nave_proto::ids::InstanceId;
@@ -31,6 +32,14 @@ enum Told {
     Answered,
 }
 
+#[derive(Debug, Clone, Copy)]
+struct RunningHook {
+    key: ProcessKey,
+    hook: Hook,
+    /// Which agent has begun it.
+    agent: u32,
+}
+
 pub(crate) struct World {
     pub(crate) now: Monotonic,
     rng: StdRng,
@@ -48,6 +57,10 @@ pub(crate) struct World {
     pub(crate) wishes: BTreeMap<u64, pb::WantedInstance>,
     generation: u64,
     boots: u32,
+    /// By instance; also one whose agent has died.
+    hooks: BTreeMap<u64, RunningHook>,
+    /// Agents so far.
+    agents: u32,
     pub(crate) oracle: Oracle,
 }
 
@@ -70,6 +83,8 @@ impl World {
             wishes: BTreeMap::new(),
             generation: 0,
             boots: 0,
+            hooks: BTreeMap::new(),
+            agents: 0,
             oracle: Oracle::default(),
         };
         world.connect();
@@ -81,7 +96,15 @@ impl World {
         self.asks.clear();
         self.open.clear();
         // What the agent tells itself does not pass through the keeper.
-        let own = |input: &Input| matches!(input, Input::PortsPicked { .. } | Input::ProbeResult { .. });
+        let own = |input: &Input| {
+            matches!(
+                input,
+                Input::PortsPicked { .. }
+                    | Input::ProbeResult { .. }
+                    | Input::Prepared { .. }
+                    | Input::HookEnded { .. }
+            )
+        };
         self.told.retain(|told| matches!(told, Told::Input { input, .. } if own(input)));
         self.ask(Ask::Hello);
     }
@@ -95,6 +118,7 @@ impl World {
 
     pub(crate) fn crash_agent(&mut self) {
         self.flush_some_asks();
+        self.agents += 1;
         self.agent = Reconciler::restore(&self.keeper.boot_id, self.disk.clone(), self.now);
         self.outbox.clear();
         self.told.clear();
@@ -141,6 +165,7 @@ impl World {
         self.now = Monotonic(30_000_000_000);
         self.keeper.reboot(&format!("boot-{}", self.boots));
         self.asks.clear();
+        self.hooks.clear();
         self.oracle.rebooted();
         self.crash_agent();
     }
@@ -148,6 +173,34 @@ impl World {
     pub(crate) fn exit(&mut self, instance: u64, code: i32) {
         let exit = self.keeper.exit(instance, code, self.now);
         self.tell_exit(exit);
+    }
+
+    /// One that its agent still waits for.
+    pub(crate) fn hook_ends(&mut self, instance: u64, succeeds: bool) -> bool {
+        let Some(&RunningHook { key, hook, agent }) = self.hooks.get(&instance) else { return false };
+        if agent != self.agents {
+            return false;
+        }
+        self.hooks.remove(&instance);
+        self.oracle.hook_ended(instance, key, hook, succeeds);
+        let outcome = if succeeds { Ok(()) } else { Err("exited with status 1".to_owned()) };
+        self.tell_hook(instance, key, hook, outcome);
+        true
+    }
+
+    fn tell_hook(&mut self, instance: u64, key: ProcessKey, hook: Hook, outcome: Result<(), String>) {
+        let result = HookResult { took: Duration::ZERO, outcome };
+        let input = Input::HookEnded { key, hook, result };
+        self.told.push_back(Told::Input { instance, input, answer: false });
+    }
+
+    /// What the shell does before it runs another, and when it is told to end one.
+    fn kill_hook(&mut self, instance: u64) {
+        if let Some(RunningHook { key, hook, agent }) = self.hooks.remove(&instance)
+            && agent == self.agents
+        {
+            self.tell_hook(instance, key, hook, Err("it was ended".to_owned()));
+        }
     }
 
     fn tell_exit(&mut self, exit: Option<pb::ExitRecord>) {
@@ -276,6 +329,28 @@ impl World {
                     answer: false,
                 });
             }
+            Action::Prepare(order) => {
+                let result = match self.rng.random_bool(0.9) {
+                    true => Ok(()),
+                    false => {
+                        let message = "not found".to_owned();
+                        Err(SpawnError { kind: SpawnErrorKind::System, errno: 0, message })
+                    }
+                };
+                let input = Input::Prepared { key: order.key, result };
+                self.told.push_back(Told::Input { instance: instance.0, input, answer: false });
+            }
+            Action::CancelPreparation { .. } => {} // it has been answered
+            Action::RunHook(order) => {
+                self.kill_hook(instance.0);
+                self.oracle.hook_begins(instance.0, order, self.keeper.running(instance.0));
+                let (key, hook, agent) = (order.key, order.hook, self.agents);
+                self.hooks.insert(instance.0, RunningHook { key, hook, agent });
+            }
+            Action::EndHook { key, hook } => {
+                self.kill_hook(instance.0);
+                self.tell_hook(instance.0, *key, *hook, Err("it was ended".to_owned()));
+            }
             Action::Spawn(_)
             | Action::Signal { .. }
             | Action::SweepCgroup { .. }
@@ -316,6 +391,9 @@ impl World {
             Action::Spawn(order) => {
                 let key = order.key;
                 self.oracle.started(instance, key, self.now, &self.keeper);
+                let beside = self.hooks.get(&instance);
+                assert!(beside.is_none(), "i-{instance}: {key:?} is started beside a hook: {beside:?}");
+                self.oracle.hooks_allow_start(instance, &order);
                 let input = match self.keeper.spawn(instance, &order, self.now) {
                     Ok((process, exit)) => {
                         self.tell_exit(exit);
@@ -391,7 +469,8 @@ impl World {
     /// Until nothing is left to do and nothing is left to wait for.
     pub(crate) fn settle(&mut self) {
         for _ in 0..100_000 {
-            if self.turn() {
+            let hooks: Vec<u64> = self.hooks.keys().copied().collect();
+            if self.turn() || hooks.into_iter().any(|instance| self.hook_ends(instance, true)) {
                 continue;
             }
             match self.agent.next_wake() {
@@ -427,6 +506,12 @@ impl World {
                     self.oracle.may_have_given_up(instance, wish.epoch, reason);
                 }
                 other => panic!("i-{instance} should run: {other:?}"),
+            }
+        }
+        assert!(self.hooks.is_empty(), "run for nobody: {:?}", self.hooks);
+        for (&instance, wish) in &self.wishes {
+            if wish.desired() == pb::Desired::Stop || self.keeper.running(instance).is_none() {
+                self.oracle.owes_nothing(instance);
             }
         }
         let alive: BTreeSet<_> = self.keeper.list().iter().map(|process| process.instance_id).collect();

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    ArtifactDocument, Document, DurationText, FileDocument, HealthDocument, IsolationDocument, JobDocument,
-    KindWord, LogsDocument, MissedWord, OnDisconnectWord, OverlapWord, PlacementDocument, PolicyWord,
-    PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument, RestartDocument, RlimitValue, SeccompWord,
-    StopDocument, UpdateDocument,
+    ArtifactDocument, Document, DurationText, FileDocument, HealthDocument, HookDocument, HooksDocument,
+    IsolationDocument, JobDocument, KindWord, LogsDocument, MissedWord, OnDisconnectWord, OverlapWord,
+    PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument,
+    RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
 use crate::pb;
@@ -44,6 +44,7 @@ impl From<&pb::Manifest> for Document {
             file: manifest.files.iter().map(FileDocument::from).collect(),
             isolation: manifest.isolation.as_ref().map(IsolationDocument::from),
             rlimits: manifest.rlimits.iter().map(|(name, &limit)| (name.clone(), rlimit(limit))).collect(),
+            hooks: manifest.hooks.as_ref().map(HooksDocument::from),
         }
     }
 }
@@ -108,6 +109,23 @@ impl From<&pb::Restart> for RestartDocument {
             }),
             success_codes: restart.success_codes.clone(),
             fatal_codes: restart.fatal_codes.clone(),
+        }
+    }
+}
+
+impl From<&pb::Hooks> for HooksDocument {
+    fn from(hooks: &pb::Hooks) -> Self {
+        let hook = |hook: &Option<pb::Hook>| {
+            hook.as_ref().map(|hook| HookDocument {
+                command: hook.command.clone(),
+                timeout: DurationText::of(hook.timeout.as_ref()),
+            })
+        };
+        Self {
+            pre_start: hook(&hooks.pre_start),
+            post_start: hook(&hooks.post_start),
+            pre_stop: hook(&hooks.pre_stop),
+            post_stop: hook(&hooks.post_stop),
         }
     }
 }

@@ -107,6 +107,37 @@ fn a_mistake_in_files_and_secrets_is_answered_in_place() {
 }
 
 #[test]
+fn a_mistake_in_hooks_is_answered_in_place() {
+    for (body, message) in [
+        (
+            "[hooks]\npre_start = [\"true\"]",
+            "f:4:13: hooks.pre_start: it must be a table, such as { command = [\"/srv/migrate\"], timeout = \"30s\" }, \
+             not a list",
+        ),
+        (
+            "[hooks.pre_start]\ntimeout = \"5s\"",
+            "f:3:8: hooks.pre_start.command: is missing; list the program and its arguments, such as [\"sleep\", \"60\"]",
+        ),
+        (
+            "[hooks]\npost_stop = { command = [\"true\"], timeout = \"0s\" }",
+            "f:4:44: hooks.post_stop.timeout: must be 100ms to 1h, not 0s",
+        ),
+        (
+            "[stop]\ngrace = \"5s\"\n[hooks]\npre_stop = { command = [\"true\"], timeout = \"5s\" }",
+            "f:6:43: hooks.pre_stop.timeout: 5s is not less than stop.grace, 5s, which it is part of: no time would be \
+             left to obey the stop signal",
+        ),
+        (
+            "[hooks]\nprestart = { command = [\"true\"] }",
+            "f:4:1: hooks.prestart: unknown key; did you mean `pre_start`?",
+        ),
+        ("[hooks]", "f:3:1: hooks: has no hook; add one of pre_start, post_start, pre_stop or post_stop"),
+    ] {
+        assert_eq!(told(body), message);
+    }
+}
+
+#[test]
 fn a_mistake_in_a_job_is_answered_in_place() {
     for (body, part) in [
         ("schedule = \"0 3 * * *\"", "f:3:12: schedule: only a job has a schedule; say kind = \"job\""),
@@ -450,7 +481,7 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
         ),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, kind, schedule, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact, job\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, kind, schedule, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact, job, hooks\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
         ),
     ] {
         assert_eq!(told(body), message);

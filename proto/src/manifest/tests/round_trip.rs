@@ -212,6 +212,31 @@ prop_compose! {
     }
 }
 
+fn hook() -> impl Strategy<Value = Option<pb::Hook>> {
+    option::of(
+        (command(), duration(100..3_600_000)).prop_map(|(command, timeout)| pb::Hook { command, timeout }),
+    )
+}
+
+/// `pre_stop` is left out where the grace, which it is part of, is too short for it.
+fn hooks() -> impl Strategy<Value = pb::Hooks> {
+    (hook(), hook(), hook(), hook()).prop_map(|(pre_start, post_start, pre_stop, post_stop)| pb::Hooks {
+        pre_start,
+        post_start,
+        pre_stop,
+        post_stop,
+    })
+}
+
+fn within(hooks: Option<pb::Hooks>, stop: &pb::Stop) -> Option<pb::Hooks> {
+    let (hooks, grace) = (hooks?, stop.grace.as_ref().and_then(|grace| Duration::try_from(*grace).ok())?);
+    let fits = |hook: &pb::Hook| {
+        hook.timeout.is_some_and(|timeout| Duration::try_from(timeout).is_ok_and(|timeout| timeout < grace))
+    };
+    let hooks = pb::Hooks { pre_stop: hooks.pre_stop.filter(fits), ..hooks };
+    (hooks != pb::Hooks::default()).then_some(hooks)
+}
+
 fn manifest() -> impl Strategy<Value = pb::Manifest> {
     let count = prop_oneof![Just(None), (0u32..=COUNT_MAX).prop_map(Some)];
     (ports(), count).prop_flat_map(|(ports, count)| {
@@ -226,6 +251,7 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                 update(count.unwrap_or(0)),
                 option::of(isolation()),
                 btree_map(rlimit_name(), any::<i64>(), 0..3),
+                option::of(hooks()),
             ),
             rest(),
             (1u64..1000, duration(1000..86_400_000)),
@@ -234,7 +260,7 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
             .prop_map(
                 move |(names, env, user, working_dir, health, resources, more, rest, logs, beside)| {
                     let (name, command, needs) = names;
-                    let (update, isolation, rlimits) = more;
+                    let (update, isolation, rlimits, hooks) = more;
                     let (restart, stop, placement) = rest;
                     let is_job = count == Some(1)
                         && health.is_none()
@@ -244,6 +270,7 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                     let schedule =
                         ["", "30 2 * * 1-5 Europe/Berlin"][if is_job { odd } else { 0 }].to_owned();
                     let policy = i32::from(odd == 1) + 1;
+                    let hooks = within(hooks, &stop);
                     pb::Manifest {
                         kind: if is_job { pb::Kind::Job } else { pb::Kind::Service }.into(),
                         schedule,
@@ -275,6 +302,7 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                             .into_iter()
                             .map(|(name, limit)| (name.to_owned(), u64::try_from(limit).unwrap_or(u64::MAX)))
                             .collect(),
+                        hooks,
                     }
                 },
             )
