@@ -5,5 +5,6 @@
 #![expect(dead_code, reason = "the engines and the table come next")]
 
 mod http1;
+mod identity;
 mod meter;
 mod route;

@@ -25,13 +25,23 @@ pub(crate) const CALLERS_MAX: usize = 64;
 /// Who opened a connection, as far as the kernel says.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Caller {
+    /// The kernel does not say: it has gone already, or is no process of this machine.
     Unknown,
+    Service(Arc<str>),
+    /// A process that no service owns.
+    User {
+        host: Arc<str>,
+        uid: u32,
+    },
 }
 
+/// As a manifest's `allow` names it.
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unknown => f.write_str("unknown"),
+            Self::Service(name) => f.write_str(name),
+            Self::User { host, uid } => write!(f, "host/{host}/uid/{uid}"),
         }
     }
 }
