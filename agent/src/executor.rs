@@ -7,7 +7,7 @@
 mod confine;
 pub(crate) mod directories;
 mod hooks;
-mod ports;
+pub(crate) mod ports;
 pub(crate) mod spawn;
 pub(crate) mod users;
 

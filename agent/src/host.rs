@@ -33,6 +33,7 @@ use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
 use crate::logs::limits::{log_limits, max_age};
 use crate::metrics::{Metrics, StateLabel};
+use crate::proxy::{LocalWord, Proxy};
 use crate::run::RunError;
 use crate::sequence::Sequencer;
 use crate::uplink::Uplink;
@@ -97,6 +98,9 @@ pub(crate) struct HostTask {
     log_limits: BTreeMap<(InstanceId, u64), pb::LogLimits>,
     prune_at: Monotonic,
     witness: Arc<Mutex<Witness>>,
+    proxy: Option<Proxy>,
+    /// What the proxy was told of each instance: of which epoch, and what.
+    told: BTreeMap<InstanceId, (u64, LocalWord)>,
 }
 
 impl std::fmt::Debug for HostTask {
@@ -129,7 +133,14 @@ impl HostTask {
             log_limits: BTreeMap::new(),
             prune_at: clock::monotonic() + PRUNE_EVERY,
             witness: Arc::default(),
+            proxy: None,
+            told: BTreeMap::new(),
         }
+    }
+
+    /// With one that is to hear at once what becomes of this host's endpoints.
+    pub(crate) fn with_proxy(self, proxy: Proxy) -> Self {
+        Self { proxy: Some(proxy), ..self }
     }
 
     /// With one that has watched the processes already.
@@ -172,7 +183,10 @@ impl HostTask {
             self.take(event, &mut work)?;
         }
         work.orders.extend(self.reconciler.tick(clock::monotonic(), &mut rand::rng()));
+        // Before any effect: nothing new goes to a process that is about to be told to end.
+        self.tell_proxy();
         self.carry_out(work).await?;
+        self.tell_proxy();
         let now = clock::monotonic();
         self.look_after_logs(now);
         let wall = WallOffset::measure(now, clock::wall_unix_ns());
@@ -205,6 +219,10 @@ impl HostTask {
     fn keeper_event(&mut self, event: KeeperEvent, work: &mut Work) -> Result<(), RunError> {
         match event {
             KeeperEvent::Exited(mut exit) => {
+                if let Some(proxy) = &self.proxy {
+                    proxy.local_gone(InstanceId(exit.instance_id), exit.epoch);
+                    self.told.remove(&InstanceId(exit.instance_id));
+                }
                 self.metrics.process_exits.inc();
                 self.witness.lock().explain(&mut exit);
                 work.orders.extend(self.reconciler.exited(clock::monotonic(), &mut rand::rng(), *exit));
@@ -447,6 +465,36 @@ impl HostTask {
             | Action::Gone
             | Action::WakeAt(_) => {}
         }
+    }
+
+    /// What has changed of this host's endpoints.
+    fn tell_proxy(&mut self) {
+        let Some(proxy) = &self.proxy else { return };
+        for one in self.reconciler.supervisors() {
+            let (instance, epoch) = (one.instance(), one.key().epoch);
+            let is_same = self
+                .told
+                .get(&instance)
+                .is_some_and(|(of_epoch, word)| *of_epoch == epoch && word.is(one.endpoint(), one.ports()));
+            if is_same {
+                continue;
+            }
+            let word = LocalWord::new(one.endpoint(), one.ports());
+            if let Some((before, _)) = self.told.insert(instance, (epoch, word.clone()))
+                && before != epoch
+            {
+                proxy.local(service(one), instance, before, LocalWord::Gone);
+            }
+            proxy.local(service(one), instance, epoch, word);
+        }
+        let reconciler = &self.reconciler;
+        self.told.retain(|instance, (epoch, _)| {
+            let stays = reconciler.supervisor(*instance).is_some();
+            if !stays {
+                proxy.local_gone(*instance, *epoch);
+            }
+            stays
+        });
     }
 
     /// Ports of all other instances, and whose they are.

@@ -2,22 +2,23 @@
 //!
 //! One task reads and one writes, so that neither side can block the other into a deadlock. When the connection
 //! breaks, every waiting caller hears `Lost` and the agent begins anew with the next keeper (see `run`), from its
-//! ledger and what that keeper says runs. Descriptors are not passed here: the agent holds none that must outlive it.
+//! ledger and what that keeper says runs. Listening sockets, which must outlive the agent, are passed here both ways.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nave_agent_core::ProcessKey;
-use nave_keeper::client::{FrameBuffer, FrameError, PROTOCOL_VERSION, encode, socket_path};
+use nave_keeper::client::{FrameBuffer, FrameError, PROTOCOL_VERSION, encode, receive, send, socket_path};
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 use parking_lot::Mutex;
 use pb::keeper_reply::Reply;
 use pb::keeper_request::Request;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
@@ -79,31 +80,75 @@ pub(crate) enum Purpose {
 #[derive(Debug)]
 enum Answer {
     Caller(oneshot::Sender<Result<Reply, CallError>>),
+    /// With the descriptor that comes with a good answer.
+    Taker(oneshot::Sender<Result<OwnedFd, CallError>>),
     MainLoop(Purpose),
     Nobody,
+}
+
+/// A request on its way, with the descriptor that goes with it.
+#[derive(Debug)]
+struct Asked {
+    request: Request,
+    descriptor: Option<OwnedFd>,
+    answer: Answer,
 }
 
 /// For everybody who asks the keeper for something.
 #[derive(Debug, Clone)]
 pub(crate) struct KeeperHandle {
-    requests: mpsc::Sender<(Request, Answer)>,
+    requests: mpsc::Sender<Asked>,
 }
 
 impl KeeperHandle {
     pub(crate) async fn call(&self, request: Request) -> Result<Reply, CallError> {
+        self.call_with(request, None).await
+    }
+
+    async fn call_with(&self, request: Request, descriptor: Option<OwnedFd>) -> Result<Reply, CallError> {
         let (answer, answered) = oneshot::channel();
-        self.requests.send((request, Answer::Caller(answer))).await.map_err(|_| CallError::Lost)?;
+        let asked = Asked { request, descriptor, answer: Answer::Caller(answer) };
+        self.requests.send(asked).await.map_err(|_| CallError::Lost)?;
         answered.await.map_err(|_| CallError::Lost)?
+    }
+
+    /// The keeper holds it under this name, instead of what it held there before.
+    pub(crate) async fn store_descriptor(&self, name: String, descriptor: OwnedFd) -> Result<(), CallError> {
+        let request = Request::StoreDescriptor(pb::StoreDescriptor { name });
+        self.call_with(request, Some(descriptor)).await.map(|_| ())
+    }
+
+    /// Another end of what the keeper holds under this name.
+    pub(crate) async fn take_descriptor(&self, name: String) -> Result<OwnedFd, CallError> {
+        let (answer, answered) = oneshot::channel();
+        let request = Request::TakeDescriptor(pb::TakeDescriptor { name });
+        let asked = Asked { request, descriptor: None, answer: Answer::Taker(answer) };
+        self.requests.send(asked).await.map_err(|_| CallError::Lost)?;
+        answered.await.map_err(|_| CallError::Lost)?
+    }
+
+    /// The keeper closes it.
+    pub(crate) async fn drop_descriptor(&self, name: String) -> Result<(), CallError> {
+        self.call(Request::DropDescriptor(pb::DropDescriptor { name })).await.map(|_| ())
+    }
+
+    /// The names of all that the keeper holds.
+    pub(crate) async fn descriptors(&self) -> Result<Vec<String>, CallError> {
+        match self.call(Request::ListDescriptors(pb::ListDescriptors {})).await? {
+            Reply::Descriptors(list) => Ok(list.names),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// The answer comes as `KeeperEvent::Answered`; when the connection is lost there is none, and the agent ends.
     pub(crate) async fn ask(&self, request: Request, purpose: Purpose) {
-        let _lost = self.requests.send((request, Answer::MainLoop(purpose))).await;
+        let _lost =
+            self.requests.send(Asked { request, descriptor: None, answer: Answer::MainLoop(purpose) }).await;
     }
 
     /// No answer is waited for.
     pub(crate) async fn tell(&self, request: Request) {
-        let _lost = self.requests.send((request, Answer::Nobody)).await;
+        let _lost = self.requests.send(Asked { request, descriptor: None, answer: Answer::Nobody }).await;
     }
 
     pub(crate) async fn list(&self) -> Result<Vec<pb::KeptProcess>, CallError> {
@@ -127,13 +172,20 @@ pub(crate) fn unexpected(reply: &Reply) -> CallError {
 #[derive(Debug)]
 pub(crate) struct KeeperTask {
     read: OwnedReadHalf,
-    frames: FrameBuffer,
+    received: Received,
     write: OwnedWriteHalf,
-    requests: mpsc::Receiver<(Request, Answer)>,
+    requests: mpsc::Receiver<Asked>,
     waiting: Arc<Mutex<BTreeMap<u64, Answer>>>,
     /// Events that came together with the welcome.
     early: Vec<pb::KeeperReply>,
     last_id: u64,
+}
+
+/// What has come and is not used yet. Descriptors come in the order of the answers they belong to.
+#[derive(Debug, Default)]
+struct Received {
+    frames: FrameBuffer,
+    descriptors: VecDeque<OwnedFd>,
 }
 
 /// Connects and says hello; a keeper that is not there is waited for as long as `patience`.
@@ -160,7 +212,7 @@ async fn hello(stream: UnixStream) -> Result<(KeeperHandle, KeeperTask, pb::Keep
     let (requests, receiver) = mpsc::channel(REQUESTS);
     let mut task = KeeperTask {
         read,
-        frames: FrameBuffer::default(),
+        received: Received::default(),
         write,
         requests: receiver,
         waiting: Arc::default(),
@@ -172,7 +224,7 @@ async fn hello(stream: UnixStream) -> Result<(KeeperHandle, KeeperTask, pb::Keep
     let frame = encode(&pb::KeeperRequest { id: task.last_id, request: Some(Request::Hello(hello)) })?;
     task.write.write_all(&frame).await?;
     loop {
-        let message = next_message(&mut task.read, &mut task.frames).await?;
+        let message = next_message(&mut task.read, &mut task.received).await?;
         match message {
             pb::KeeperReply { id: 1, reply: Some(Reply::Welcome(welcome)) } => {
                 return Ok((KeeperHandle { requests }, task, welcome));
@@ -188,7 +240,7 @@ impl KeeperTask {
     pub(crate) async fn run(self, events: mpsc::Sender<KeeperEvent>) -> KeeperError {
         let waiting = self.waiting.clone();
         let error = tokio::select! {
-            error = read_on(self.read, self.frames, self.early, &waiting, &events) => error,
+            error = read_on(self.read, self.received, self.early, &waiting, &events) => error,
             error = write_on(self.write, self.requests, self.last_id, &waiting, &events) => error,
         };
         // Dropping the answers tells the callers.
@@ -199,20 +251,20 @@ impl KeeperTask {
 
 async fn read_on(
     mut read: OwnedReadHalf,
-    mut frames: FrameBuffer,
+    mut received: Received,
     early: Vec<pb::KeeperReply>,
     waiting: &Mutex<BTreeMap<u64, Answer>>,
     events: &mpsc::Sender<KeeperEvent>,
 ) -> KeeperError {
     for message in early {
-        if forward(message, waiting, events).await.is_err() {
+        if forward(message, &mut received.descriptors, waiting, events).await.is_err() {
             return KeeperError::Lost;
         }
     }
     loop {
-        match next_message(&mut read, &mut frames).await {
+        match next_message(&mut read, &mut received).await {
             Ok(message) => {
-                if forward(message, waiting, events).await.is_err() {
+                if forward(message, &mut received.descriptors, waiting, events).await.is_err() {
                     return KeeperError::Lost;
                 }
             }
@@ -224,6 +276,7 @@ async fn read_on(
 /// A reply to its caller, an event to the main loop. `Err`: nobody hears events any more.
 async fn forward(
     message: pb::KeeperReply,
+    descriptors: &mut VecDeque<OwnedFd>,
     waiting: &Mutex<BTreeMap<u64, Answer>>,
     events: &mpsc::Sender<KeeperEvent>,
 ) -> Result<(), mpsc::error::SendError<KeeperEvent>> {
@@ -237,6 +290,11 @@ async fn forward(
     }
     let Some(answer) = waiting.lock().remove(&message.id) else { return Ok(()) };
     let result = match reply {
+        Reply::Done(_) if matches!(answer, Answer::Taker(_)) => {
+            let Answer::Taker(taker) = answer else { return Ok(()) };
+            let _given_up = taker.send(descriptors.pop_front().ok_or(CallError::Lost));
+            return Ok(());
+        }
         Reply::Error(error) => Err(CallError::Refused(error)),
         Reply::Unsupported(_) => Err(CallError::Unsupported),
         reply => Ok(reply),
@@ -258,18 +316,22 @@ async fn deliver(
             let _given_up = caller.send(result);
             Ok(())
         }
+        Answer::Taker(taker) => {
+            let _given_up = taker.send(result.and_then(|reply| Err(unexpected(&reply))));
+            Ok(())
+        }
         Answer::Nobody => Ok(()),
     }
 }
 
 async fn write_on(
     mut write: OwnedWriteHalf,
-    mut requests: mpsc::Receiver<(Request, Answer)>,
+    mut requests: mpsc::Receiver<Asked>,
     mut last_id: u64,
     waiting: &Mutex<BTreeMap<u64, Answer>>,
     events: &mpsc::Sender<KeeperEvent>,
 ) -> KeeperError {
-    while let Some((request, answer)) = requests.recv().await {
+    while let Some(Asked { request, descriptor, answer }) = requests.recv().await {
         last_id += 1;
         let frame = match encode(&pb::KeeperRequest { id: last_id, request: Some(request) }) {
             Ok(frame) => frame,
@@ -286,25 +348,43 @@ async fn write_on(
             }
         };
         waiting.lock().insert(last_id, answer);
-        if let Err(error) = write.write_all(&frame).await {
+        let sent = match descriptor {
+            Some(descriptor) => send_with(&mut write, &frame, &descriptor).await,
+            None => write.write_all(&frame).await,
+        };
+        if let Err(error) = sent {
             return error.into();
         }
     }
     KeeperError::Lost
 }
 
+/// The descriptor rides on the first byte that goes.
+async fn send_with(write: &mut OwnedWriteHalf, frame: &[u8], descriptor: &OwnedFd) -> io::Result<()> {
+    let stream = write.as_ref();
+    let sent =
+        stream.async_io(Interest::WRITABLE, || send(stream.as_fd(), frame, &[descriptor.as_fd()])).await?;
+    write.write_all(&frame[sent..]).await
+}
+
 async fn next_message(
     read: &mut OwnedReadHalf,
-    frames: &mut FrameBuffer,
+    received: &mut Received,
 ) -> Result<pb::KeeperReply, KeeperError> {
-    let mut buffer = [0; READ_BYTES];
+    let stream = read.as_ref();
     loop {
-        if let Some(message) = frames.next_message()? {
+        if let Some(message) = received.frames.next_message()? {
             return Ok(message);
         }
-        match read.read(&mut buffer).await? {
-            0 => return Err(KeeperError::Lost),
-            length => frames.push(&buffer[..length]),
+        let taken = stream.async_io(Interest::READABLE, || {
+            let mut buffer = [0; READ_BYTES];
+            let (length, descriptors) = receive(stream.as_fd(), &mut buffer)?;
+            received.frames.push(&buffer[..length]);
+            received.descriptors.extend(descriptors);
+            Ok(length)
+        });
+        if taken.await? == 0 {
+            return Err(KeeperError::Lost);
         }
     }
 }
@@ -312,6 +392,7 @@ async fn next_message(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncReadExt as _;
     use tokio::net::UnixListener;
     use tokio::task::JoinSet;
 
@@ -380,6 +461,58 @@ mod tests {
         assert_eq!(lost.unwrap_err(), CallError::Lost);
         assert!(matches!(ends.join_next().await, Some(Ok(KeeperError::Lost))));
         assert_eq!(handle.list().await.unwrap_err(), CallError::Lost);
+    }
+
+    /// A keeper that hands back, to whoever takes, what was stored last, together with an event.
+    async fn storing_keeper(listener: UnixListener) {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (read, mut write) = stream.into_split();
+        let mut received = Received::default();
+        let mut buffer = [0; 512];
+        loop {
+            let taken =
+                read.as_ref().async_io(Interest::READABLE, || receive(read.as_ref().as_fd(), &mut buffer));
+            let (length, descriptors) = taken.await.unwrap();
+            if length == 0 {
+                return;
+            }
+            received.frames.push(&buffer[..length]);
+            received.descriptors.extend(descriptors);
+            while let Some(request) = received.frames.next_message::<pb::KeeperRequest>().unwrap() {
+                let (reply, descriptor) = match request.request.unwrap() {
+                    Request::Hello(_) => (Reply::Welcome(pb::KeeperWelcome::default()), None),
+                    Request::TakeDescriptor(take) if take.name == "kept" => {
+                        (Reply::Done(pb::KeeperDone {}), received.descriptors.pop_back())
+                    }
+                    Request::TakeDescriptor(_) => (Reply::Error(pb::KeeperError::default()), None),
+                    _ => (Reply::Done(pb::KeeperDone {}), None),
+                };
+                let frame = encode(&pb::KeeperReply { id: request.id, reply: Some(reply) }).unwrap();
+                match descriptor {
+                    Some(descriptor) => send_with(&mut write, &frame, &descriptor).await.unwrap(),
+                    None => write.write_all(&frame).await.unwrap(),
+                }
+            }
+            read.as_ref().readable().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_goes_to_the_keeper_and_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(storing_keeper(UnixListener::bind(socket_path(dir.path())).unwrap()));
+        let (handle, task, _) = connect(dir.path(), Duration::ZERO).await.unwrap();
+        let (events, _heard) = mpsc::channel(8);
+        let mut ends = JoinSet::new();
+        ends.spawn(task.run(events));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        handle.store_descriptor("kept".to_owned(), listener.into()).await.unwrap();
+        let unknown = handle.take_descriptor("other".to_owned()).await.unwrap_err();
+        assert!(matches!(unknown, CallError::Refused(_)), "{unknown:?}");
+        let taken = handle.take_descriptor("kept".to_owned()).await.unwrap();
+        assert_eq!(std::net::TcpListener::from(taken).local_addr().unwrap(), address);
     }
 
     #[tokio::test]

@@ -17,6 +17,8 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::proxy::Routes;
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct StateLabel {
     pub(crate) state: &'static str,
@@ -34,6 +36,8 @@ pub(crate) struct Metrics {
     pub(crate) sessions: Counter<u64, AtomicU64>,
     pub(crate) wanted_generation: Gauge,
     pub(crate) certificate_expires: Gauge,
+    /// Of the proxy, which counts for itself.
+    pub(crate) routes: Routes,
 }
 
 impl Metrics {
@@ -72,6 +76,7 @@ impl Metrics {
             "End of this host's certificate, seconds since 1970",
             self.certificate_expires.clone(),
         );
+        registry.register_collector(Box::new(self.routes.clone()));
         registry
     }
 }

@@ -1,10 +1,306 @@
 //! The proxy: calls made to a service's address on this host go to one of its endpoints, by the balancer's choice.
 //!
-//! It has threads of its own, so that neither a burst of the agent's work stalls traffic nor traffic the agent.
+//! It has threads of its own, so that neither a burst of the agent's work stalls traffic nor traffic the agent, and it
+//! outlives the connection to a keeper. The directory says which services there are; the main loop says at once what
+//! becomes of this host's own endpoints; `run` lets the keeper hold the listening sockets.
 
-#![expect(dead_code, reason = "the engines and the table come next")]
+#![expect(dead_code, reason = "the directory, which says what to serve, comes next")]
 
+mod dial;
 mod http1;
 mod identity;
+mod listeners;
 mod meter;
 mod route;
+mod table;
+mod tcp;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nave_agent_core::balancer::EndpointKey;
+use nave_agent_core::directory::{Host, Protocol, Service};
+use nave_proto::ids::{HostId, InstanceId};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+pub(crate) use meter::Routes;
+pub(crate) use table::LocalWord;
+
+use crate::keeper::{CallError, KeeperHandle};
+use listeners::{Ends, Listeners};
+use table::Table;
+
+/// Of the machine's cores, for the proxy: a quarter, so that it never owns the host.
+const CORES_DIVISOR: usize = 4;
+const WORKERS_MIN: usize = 2;
+/// When the agent is told to end, TCP streams are given so long, while connections are still taken;
+const STREAMS_MAY_END: Duration = Duration::from_secs(3);
+/// then requests so long, while new connections wait for the next agent. Together less than the keeper's ten seconds.
+const REQUESTS_MAY_END: Duration = Duration::from_secs(5);
+/// Of no request at all before connections without one are closed: callers close theirs first, once they were told.
+const QUIET: Duration = Duration::from_millis(100);
+/// Between two looks at what is under way.
+const LOOK: Duration = Duration::from_millis(10);
+/// For what was cut to let go of its sockets.
+const CUT: Duration = Duration::from_millis(200);
+/// Sockets of the agent before that nobody has asked for since belong to services that are gone.
+const INHERITED_FOR: Duration = Duration::from_secs(30);
+/// Between two tries to get an address that another program had.
+const RETRY_ADDRESSES: Duration = Duration::from_secs(10);
+
+/// How the proxy begins.
+#[derive(Debug, Clone)]
+pub(crate) struct ProxyConfig {
+    /// First half of the services' addresses.
+    pub(crate) prefix: [u8; 2],
+    pub(crate) own_host: HostId,
+    /// Threads; 0: a quarter of the machine's cores, at least two.
+    pub(crate) workers: usize,
+    /// Where ports that had to be chosen are remembered.
+    pub(crate) ports_file: PathBuf,
+    /// What a scrape reads.
+    pub(crate) routes: Routes,
+}
+
+/// For everybody who has to say something to the proxy. No method waits, but those that say so.
+#[derive(Debug, Clone)]
+pub(crate) struct Proxy {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    table: Table,
+    listeners: Listeners,
+    hosts: Mutex<Vec<Host>>,
+    ended: watch::Receiver<bool>,
+}
+
+impl Shared {
+    /// Lets what is under way come to its end, in this order: no answer leaves its connection open; streams end; no new
+    /// connection is taken; requests end. What is left is cut.
+    async fn drain(&self, ends: &Ends) {
+        let (streams, requests) =
+            (|protocol| protocol == Protocol::Tcp, |protocol| protocol != Protocol::Tcp);
+        let _until_then = tokio::time::timeout(STREAMS_MAY_END, self.quiet(streams, Duration::ZERO)).await;
+        ends.deaf.cancel();
+        let _until_then = tokio::time::timeout(REQUESTS_MAY_END, self.quiet(requests, QUIET)).await;
+        let cut = self.table.under_way(|_| true);
+        if cut > 0 {
+            warn!(streams_and_requests = cut, "what did not end in time is cut");
+        }
+        ends.tasks.close();
+        ends.force.cancel();
+        let _cut = tokio::time::timeout(CUT, ends.tasks.wait()).await;
+    }
+
+    /// Nothing of these protocols has been under way for so long.
+    async fn quiet(&self, of: impl Fn(Protocol) -> bool, length: Duration) {
+        let mut since = Instant::now();
+        loop {
+            if self.table.under_way(&of) > 0 {
+                since = Instant::now();
+            } else if since.elapsed() >= length {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+impl Proxy {
+    /// Begins threads that serve until `shutdown`, and then until what is under way is done or its time has passed.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub(crate) fn start(config: ProxyConfig, shutdown: CancellationToken) -> std::io::Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = match config.workers {
+            0 => cores.div_ceil(CORES_DIVISOR).max(WORKERS_MIN),
+            workers => workers,
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(workers)
+            .thread_name("nave-proxy")
+            .enable_all()
+            .build()?;
+        let ends = Ends {
+            drain: shutdown,
+            deaf: CancellationToken::new(),
+            force: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        let (tell_ended, ended) = watch::channel(false);
+        let listeners = Listeners::new(runtime.handle().clone(), ends.clone(), config.ports_file);
+        let table = Table::new(config.prefix, config.own_host, config.routes);
+        let shared = Arc::new(Shared { table, listeners, hosts: Mutex::default(), ended });
+        let watched = shared.clone();
+        let end = async move {
+            ends.drain.cancelled().await;
+            watched.drain(&ends).await;
+        };
+        std::thread::Builder::new().name("nave-proxy-end".to_owned()).spawn(move || {
+            runtime.block_on(end);
+            runtime.shutdown_background();
+            let _nobody_waits = tell_ended.send(true);
+        })?;
+        info!(workers, "the proxy begins");
+        Ok(Self { shared })
+    }
+
+    /// The service is now this.
+    pub(crate) fn put(&self, service: Arc<Service>) {
+        let name = service.name.clone();
+        let wanted = self.shared.table.put(service);
+        self.shared.listeners.want(&name, wanted);
+    }
+
+    /// The service is gone.
+    pub(crate) fn remove(&self, service: &str) {
+        self.shared.listeners.unwant(service);
+        self.shared.table.remove(service);
+    }
+
+    /// The other agents, and where they are reached.
+    pub(crate) fn hosts(&self, hosts: Vec<Host>) {
+        *self.shared.hosts.lock() = hosts;
+    }
+
+    /// Where callers on this host find the service's ports, by name; empty while that is not known.
+    pub(crate) fn addresses(&self, service: &str) -> BTreeMap<String, SocketAddr> {
+        self.shared.listeners.addresses(service)
+    }
+
+    /// What the main loop knows of an endpoint of this host. It takes effect before this returns.
+    pub(crate) fn local(&self, service: &str, instance: InstanceId, epoch: u64, word: LocalWord) {
+        self.shared.table.local(service, EndpointKey { instance, epoch }, word);
+    }
+
+    /// Its process has ended: nobody gets it any more.
+    pub(crate) fn local_gone(&self, instance: InstanceId, epoch: u64) {
+        self.local_word(instance, epoch, LocalWord::Gone);
+    }
+
+    /// It is about to be stopped: it is given nothing new while there is another.
+    pub(crate) fn local_draining(&self, instance: InstanceId, epoch: u64) {
+        self.local_word(instance, epoch, LocalWord::Draining);
+    }
+
+    fn local_word(&self, instance: InstanceId, epoch: u64, word: LocalWord) {
+        let key = EndpointKey { instance, epoch };
+        if let Some(service) = self.shared.table.service_of(key) {
+            self.shared.table.local(&service, key, word);
+        }
+    }
+
+    /// Calls of this host under way to an instance.
+    pub(crate) fn in_flight(&self, instance: InstanceId) -> u64 {
+        self.shared.table.in_flight(instance)
+    }
+
+    /// Takes the listening sockets that the keeper holds, then has it hold those that there are, for as long as it is
+    /// there; with the next keeper this is to be called again.
+    pub(crate) async fn keep_with(&self, keeper: KeeperHandle) -> CallError {
+        match self.keep(&keeper).await {
+            // The next keeper may hold them still, and then they cannot be opened anew.
+            Err(CallError::Lost) => CallError::Lost,
+            // One that cannot hold them holds none: sockets that end with the agent are better than no sockets.
+            Err(error) => {
+                self.shared.listeners.adopt(BTreeMap::new());
+                error
+            }
+            Ok(never) => match never {},
+        }
+    }
+
+    async fn keep(&self, keeper: &KeeperHandle) -> Result<std::convert::Infallible, CallError> {
+        let listeners = &self.shared.listeners;
+        let mut held: BTreeSet<String> = BTreeSet::new();
+        let mut inherited = BTreeMap::new();
+        for name in keeper.descriptors().await? {
+            if listeners::is_ours(&name) {
+                inherited.insert(name.clone(), keeper.take_descriptor(name.clone()).await?);
+                held.insert(name);
+            }
+        }
+        listeners.adopt(inherited);
+        let let_go = tokio::time::sleep(INHERITED_FOR);
+        tokio::pin!(let_go);
+        let mut retry = tokio::time::interval(RETRY_ADDRESSES);
+        let mut refused = BTreeSet::new();
+        loop {
+            self.bring(keeper, &mut held, &mut refused).await?;
+            tokio::select! {
+                () = listeners.changed() => {}
+                () = &mut let_go, if !let_go.is_elapsed() => listeners.let_go(),
+                _ = retry.tick() => listeners.retry(),
+            }
+        }
+    }
+
+    /// The keeper holds what is open, and nothing else.
+    async fn bring(
+        &self,
+        keeper: &KeeperHandle,
+        held: &mut BTreeSet<String>,
+        refused: &mut BTreeSet<String>,
+    ) -> Result<(), CallError> {
+        let kept = match self.shared.listeners.kept() {
+            Ok(kept) => kept,
+            Err(error) => {
+                warn!(%error, "no descriptor is left to keep listening sockets with");
+                return Ok(());
+            }
+        };
+        let gone: Vec<String> = held.iter().filter(|name| !kept.contains_key(*name)).cloned().collect();
+        for name in gone {
+            keeper.drop_descriptor(name.clone()).await.or_else(not_there)?;
+            held.remove(&name);
+        }
+        for (name, socket) in kept {
+            if held.contains(&name) {
+                continue;
+            }
+            match keeper.store_descriptor(name.clone(), socket).await {
+                Ok(()) => {
+                    held.insert(name);
+                }
+                Err(CallError::Lost) => return Err(CallError::Lost),
+                Err(error) if refused.insert(name.clone()) => {
+                    warn!(
+                        name,
+                        ?error,
+                        "the keeper does not hold a listening socket: a restart refuses its callers"
+                    );
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the proxy has ended, after its shutdown.
+    pub(crate) async fn ended(&self) {
+        let mut ended = self.shared.ended.clone();
+        let _thread_is_gone = ended.wait_for(|ended| *ended).await;
+    }
+}
+
+/// What is not there need not be dropped.
+fn not_there(error: CallError) -> Result<(), CallError> {
+    match error {
+        CallError::Lost => Err(CallError::Lost),
+        CallError::Refused(_) | CallError::Unsupported => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

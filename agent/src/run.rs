@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nave_agent_core::Reconciler;
+use nave_agent_core::address::{DEFAULT_PREFIX, parse_prefix};
 use nave_keeper::witness::Witness;
+use nave_proto::ids::HostId;
 use nave_proto::pb;
 use parking_lot::Mutex;
 use rand::Rng as _;
@@ -34,6 +36,7 @@ use crate::keeper::{self, KeeperError};
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, Metrics};
 use crate::notify::NotifySockets;
+use crate::proxy::{Proxy, ProxyConfig, Routes};
 use crate::uplink::{Hello, Uplink};
 
 /// Exits after a hello and answers under way: a burst of every instance on a full host.
@@ -79,6 +82,8 @@ pub enum RunError {
     Metrics(#[source] std::io::Error),
     #[error("a part of the agent ended unexpectedly: {0}")]
     Task(String),
+    #[error("the proxy cannot start its threads")]
+    Proxy(#[source] std::io::Error),
     #[error("the agent was stopped in the middle of a write")]
     Stopped,
 }
@@ -101,6 +106,7 @@ impl RunError {
             | Self::Api(_)
             | Self::Metrics(_)
             | Self::Task(_)
+            | Self::Proxy(_)
             | Self::Stopped => false,
         }
     }
@@ -114,15 +120,51 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     config.check()?;
     let witness = Arc::<Mutex<Witness>>::default();
     let mut patience = Duration::ZERO;
-    loop {
-        match with_keeper(&config, &shutdown, &witness, patience).await {
+    // Traffic goes on while there is no keeper.
+    let mut proxying = Proxying::default();
+    let ended = loop {
+        match with_keeper(&config, &shutdown, &witness, &mut proxying, patience).await {
             Err(RunError::KeeperLost) if !shutdown.is_cancelled() => {
                 let processes = witness.lock().watched();
                 warn!(processes, "the keeper has ended; services go on, waiting for the next keeper");
                 patience = NEXT_KEEPER_WITHIN;
             }
-            ended => return ended,
+            ended => break ended,
         }
+    };
+    if let Some(proxy) = proxying.proxy.filter(|_| shutdown.is_cancelled()) {
+        proxy.ended().await;
+    }
+    ended
+}
+
+/// The proxy, once this host is known.
+#[derive(Debug, Default)]
+struct Proxying {
+    routes: Routes,
+    proxy: Option<Proxy>,
+}
+
+impl Proxying {
+    fn start(
+        &mut self,
+        config: &AgentConfig,
+        data: &DataDir,
+        own_host: HostId,
+        shutdown: &CancellationToken,
+    ) -> Result<Proxy, RunError> {
+        if let Some(proxy) = &self.proxy {
+            return Ok(proxy.clone());
+        }
+        let proxy_config = ProxyConfig {
+            prefix: parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX),
+            own_host,
+            workers: 0,
+            ports_file: data.path().join("proxy-ports"),
+            routes: self.routes.clone(),
+        };
+        let proxy = Proxy::start(proxy_config, shutdown.clone()).map_err(RunError::Proxy)?;
+        Ok(self.proxy.insert(proxy).clone())
     }
 }
 
@@ -131,6 +173,7 @@ async fn with_keeper(
     config: &AgentConfig,
     shutdown: &CancellationToken,
     witness: &Arc<Mutex<Witness>>,
+    proxying: &mut Proxying,
     patience: Duration,
 ) -> Result<(), RunError> {
     let data = DataDir::open(&config.data_dir)?;
@@ -139,7 +182,7 @@ async fn with_keeper(
     let listener = listen("listen", config.listen).await?;
     let metrics_listener = listen("metrics_listen", config.metrics_listen).await?;
 
-    let metrics = Metrics::default();
+    let metrics = Metrics { routes: proxying.routes.clone(), ..Metrics::default() };
     let mut tasks: JoinSet<Result<(), RunError>> = JoinSet::new();
     let serving = metrics::serve(metrics_listener, metrics.clone(), shutdown.clone());
     tasks.spawn(async move { serving.await.map_err(RunError::Metrics) });
@@ -177,6 +220,13 @@ async fn with_keeper(
         ended = tasks.join_next() => return Err(why(ended)),
     };
     let (cluster, host) = (identity.cluster, identity.host);
+    let proxy = proxying.start(config, &data, host, shutdown)?;
+    let (keeping, keeper_of_sockets) = (proxy.clone(), keeper.clone());
+    tasks.spawn(async move {
+        let error = keeping.keep_with(keeper_of_sockets).await;
+        warn!(?error, "the keeper holds no more listening sockets");
+        std::future::pending().await
+    });
     let runtime_name = format!("nave-{cluster}-{host}");
     let directories = Directories::new(data.path());
     let notify = NotifySockets::for_host(data.path(), &runtime_name, closed.is_some());
@@ -224,7 +274,7 @@ async fn with_keeper(
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
     let main = HostTask::new(reconciler, ledger, executor, uplink, inbox, metrics, shown);
-    let main = main.witnessed_by(witness.clone());
+    let main = main.witnessed_by(witness.clone()).with_proxy(proxy);
     tasks.spawn(main.run(shutdown.clone()));
 
     // The main task ends at the end of a turn, so that what it began to write is whole; the others hold nothing.
@@ -257,8 +307,8 @@ pub fn instances_noted(config: &AgentConfig) -> Result<usize, RunError> {
     Ok(Reconciler::restore(&boot_id, records, clock::monotonic()).supervisors().count())
 }
 
-/// Tasks that end only by being dropped: keeper, renewal, hub.
-const ENDLESS_TASKS: usize = 3;
+/// Tasks that end only by being dropped: keeper, listening sockets, renewal, hub.
+const ENDLESS_TASKS: usize = 4;
 
 fn why(ended: Option<Result<Result<(), RunError>, tokio::task::JoinError>>) -> RunError {
     match ended {

@@ -82,6 +82,16 @@ impl Drop for Place<'_> {
     }
 }
 
+/// The same for a connection, which holds its route.
+#[derive(Debug)]
+pub(crate) struct ConnectionPlace(Arc<Route>);
+
+impl Drop for ConnectionPlace {
+    fn drop(&mut self) {
+        drop(Place(&self.0.connections));
+    }
+}
+
 impl Route {
     pub(crate) fn new(
         service: Arc<str>,
@@ -144,8 +154,9 @@ impl Route {
     }
 
     /// `None`: the port has as many connections from this host as it may have.
-    pub(crate) fn connection(&self) -> Option<Place<'_>> {
-        Place::take(&self.connections, self.rules.load().connections_max)
+    pub(crate) fn connection(self: &Arc<Self>) -> Option<ConnectionPlace> {
+        std::mem::forget(Place::take(&self.connections, self.rules.load().connections_max)?);
+        Some(ConnectionPlace(self.clone()))
     }
 
     /// `None`: as many requests are under way from this host as may be.
@@ -300,7 +311,7 @@ mod tests {
 
     #[test]
     fn places_are_bounded_and_come_back() {
-        let route = route(PortRules { connections_max: 1, ..PortRules::default() });
+        let route = Arc::new(route(PortRules { connections_max: 1, ..PortRules::default() }));
         let first = route.connection().unwrap();
         assert!(route.connection().is_none());
         drop(first);

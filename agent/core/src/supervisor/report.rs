@@ -80,7 +80,9 @@ impl Supervisor {
         }
     }
 
-    fn endpoint(&self) -> pb::EndpointState {
+    /// Whether it may be called, as of now.
+    #[must_use]
+    pub fn endpoint(&self) -> pb::EndpointState {
         let going = self.goal() != Goal::Run;
         match &self.state {
             State::Running(Running { health, .. }) if !going && health.ready_since.is_some() => {
