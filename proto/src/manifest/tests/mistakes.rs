@@ -120,18 +120,18 @@ fn a_mistake_in_hooks_is_answered_in_place() {
         ),
         (
             "[hooks]\npost_stop = { command = [\"true\"], timeout = \"0s\" }",
-            "f:4:44: hooks.post_stop.timeout: must be 100ms to 1h, not 0s",
+            "f:4:45: hooks.post_stop.timeout: must be 100ms to 1h, not 0s",
         ),
         (
             "[stop]\ngrace = \"5s\"\n[hooks]\npre_stop = { command = [\"true\"], timeout = \"5s\" }",
-            "f:6:43: hooks.pre_stop.timeout: 5s is not less than stop.grace, 5s, which it is part of: no time would be \
+            "f:6:44: hooks.pre_stop.timeout: 5s is not less than stop.grace, 5s, which it is part of: no time would be \
              left to obey the stop signal",
         ),
         (
             "[hooks]\nprestart = { command = [\"true\"] }",
             "f:4:1: hooks.prestart: unknown key; did you mean `pre_start`?",
         ),
-        ("[hooks]", "f:3:1: hooks: has no hook; add one of pre_start, post_start, pre_stop or post_stop"),
+        ("[hooks]", "f:3:2: hooks: has no hook; add one of pre_start, post_start, pre_stop or post_stop"),
     ] {
         assert_eq!(told(body), message);
     }
