@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const FILES: [&str; 10] = [
+const FILES: [&str; 11] = [
     "nave/v1/manifest.proto",
     "nave/v1/instance.proto",
     "nave/v1/host.proto",
     "nave/v1/service.proto",
     "nave/v1/hosts.proto",
     "nave/v1/cluster.proto",
+    "nave/v1/directory.proto",
     "nave/v1/session.proto",
     "nave/v1/raft.proto",
     "nave/v1/command.proto",

@@ -76,6 +76,10 @@ impl DataDir {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
+    pub(crate) fn directory(&self) -> PathBuf {
+        self.path.join("directory")
+    }
+
     pub(crate) fn ledger(&self) -> PathBuf {
         self.path.join("ledger")
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use nave_agent_core::directory::{Directory, DirectoryChange};
 use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind, Starting, State};
 use nave_agent_core::{Action, Input, Monotonic, Order, Reconciler, Supervisor, WallOffset};
 use nave_keeper::witness::Witness;
@@ -21,11 +22,12 @@ use pb::keeper_reply::Reply;
 use pb::ledger_record::Record;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::alarms::Alarms;
 use crate::api::Shown;
 use crate::clock;
+use crate::directory::DirectoryHandle;
 use crate::executor::Executor;
 use crate::executor::directories::KeptLogs;
 use crate::hub::HubEvent;
@@ -42,6 +44,8 @@ use crate::uplink::Uplink;
 const EVENTS_PER_TURN: usize = 64;
 /// The longest sleep: a machine that was suspended has its deadlines looked at soon after it wakes.
 const SLEEP_MAX: Duration = Duration::from_secs(10);
+/// While a stop waits for calls to end, they are counted this often.
+const COUNT_CALLS: Duration = Duration::from_millis(10);
 /// Between two looks for logs that have become too old.
 const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
@@ -61,6 +65,8 @@ enum Event {
     Input(InstanceId, Input),
     Timer,
     JobDone,
+    /// Somebody here calls a service whose endpoints are not known.
+    Asked,
 }
 
 impl Inbox {
@@ -101,6 +107,11 @@ pub(crate) struct HostTask {
     proxy: Option<Proxy>,
     /// What the proxy was told of each instance: of which epoch, and what.
     told: BTreeMap<InstanceId, (u64, LocalWord)>,
+    directory: DirectoryHandle,
+    /// What is wanted, or asked for, has changed since it was last said what this host has to know.
+    interest_due: bool,
+    /// Calls under way to what drains, as the reconciler was told.
+    calls: BTreeMap<InstanceId, u64>,
 }
 
 impl std::fmt::Debug for HostTask {
@@ -118,6 +129,7 @@ impl HostTask {
         inbox: Inbox,
         metrics: Metrics,
         shown: Shown,
+        directory: DirectoryHandle,
     ) -> Self {
         let (ledger, sequencer) = (Some(ledger), Sequencer::default());
         Self {
@@ -135,6 +147,9 @@ impl HostTask {
             witness: Arc::default(),
             proxy: None,
             told: BTreeMap::new(),
+            directory,
+            interest_due: true,
+            calls: BTreeMap::new(),
         }
     }
 
@@ -150,7 +165,10 @@ impl HostTask {
 
     /// Runs until `shutdown`, at the end of a turn; processes are left alone.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) -> Result<(), RunError> {
+        self.say_interest();
         self.executor.list();
+        // What was known when the last agent ended is what there is until the hub says more.
+        self.feed_proxy(&self.directory.everything());
         loop {
             let sleep = self.until_wake();
             let event = tokio::select! {
@@ -161,6 +179,7 @@ impl HostTask {
                     None => return Err(RunError::KeeperLost),
                 },
                 () = self.executor.job_done() => Event::JobDone,
+                () = self.directory.asks() => Event::Asked,
                 Some((instance, input)) = self.inbox.inputs.recv() => Event::Input(instance, input),
                 Some(event) = self.inbox.hub.recv() => Event::Hub(event),
                 () = tokio::time::sleep(sleep) => Event::Timer,
@@ -172,6 +191,10 @@ impl HostTask {
     fn until_wake(&self) -> Duration {
         let next = [self.reconciler.next_wake(), self.uplink.next_wake(), self.alarms.next_wake()];
         let next = next.into_iter().flatten().min();
+        if self.reconciler.draining().next().is_some() {
+            let soon = next.map_or(COUNT_CALLS, |at| at.since(clock::monotonic()).min(COUNT_CALLS));
+            return soon;
+        }
         next.map_or(SLEEP_MAX, |at| at.since(clock::monotonic())).min(SLEEP_MAX)
     }
 
@@ -182,6 +205,7 @@ impl HostTask {
             let Some(event) = self.inbox.try_next() else { break };
             self.take(event, &mut work)?;
         }
+        self.count_calls(&mut work);
         work.orders.extend(self.reconciler.tick(clock::monotonic(), &mut rand::rng()));
         // Before any effect: nothing new goes to a process that is about to be told to end.
         self.tell_proxy();
@@ -190,6 +214,7 @@ impl HostTask {
         let now = clock::monotonic();
         self.look_after_logs(now);
         let wall = WallOffset::measure(now, clock::wall_unix_ns());
+        self.say_interest();
         self.uplink.say(&mut self.reconciler, now, wall);
         self.show();
         Ok(())
@@ -198,6 +223,7 @@ impl HostTask {
     fn take(&mut self, event: Event, work: &mut Work) -> Result<(), RunError> {
         match event {
             Event::Timer | Event::JobDone => {}
+            Event::Asked => self.interest_due = true,
             Event::Input(instance, input) => {
                 if let Input::SpawnFailed { .. } = input {
                     // The order could not even be made, so the keeper will not answer.
@@ -321,10 +347,12 @@ impl HostTask {
                     self.metrics.sessions.inc();
                 }
                 FromHub::Wanted(set) => {
+                    self.interest_due = true;
                     self.wanted(set, work);
                     self.limit_logs();
                 }
                 FromHub::Delta(delta) => {
+                    self.interest_due = true;
                     self.delta(delta, work);
                     self.limit_logs();
                 }
@@ -332,7 +360,12 @@ impl HostTask {
                     let gone = self.uplink.acknowledged(acknowledged.sequence);
                     work.orders.extend(self.reconciler.acknowledge_gone(&gone));
                 }
-                FromHub::Endpoints(update) => self.uplink.endpoints(update.revision),
+                FromHub::Directory(update) => self.directory_told(update),
+                FromHub::CallersLeft(left) => {
+                    self.count_calls(work);
+                    let now = clock::monotonic();
+                    work.orders.extend(self.reconciler.callers_left(now, &mut rand::rng(), left.revision));
+                }
                 FromHub::Goodbye(_) | FromHub::Lease(_) => {} // the session's affair
             },
         }
@@ -367,6 +400,60 @@ impl HostTask {
                 warn!(%gap, "a change of the wanted set is missing; beginning a new session");
                 self.uplink.leave();
             }
+        }
+    }
+
+    /// What the hub says of the services that are called from here.
+    fn directory_told(&mut self, update: pb::DirectoryUpdate) {
+        let (revision, acknowledge) = (update.revision, update.acknowledge);
+        match self.directory.take(update) {
+            Ok(change) => {
+                debug!(revision, services = change.services.len(), "the directory has changed");
+                self.feed_proxy(&change);
+                if acknowledge {
+                    self.uplink.directory_taken(revision);
+                }
+            }
+            Err(refusal) => {
+                warn!(%refusal, "the directory goes on as it was; beginning a new session");
+                self.uplink.leave();
+            }
+        }
+    }
+
+    /// Whom the services of this host, and what else runs here, can call from now on.
+    fn feed_proxy(&self, change: &DirectoryChange) {
+        let Some(proxy) = &self.proxy else { return };
+        for name in &change.services {
+            match self.directory.read(|known| known.service(name)) {
+                Some(service) => proxy.put(Arc::new(service)),
+                None => proxy.remove(name),
+            }
+        }
+        if change.hosts {
+            proxy.hosts(self.directory.read(Directory::hosts));
+        }
+    }
+
+    /// Stops wait for calls under way; the proxy counts them.
+    fn count_calls(&mut self, work: &mut Work) {
+        let Some(proxy) = self.proxy.clone() else { return };
+        let draining: Vec<InstanceId> = self.reconciler.draining().collect();
+        self.calls.retain(|instance, _| draining.contains(instance));
+        for instance in draining {
+            let count = proxy.in_flight(instance);
+            if self.calls.insert(instance, count) != Some(count) {
+                self.input(instance, Input::InFlight { count }, work);
+            }
+        }
+    }
+
+    fn say_interest(&mut self) {
+        if std::mem::take(&mut self.interest_due) {
+            let manifests = self.reconciler.supervisors().filter_map(|one| one.wanted().manifest.as_ref());
+            let (interest, change) = self.directory.interest(manifests);
+            self.feed_proxy(&change);
+            self.uplink.interest(interest);
         }
     }
 

@@ -12,6 +12,7 @@ mod clock;
 mod command;
 mod config;
 mod data_dir;
+mod directory;
 mod executor;
 mod facts;
 mod host;

@@ -24,6 +24,7 @@ use crate::cgroups::Cgroups;
 use crate::clock;
 use crate::config::{AgentConfig, ConfigError};
 use crate::data_dir::{DataDir, DataDirError, check_format};
+use crate::directory::{DirectoryHandle, Store};
 use crate::executor::Executor;
 use crate::executor::directories::Directories;
 use crate::executor::spawn::SpawnContext;
@@ -269,11 +270,18 @@ async fn with_keeper(
         Err(RunError::Task("session with the hub".to_owned()))
     });
 
+    let directory = DirectoryHandle::new(Store::read(&data.directory()));
+    let (store, store_shutdown) = (Store::new(data.directory(), directory.clone()), shutdown.clone());
+    tasks.spawn(async move {
+        store.run(store_shutdown).await;
+        Ok(())
+    });
+
     let (inputs, input_inbox) = mpsc::channel(INPUTS);
     let executor = Executor::new(context.into(), keeper, config.port_min..=config.port_max, inputs);
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
-    let main = HostTask::new(reconciler, ledger, executor, uplink, inbox, metrics, shown);
+    let main = HostTask::new(reconciler, ledger, executor, uplink, inbox, metrics, shown, directory);
     let main = main.witnessed_by(witness.clone()).with_proxy(proxy);
     tasks.spawn(main.run(shutdown.clone()));
 

@@ -47,20 +47,24 @@ struct Open {
     sequence: u64,
     in_flight: Option<InFlight>,
     acknowledged: (u64, u64),
-    draining_revision: u64,
-    draining_acknowledged: u64,
+    /// Of the directory: what the hub has asked to be told of, and what it has been told.
+    directory_taken: u64,
+    directory_acknowledged: u64,
+    /// The interest has changed since it was last said.
+    interest_due: bool,
 }
 
 /// The session, or its absence.
 #[derive(Debug)]
 pub(crate) struct Uplink {
     hello: Hello,
+    interest: pb::Interest,
     open: Option<Open>,
 }
 
 impl Uplink {
     pub(crate) fn new(hello: Hello) -> Self {
-        Self { hello, open: None }
+        Self { hello, interest: pb::Interest::default(), open: None }
     }
 
     /// A stream is being opened: the hello is its first message.
@@ -77,6 +81,7 @@ impl Uplink {
             incarnation,
             generation,
             agent_run_id: self.hello.run_id.clone(),
+            interest: Some(self.interest.clone()),
         };
         let open = Open {
             outgoing,
@@ -87,8 +92,9 @@ impl Uplink {
             sequence: 0,
             in_flight: None,
             acknowledged: (0, 0),
-            draining_revision: 0,
-            draining_acknowledged: 0,
+            directory_taken: 0,
+            directory_acknowledged: 0,
+            interest_due: false,
         };
         open.send(Message::Hello(hello));
         self.open = Some(open);
@@ -116,10 +122,20 @@ impl Uplink {
         self.open.as_ref().is_some_and(|open| !open.close.is_cancelled())
     }
 
-    /// Nobody here routes to other hosts' instances yet, so whoever drains has been left already.
-    pub(crate) fn endpoints(&mut self, revision: u64) {
+    /// Nobody here calls what was draining at this revision of the directory.
+    pub(crate) fn directory_taken(&mut self, revision: u64) {
         if let Some(open) = &mut self.open {
-            open.draining_revision = open.draining_revision.max(revision);
+            open.directory_taken = open.directory_taken.max(revision);
+        }
+    }
+
+    /// The services whose endpoints this host has to know.
+    pub(crate) fn interest(&mut self, interest: pb::Interest) {
+        if interest != self.interest {
+            self.interest = interest;
+            if let Some(open) = &mut self.open {
+                open.interest_due = true;
+            }
         }
     }
 
@@ -144,6 +160,9 @@ impl Uplink {
     pub(crate) fn say(&mut self, reconciler: &mut Reconciler, now: Monotonic, wall: WallOffset) {
         let Some(open) = self.open.as_mut().filter(|open| open.welcomed) else { return };
         open.acknowledge(reconciler.generation());
+        if open.interest_due {
+            open.interest_due = !open.send(Message::Interest(self.interest.clone()));
+        }
         open.report(reconciler, now, wall);
     }
 
@@ -155,15 +174,15 @@ impl Uplink {
 
 impl Open {
     fn acknowledge(&mut self, generation: (u64, u64)) {
-        if generation == self.acknowledged && self.draining_revision == self.draining_acknowledged {
+        if generation == self.acknowledged && self.directory_taken == self.directory_acknowledged {
             return;
         }
         let (incarnation, number) = generation;
-        let draining_revision = self.draining_revision;
+        let draining_revision = self.directory_taken;
         let message = pb::Acknowledge { incarnation, generation: number, draining_revision };
         if self.send(Message::Acknowledge(message)) {
             self.acknowledged = generation;
-            self.draining_acknowledged = draining_revision;
+            self.directory_acknowledged = draining_revision;
         }
     }
 

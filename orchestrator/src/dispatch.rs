@@ -5,10 +5,11 @@
 //! is read from the state when the host is due, and reports merge into one while the log is slow. A member that
 //! has no leader for a third of the lease sends its agents away, as another member may have one.
 //!
-//! `session.rs` is one stream, `wanted.rs` what is wanted of one host, `reports.rs` the way up, `beats.rs` who was
+//! `session.rs` is one stream, `wanted.rs` what is wanted of one host, `directory.rs` what its agent knows of the others, `reports.rs` the way up, `beats.rs` who was
 //! heard when.
 
 pub(crate) mod beats;
+mod directory;
 mod reports;
 mod session;
 mod wanted;

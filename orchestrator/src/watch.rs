@@ -7,8 +7,10 @@
 //!
 //! Written to by the Raft state machine (`ApplyObserver`, under the state's write lock, so state and ring always
 //! show the same revision to whoever holds the state's read lock). Read by `watch/feed.rs` (people). Agents' sessions
-//! are too many to look through every change: `routes.rs` rings those that a change concerns.
+//! are too many to look through every change: `routes.rs` rings those that a change of what they run concerns, and
+//! `directory.rs` those that may call what has changed.
 
+mod directory;
 pub(crate) mod feed;
 mod ring;
 mod routes;
@@ -20,10 +22,12 @@ use nave_proto::ids::HostId;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
+pub(crate) use directory::{Changed, News, Place, Seat};
 pub(crate) use ring::{Read, Ring, RingSize};
 pub(crate) use routes::{Route, Touched};
 
 use crate::raft::ApplyObserver;
+use directory::Directory;
 use routes::Routes;
 
 /// The ring of one member and the means to wait for its next change.
@@ -32,11 +36,17 @@ pub(crate) struct Changes {
     ring: RwLock<Ring>,
     revision: watch::Sender<u64>,
     routes: Arc<Routes>,
+    directory: Arc<Directory>,
 }
 
 impl Default for Changes {
     fn default() -> Self {
-        Self { ring: RwLock::new(Ring::default()), revision: watch::Sender::new(0), routes: Arc::default() }
+        Self {
+            ring: RwLock::new(Ring::default()),
+            revision: watch::Sender::new(0),
+            routes: Arc::default(),
+            directory: Arc::default(),
+        }
     }
 }
 
@@ -56,6 +66,21 @@ impl Changes {
         self.routes.open(host)
     }
 
+    /// For an agent's session: rung when what the agent may call has changed.
+    pub(crate) fn seat(&self, session: u64) -> Seat {
+        self.directory.seat(session)
+    }
+
+    /// Every agent with a session here has taken all that drains, up to this revision.
+    pub(crate) fn callers_left(&self) -> u64 {
+        self.directory.floor()
+    }
+
+    /// Waits until [`callers_left`](Self::callers_left) has passed all that drains. Cancel-safe; for one waiter.
+    pub(crate) async fn callers_have_left(&self) {
+        self.directory.settled().await;
+    }
+
     /// For the metrics.
     pub(crate) fn size(&self) -> RingSize {
         self.ring.read().size()
@@ -71,15 +96,18 @@ impl ApplyObserver for Changes {
     fn applied(&self, revision: u64, changes: &[Change]) {
         self.ring.write().push(revision, changes);
         self.routes.route(changes);
+        self.directory.applied(revision, changes);
     }
 
     fn settled(&self, revision: u64) {
+        self.directory.ring();
         self.revision.send_replace(revision);
     }
 
     fn restored(&self, state: &ClusterState) {
         self.ring.write().restart(state.revision());
         self.routes.restart(state);
+        self.directory.restart(state);
         self.revision.send_replace(state.revision());
     }
 }

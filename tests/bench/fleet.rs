@@ -55,7 +55,12 @@ pub(crate) fn run() -> anyhow::Result<()> {
         meter.row("all seen ready through the API (from the first apply)");
         sleep(Duration::from_secs(5)).await;
         let full = meter.quiet(&format!("idle, {instances} instances")).await;
-        println!("\nsessions that ended on the way: {}", Seen::get(&fleet.seen.ended));
+        println!(
+            "\nmessages of the directory: {}, endpoints in them: {}",
+            Seen::get(&fleet.seen.directory_updates),
+            Seen::get(&fleet.seen.endpoints)
+        );
+        println!("sessions that ended on the way: {}", Seen::get(&fleet.seen.ended));
         println!("idle members' CPU % of one core: {idle:.1} without instances, {full:.1} with");
         Ok(())
     })
@@ -83,7 +88,7 @@ async fn place(api: &Api, leader: usize, instances: u64) -> anyhow::Result<()> {
         let client = api.services(leader);
         async move {
             let text = format!(
-                "name = \"svc-{n}\"\ncommand = [\"/usr/bin/svc\"]\ncount = {count}\n[resources]\ncpu = 0.1\nmemory = \"64MiB\"\n"
+                "name = \"svc-{n}\"\ncommand = [\"/usr/bin/svc\"]\ncount = {count}\n[resources]\ncpu = 0.1\nmemory = \"64MiB\"\n[ports.http]\nprotocol = \"http\"\n"
             );
             let manifest = nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "svc.toml")
                 .map_err(|errors| anyhow::anyhow!("{errors:?}"))?;

@@ -34,6 +34,9 @@ pub struct Seen {
     pub acknowledged: AtomicU64,
     /// Messages from the hub.
     pub messages: AtomicU64,
+    /// Those that are of the directory, and the endpoints in them.
+    pub directory_updates: AtomicU64,
+    pub endpoints: AtomicU64,
 }
 
 impl Seen {

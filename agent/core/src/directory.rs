@@ -2,11 +2,15 @@
 //! stand behind. Plain words between the session that hears them from the hub, the proxy that calls them and the name
 //! server that says them; nothing here is protobuf, and nothing knows how an endpoint is reached.
 
+mod known;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nave_proto::ids::{HostId, InstanceId};
+
+pub use known::{Directory, DirectoryChange, DirectoryRefusal};
 
 /// A service that others may call: one with ports.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -54,6 +54,8 @@ pub struct Reconciler {
     changed: BTreeSet<InstanceId>,
     /// Until when this host has a lease, as far as it has been told since the agent began.
     lease: Option<Monotonic>,
+    /// The generation with which each was first told to stop, until its callers have left.
+    stops: BTreeMap<InstanceId, u64>,
 }
 
 impl Reconciler {
@@ -70,6 +72,7 @@ impl Reconciler {
             exits_acknowledged: 0,
             changed: BTreeSet::new(),
             lease: None,
+            stops: BTreeMap::new(),
         }
     }
 
@@ -145,6 +148,11 @@ impl Reconciler {
         orders: &mut Vec<Order>,
     ) {
         let instance = InstanceId(wanted.instance_id);
+        if wanted.desired() == pb::Desired::Stop {
+            self.stops.entry(instance).or_insert(self.generation);
+        } else {
+            self.stops.remove(&instance);
+        }
         match self.supervisors.get(&instance) {
             Some(known) if !known.is_forgotten() && *known.wanted() == wanted => {}
             Some(_) => self.step(now, rng, instance, Input::Wanted(Box::new(wanted)), orders),
@@ -177,6 +185,28 @@ impl Reconciler {
             self.step(now, rng, instance, Input::Lease { until }, &mut orders);
         }
         orders
+    }
+
+    /// All agents have taken the directory up to a revision, so nobody calls what was told to stop by then.
+    pub fn callers_left<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        revision: u64,
+    ) -> Vec<Order> {
+        let left: Vec<InstanceId> =
+            self.stops.iter().filter(|(_, told)| **told <= revision).map(|(id, _)| *id).collect();
+        let mut orders = Vec::new();
+        for instance in left {
+            self.stops.remove(&instance);
+            self.step(now, rng, instance, Input::CallersLeft, &mut orders);
+        }
+        orders
+    }
+
+    /// Instances whose stop waits for calls to end.
+    pub fn draining(&self) -> impl Iterator<Item = InstanceId> + '_ {
+        self.supervisors.values().filter(|one| one.is_draining()).map(Supervisor::instance)
     }
 
     /// The hub has given this host up, and what it runs to others: all of it is stopped and forgotten. Returns the set

@@ -39,8 +39,8 @@ pub use restart::{
     BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, READY_FOR_RESET, RestartMemory,
     UPTIME_FOR_RESTART_AT_ONCE, describe, signal_name,
 };
-pub use state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping};
-pub use stop::{DRAIN_WAIT, GRACE, KILL_WAIT, Sweep};
+pub use state::{Drain, Pending, Running, Starting, State, StopCause, StopStep, Stopping};
+pub use stop::{DRAIN_TIMEOUT, DRAIN_WAIT, GRACE, KILL_WAIT, Sweep};
 
 use crate::monotonic::Monotonic;
 use hooks::PostStop;
@@ -185,6 +185,8 @@ impl Supervisor {
             Input::MemoryShort { key, used_bytes, limit_bytes } if key == self.key() => {
                 self.memory_short(used_bytes, limit_bytes, out);
             }
+            Input::CallersLeft => self.callers_left(),
+            Input::InFlight { count } => self.in_flight(count),
             Input::SignalFailed { key, signal, error } => self.signal_failed(key, signal, error, out),
             Input::CgroupEmpty { key, killed } => {
                 self.sweeps.remove(&key);

@@ -140,7 +140,7 @@ impl Session<'_> {
                 },
                 _ = beats.tick() => {
                     sequence += 1;
-                    let beat = ToHub::Beat(pb::Beat { sequence, endpoints_revision: 0 });
+                    let beat = ToHub::Beat(pb::Beat { sequence });
                     // The lease is counted from before the beat leaves, whenever it does.
                     let sent = clock::monotonic();
                     // When older messages still wait for the network, a beat would only wait behind them.
@@ -184,7 +184,8 @@ impl Session<'_> {
             | FromHub::Delta(_)
             | FromHub::ReportAcknowledged(_)
             | FromHub::Lease(_)
-            | FromHub::Endpoints(_) => {}
+            | FromHub::Directory(_)
+            | FromHub::CallersLeft(_) => {}
         }
         match self.events.send(HubEvent::Message(Box::new(message))).await {
             Ok(()) => None,

@@ -215,6 +215,7 @@ fn hear(state: &State, message: FromAgent) -> Option<ToAgent> {
     state.heard.send_modify(|heard| match message {
         FromAgent::Hello(hello) => heard.hellos.push(hello),
         FromAgent::Beat(_) => heard.beats += 1,
+        FromAgent::Interest(_) => {}
         FromAgent::Acknowledge(acknowledge) => heard.acknowledged = acknowledge.generation,
         FromAgent::Report(report) => {
             heard.reports.extend(report.instances.into_iter().map(|one| (one.instance_id, one)));

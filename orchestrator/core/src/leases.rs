@@ -70,6 +70,12 @@ impl Leases {
         Self { leads_since, holders: BTreeMap::new() }
     }
 
+    /// When this leadership began.
+    #[must_use]
+    pub fn leads_since(&self) -> Duration {
+        self.leads_since
+    }
+
     /// Takes one beat. `may_give`: this leader has proved its leadership just now, and has applied all that was
     /// committed before its term.
     pub fn take(&mut self, state: &ClusterState, beat: Beat, may_give: bool, now: Duration) -> BeatAnswer {

@@ -9,6 +9,7 @@
 mod apply;
 mod change;
 mod dedup;
+mod directory;
 mod events;
 mod jobs;
 mod leases;
@@ -23,6 +24,10 @@ mod wants;
 
 pub use apply::{Applied, unknown_command};
 pub use change::{Change, RowId};
+pub use directory::{
+    directory_endpoint, directory_host, directory_service, endpoint_print, host_print, is_draining,
+    service_print,
+};
 pub use events::EventFilter;
 pub use leases::{Beat, BeatAnswer, Leases};
 pub use liveness::{Judge, Verdict};

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use http::{Request as HttpRequest, Response as HttpResponse};
+use nave_proto::ids::MemberId;
 use nave_proto::pb;
 use nave_tls::PeerIdentity;
 use pb::member_service_server::{MemberService, MemberServiceServer};
@@ -115,7 +116,9 @@ impl MemberService for Own {
         &self,
         request: Request<pb::ForwardBeatsRequest>,
     ) -> Result<Response<pb::ForwardBeatsResponse>, Status> {
-        Ok(Response::new(self.hub.beats.take(&self.hub, beats::in_request(request.get_ref()))))
+        let request = request.get_ref();
+        let taken = (MemberId(request.from_member), request.directory_acknowledged);
+        Ok(Response::new(self.hub.beats.take(&self.hub, taken, beats::in_request(request))))
     }
 
     async fn propose(&self, _: Request<pb::ProposeRequest>) -> Result<Response<pb::ProposeResponse>, Status> {

@@ -2,13 +2,17 @@
 //! new to the leader four times a second, at once for a session that begins. The leader's table is the one that counts
 //! (`nave_orchestrator_core::Leases`, judged by `controllers/liveness`); its answer goes back to the session, which tells
 //! the agent until when it has a lease, or ends.
+//!
+//! With them goes how far this member's agents have taken the directory, and back comes how far all have: then nobody
+//! calls what was draining by that revision, and it may end.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nave_orchestrator_core::{Beat, BeatAnswer, ClusterState, Leases};
-use nave_proto::ids::HostId;
+use nave_proto::ids::{HostId, MemberId};
+use nave_proto::lease::TTL;
 use nave_proto::pb;
 use parking_lot::Mutex;
 use pb::BeatRefusal;
@@ -28,6 +32,11 @@ const FRESH: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Sessions that begin together are handed on together.
 const GATHER: Duration = Duration::from_millis(10);
+
+/// While an agent waits for the callers of what it is to stop, the leader is asked this often.
+const ASK: Duration = Duration::from_millis(20);
+/// No agent waits longer for its callers; `nave_agent_core::supervisor::DRAIN_WAIT`.
+const ASK_FOR: Duration = Duration::from_secs(2);
 
 /// When each host was last heard, unix nanoseconds.
 pub(crate) type Heard = BTreeMap<HostId, i64>;
@@ -56,6 +65,15 @@ pub(crate) struct Beats {
     own: Mutex<BTreeMap<u64, Own>>,
     table: Mutex<Option<Table>>,
     begun: Notify,
+    callers_left: watch::Sender<u64>,
+    asked: Mutex<Option<Asked>>,
+}
+
+/// An agent waits until its callers have left what drained at this revision.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    revision: u64,
+    until: Instant,
 }
 
 /// One session of this member.
@@ -76,12 +94,28 @@ struct Table {
     leases: Leases,
     /// This leader has applied all that was committed before its term.
     settled: bool,
+    /// How far each member's agents have taken the directory, and when it said so.
+    taken: BTreeMap<MemberId, (u64, Duration)>,
+}
+
+impl Table {
+    fn new(term: u64, now: Duration) -> Self {
+        Self { term, leases: Leases::new(now), settled: false, taken: BTreeMap::new() }
+    }
+
+    /// How far the agents of all members have taken the directory; 0 while a member may have agents and has not said. One
+    /// that is not heard for a lease has no agents any more.
+    fn all_taken(&mut self, now: Duration) -> u64 {
+        self.taken.retain(|_, (_, at)| now.saturating_sub(*at) < TTL);
+        let led = now.saturating_sub(self.leases.leads_since());
+        self.taken.values().map(|(revision, _)| *revision).min().filter(|_| led >= TTL).unwrap_or(0)
+    }
 }
 
 impl Default for Beats {
     fn default() -> Self {
-        let (own, table, begun) = Default::default();
-        Self { origin: Instant::now(), own, table, begun }
+        let (own, table, begun, callers_left, asked) = Default::default();
+        Self { origin: Instant::now(), own, table, begun, callers_left, asked }
     }
 }
 
@@ -124,7 +158,7 @@ impl Beats {
 
     /// This member leads since a moment ago.
     pub(crate) fn lead(&self, term: u64) {
-        *self.table.lock() = Some(Table { term, leases: Leases::new(self.now()), settled: false });
+        *self.table.lock() = Some(Table::new(term, self.now()));
         self.begun.notify_one();
     }
 
@@ -153,8 +187,31 @@ impl Beats {
         self.with_leases(|leases| leases.all_heard().map(wall).collect()).unwrap_or_default()
     }
 
-    /// Takes beats as the leader.
-    pub(crate) fn take(&self, hub: &Hub, beats: impl IntoIterator<Item = Beat>) -> pb::ForwardBeatsResponse {
+    /// Up to where all agents of the cluster have taken the directory.
+    pub(crate) fn callers_left(&self) -> watch::Receiver<u64> {
+        self.callers_left.subscribe()
+    }
+
+    /// An agent waits for its callers to leave what drained at this revision.
+    pub(crate) fn ask_callers(&self, revision: u64) {
+        *self.asked.lock() = Some(Asked { revision, until: Instant::now() + ASK_FOR });
+        self.begun.notify_one();
+    }
+
+    fn is_asked(&self) -> bool {
+        let left = *self.callers_left.borrow();
+        let mut asked = self.asked.lock();
+        asked.take_if(|asked| asked.revision <= left || asked.until <= Instant::now());
+        asked.is_some()
+    }
+
+    /// Takes beats as the leader, and how far the agents of the member that sends them have taken the directory.
+    pub(crate) fn take(
+        &self,
+        hub: &Hub,
+        (member, taken_there): (MemberId, u64),
+        beats: impl IntoIterator<Item = Beat>,
+    ) -> pb::ForwardBeatsResponse {
         let status = hub.raft.status();
         let (state, mut table) = (hub.raft.state(), self.table.lock());
         let leads = status.leader == Some(hub.id);
@@ -162,7 +219,11 @@ impl Beats {
             return pb::ForwardBeatsResponse::default();
         };
         let may_give = table.settled && status.leader_proven;
-        taken(&mut table.leases, &state, beats, may_give, self.now())
+        let now = self.now();
+        table.taken.insert(member, (taken_there, now));
+        let directory_acknowledged = table.all_taken(now);
+        let response = taken(&mut table.leases, &state, beats, may_give, now);
+        pb::ForwardBeatsResponse { directory_acknowledged, ..response }
     }
 
     /// What is new since it was last handed on.
@@ -180,6 +241,15 @@ impl Beats {
             sent.push(Sent { session: *session, host, place, sequence });
         }
         sent
+    }
+
+    /// What was true of a revision stays so, whatever another leader has yet to hear.
+    fn callers_have_left(&self, revision: u64) {
+        self.callers_left.send_if_modified(|left| {
+            let newer = revision > *left;
+            *left = (*left).max(revision);
+            newer
+        });
     }
 
     /// Tells the sessions what the leader has answered.
@@ -248,38 +318,52 @@ pub(crate) async fn forward(hub: Arc<Hub>) {
     let mut ticks = interval(FORWARD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            () = hub.beats.begun.notified() => sleep(GATHER).await,
+        let asked = hub.beats.is_asked();
+        let at_once = tokio::select! {
+            _ = ticks.tick() => false,
+            () = hub.beats.begun.notified() => {
+                sleep(GATHER).await;
+                hub.beats.is_asked()
+            }
+            () = hub.changes.callers_have_left() => true,
+            () = sleep(ASK), if asked => true,
             () = hub.stop.cancelled() => return,
-        }
+        };
         let sent = hub.beats.fresh();
-        if sent.is_empty() {
+        if sent.is_empty() && !at_once {
             continue;
         }
+        let taken_here = hub.changes.callers_left();
         let status = hub.raft.status();
         let response = match status.leader {
             Some(leader) if leader == hub.id => {
                 let beats = sent.iter().map(|sent| Beat { host: sent.host, place: sent.place });
-                Some(hub.beats.take(&hub, beats))
+                Some(hub.beats.take(&hub, (hub.id, taken_here), beats))
             }
-            Some(_) => hand_on(&hub, status, &sent).await,
+            Some(_) => hand_on(&hub, status, &sent, taken_here).await,
             None => None,
         };
         // Not taken: what is still fresh is handed on with the next.
         if let Some(response) = response.filter(|response| response.leader) {
             hub.beats.answered(&sent, &response);
+            hub.beats.callers_have_left(response.directory_acknowledged);
         }
     }
 }
 
-async fn hand_on(hub: &Hub, status: RaftStatus, sent: &[Sent]) -> Option<pb::ForwardBeatsResponse> {
+async fn hand_on(
+    hub: &Hub,
+    status: RaftStatus,
+    sent: &[Sent],
+    directory_acknowledged: u64,
+) -> Option<pb::ForwardBeatsResponse> {
     let leader = status.leader?;
     let (id, node, _) = status.members.into_iter().find(|(id, _, _)| *id == leader)?;
     let request = pb::ForwardBeatsRequest {
         host_ids: sent.iter().map(|sent| sent.host.0).collect(),
         from_member: hub.id.0,
         beats: sent.iter().map(|sent| pb::HostBeat { host_id: sent.host.0, place: sent.place }).collect(),
+        directory_acknowledged,
     };
     let mut client = hub.peers.member(id, &node.address);
     match timeout(CALL_TIMEOUT, client.forward_beats(request)).await {
@@ -357,5 +441,34 @@ mod tests {
         let beat = pb::HostBeat { host_id: 3, place: 9 };
         let newer = pb::ForwardBeatsRequest { beats: vec![beat], ..older };
         assert_eq!(in_request(&newer), [Beat { host: HostId(3), place: 9 }]);
+    }
+
+    #[test]
+    fn a_leader_speaks_for_all_members_once_it_has_heard_them_for_a_lease() {
+        let second = Duration::from_secs;
+        let mut table = Table::new(3, second(100));
+        table.taken.insert(MemberId(1), (50, second(101)));
+        assert_eq!(table.all_taken(second(101)), 0, "another member may not have spoken yet");
+        table.taken.insert(MemberId(1), (50, second(103)));
+        table.taken.insert(MemberId(2), (40, second(103)));
+        assert_eq!(table.all_taken(second(103)), 40);
+        table.taken.insert(MemberId(1), (60, second(106)));
+        assert_eq!(table.all_taken(second(106)), 60, "the other is gone, and its agents with it");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_leader_is_asked_until_it_answers_or_nobody_waits_any_more() {
+        let beats = Beats::default();
+        assert!(!beats.is_asked());
+        beats.ask_callers(7);
+        beats.callers_have_left(6);
+        assert!(beats.is_asked());
+        beats.callers_have_left(7);
+        assert!(!beats.is_asked());
+        beats.callers_have_left(5);
+        assert_eq!(*beats.callers_left().borrow(), 7, "another leader has yet to hear of it");
+        beats.ask_callers(9);
+        tokio::time::advance(ASK_FOR).await;
+        assert!(!beats.is_asked());
     }
 }

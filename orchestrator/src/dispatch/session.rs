@@ -20,6 +20,7 @@ use tonic::{Status, Streaming};
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use super::beats::{Answer, Given};
+use super::directory::Directory;
 use super::reports::{self, Progress, Reports};
 use super::wanted::{self, Told};
 use crate::api::enroll::check_facts;
@@ -45,6 +46,7 @@ pub(super) struct Greeted {
     pub(super) host: HostId,
     answers: watch::Receiver<Answer>,
     facts: Option<pb::HostFacts>,
+    interest: pb::Interest,
     /// The session's number in the log.
     session: u64,
 }
@@ -72,7 +74,10 @@ pub(super) async fn begin(
         Err(end) => Err(end),
     };
     match opened {
-        Ok(session) => Ok(Greeted { host, answers, facts: hello.facts, session }),
+        Ok(session) => {
+            let Hello { facts, interest, .. } = hello;
+            Ok(Greeted { host, answers, facts, interest, session })
+        }
         Err(end) => {
             hub.beats.close(number);
             Err(end)
@@ -126,6 +131,7 @@ fn unknown(state: &ClusterState, host: HostId) -> Status {
 struct Hello {
     host: HostId,
     facts: Option<pb::HostFacts>,
+    interest: pb::Interest,
 }
 
 /// Reads the hello and checks that it speaks for the certificate's host, in this cluster, with the registered key.
@@ -167,7 +173,7 @@ async fn greet(
         check_facts(facts)?;
     }
     debug!(host = %claimed, run = hello.agent_run_id, "hello");
-    Ok(Hello { host: claimed, facts: hello.facts })
+    Ok(Hello { host: claimed, facts: hello.facts, interest: hello.interest.unwrap_or_default() })
 }
 
 fn is_registered(state: &ClusterState, host: HostId, identity: &PeerIdentity) -> bool {
@@ -219,6 +225,13 @@ pub(super) struct Session {
     addresses: watch::Receiver<Vec<String>>,
     reports: Reports,
     told: Told,
+    directory: Directory,
+    /// When the directory is looked at for news, once something has changed.
+    directory_at: Option<Instant>,
+    /// What the agent has been told to stop drains until its callers have left: up to this revision.
+    drains: Option<u64>,
+    /// Up to where all agents have taken the directory, as the leader has last said.
+    callers_left: watch::Receiver<u64>,
     /// What the agent has been told last is of this revision; nothing: it has been told nothing.
     generation: Option<u64>,
     welcomed: bool,
@@ -248,12 +261,16 @@ impl Session {
         replaced: CancellationToken,
     ) -> Self {
         let host = greeted.host;
-        Self {
+        let mut session = Self {
             route: hub.changes.route(host),
             leaderless: hub.leaderless.clone(),
             addresses: hub.addresses.subscribe(),
             reports: Reports::new(hub.clone(), host, greeted.session, greeted.facts),
             told: Told::nothing(host),
+            directory: Directory::new(hub.changes.seat(number)),
+            directory_at: Some(Instant::now()),
+            drains: None,
+            callers_left: hub.beats.callers_left(),
             generation: None,
             welcomed: false,
             look_at: Some(Instant::now()),
@@ -269,7 +286,10 @@ impl Session {
             host,
             sender,
             replaced,
-        }
+        };
+        // An agent that names too many is told of none; it says so again and is refused then.
+        session.directory.interest(greeted.interest).ok();
+        session
     }
 
     /// Lives as long as the stream.
@@ -290,6 +310,7 @@ impl Session {
     async fn serve(&mut self, mut incoming: Streaming<pb::AgentMessage>) -> End {
         loop {
             let look_at = self.look_at;
+            let next_look = look_at.into_iter().chain(self.directory_at).min();
             tokio::select! {
                 biased;
                 () = self.hub.stop.cancelled() => return End::Elsewhere("this member is stopping".to_owned()),
@@ -318,6 +339,10 @@ impl Session {
                 () = self.route.bell.rung(), if look_at.is_none() => {
                     self.look_at = Some(Instant::now() + COALESCE);
                 }
+                coalesce = self.directory.rung(), if self.directory_at.is_none() => {
+                    self.directory_at = Some(Instant::now() + coalesce);
+                }
+                Ok(()) = self.callers_left.changed(), if self.drains.is_some() => {}
                 Ok(()) = self.addresses.changed(), if self.welcomed => self.welcomed = false,
                 permit = self.sender.clone().reserve_owned(), if self.has_words() => {
                     let Ok(permit) = permit else { return End::Gone("the connection closed") };
@@ -332,7 +357,7 @@ impl Session {
                         return End::Elsewhere(VOID.to_owned());
                     }
                 }
-                () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() && !self.has_words() => {
+                () = sleep_until(next_look.unwrap_or_else(Instant::now)), if next_look.is_some() && !self.has_words() => {
                     // Now it is time to look; the branch above does it once there is room.
                 }
             }
@@ -345,7 +370,14 @@ impl Session {
                 self.hub.beats.beat(self.number, beat.sequence);
                 None
             }
-            Some(FromAgent::Acknowledge(_)) => None,
+            Some(FromAgent::Acknowledge(acknowledge)) => {
+                self.directory.acknowledged(acknowledge.draining_revision);
+                None
+            }
+            Some(FromAgent::Interest(interest)) => {
+                self.directory_at.get_or_insert_with(Instant::now);
+                self.directory.interest(interest).err().map(End::Refused)
+            }
             Some(FromAgent::Report(report)) => {
                 if let Some(facts) = &report.facts
                     && let Err(status) = check_facts(facts)
@@ -376,7 +408,19 @@ impl Session {
     }
 
     fn has_words(&self) -> bool {
-        !self.welcomed || self.acknowledge.is_some() || self.look_at.is_some_and(|at| at <= Instant::now())
+        let now = Instant::now();
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        !self.welcomed
+            || self.acknowledge.is_some()
+            || is_due(self.look_at)
+            || is_due(self.directory_at)
+            || self.callers_have_left().is_some()
+    }
+
+    /// The revision up to which they have, when that is what the agent waits for.
+    fn callers_have_left(&self) -> Option<u64> {
+        let left = *self.callers_left.borrow();
+        self.drains.filter(|revision| left >= *revision).map(|_| left)
     }
 
     /// The next message, when there is one.
@@ -387,6 +431,15 @@ impl Session {
         }
         if let Some(sequence) = self.acknowledge.take() {
             return Some(ToAgent::ReportAcknowledged(pb::ReportAcknowledged { sequence }));
+        }
+        if self.generation.is_some() {
+            if let Some(revision) = self.callers_have_left() {
+                self.drains = None;
+                return Some(ToAgent::CallersLeft(pb::CallersLeft { revision }));
+            }
+            if self.directory_at.take_if(|at| *at <= Instant::now()).is_some() {
+                return self.look_at_directory();
+            }
         }
         self.look_at = None;
         let news = self.look();
@@ -429,6 +482,7 @@ impl Session {
             (Some(generation), Touched::Instances(touched)) => {
                 let delta = self.told.delta(&state, incarnation, generation, touched)?;
                 self.generation = Some(delta.to_generation);
+                self.note_drains(&delta.put, delta.to_generation);
                 Some(ToAgent::Delta(delta))
             }
             (None, _) | (_, Touched::All) => Some(self.whole(&state, incarnation)),
@@ -437,7 +491,28 @@ impl Session {
 
     fn whole(&mut self, state: &ClusterState, incarnation: u64) -> ToAgent {
         self.generation = Some(state.revision());
-        ToAgent::Wanted(self.told.whole(state, incarnation))
+        let set = self.told.whole(state, incarnation);
+        self.note_drains(&set.instances, set.generation);
+        ToAgent::Wanted(set)
+    }
+
+    /// An instance that is to stop waits for its callers' agents, if it has ports.
+    fn note_drains(&mut self, told: &[pb::WantedInstance], revision: u64) {
+        let drains = |wanted: &pb::WantedInstance| {
+            wanted.desired() == pb::Desired::Stop
+                && wanted.manifest.as_ref().is_some_and(|manifest| !manifest.ports.is_empty())
+        };
+        if told.iter().any(drains) {
+            self.drains = Some(revision);
+            self.hub.beats.ask_callers(revision);
+        }
+    }
+
+    fn look_at_directory(&mut self) -> Option<ToAgent> {
+        let hub = self.hub.clone();
+        let state = hub.raft.state();
+        let incarnation = state.cluster().map_or(0, |cluster| cluster.incarnation);
+        self.directory.update(&state, incarnation).map(ToAgent::Directory)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Members of one cluster in this process, over real TLS on real ports, and what speaks to them.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -220,6 +221,8 @@ pub(crate) fn reason(status: &tonic::Status) -> String {
 pub(crate) struct Agent {
     send: mpsc::Sender<pb::AgentMessage>,
     receive: Streaming<pb::HubMessage>,
+    /// Updates of the directory come between the others.
+    directory: VecDeque<pb::DirectoryUpdate>,
 }
 
 impl Agent {
@@ -233,7 +236,7 @@ impl Agent {
         let mut client = AgentSessionClient::new(cluster.channel(member, credentials));
         let receive =
             client.open_session(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
-        let agent = Self { send, receive };
+        let agent = Self { send, receive, directory: VecDeque::new() };
         let hello = pb::Hello {
             cluster_id: CLUSTER.to_string(),
             host_id: host.to_string(),
@@ -249,9 +252,31 @@ impl Agent {
         self.send.send(pb::AgentMessage { message: Some(message) }).await.expect("the stream is open");
     }
 
+    /// The next message that is not of the directory.
     pub(crate) async fn hear(&mut self) -> Result<Option<ToAgent>, tonic::Status> {
+        loop {
+            match self.hear_any().await? {
+                Some(ToAgent::Directory(update)) => self.directory.push_back(update),
+                other => return Ok(other),
+            }
+        }
+    }
+
+    async fn hear_any(&mut self) -> Result<Option<ToAgent>, tonic::Status> {
         let heard = timeout(PATIENCE, self.receive.message()).await.expect("an answer in time");
         Ok(heard?.and_then(|message| message.message))
+    }
+
+    /// The next update of the directory; other messages before it are passed over.
+    pub(crate) async fn expect_directory(&mut self) -> pb::DirectoryUpdate {
+        loop {
+            if let Some(update) = self.directory.pop_front() {
+                return update;
+            }
+            if let ToAgent::Directory(update) = self.hear_any().await.expect("no error").expect("a message") {
+                return update;
+            }
+        }
     }
 
     pub(crate) async fn expect(&mut self) -> ToAgent {

@@ -253,3 +253,70 @@ async fn what_cannot_be_done_is_said_with_its_reason() {
     assert!(!other.data_dir.exists());
     cluster.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_are_told_whom_they_may_call_and_say_when_nobody_calls_what_drains() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(folder.path(), 1).await;
+    cluster.ready(0).await;
+    let (host, credentials) = cluster.enroll(0, "alpha").await;
+    let mut agent = Agent::connect(&cluster, 0, &credentials, host).await;
+    let whole = agent.expect_directory().await;
+    assert!(whole.whole && whole.everything && whole.services.is_empty());
+    let taken = |revision| {
+        FromAgent::Acknowledge(pb::Acknowledge { draining_revision: revision, ..Default::default() })
+    };
+    agent.say(taken(whole.revision)).await;
+
+    let mut services = cluster.services(0);
+    let port = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: 0 };
+    let web = pb::Manifest { ports: [("http".to_owned(), port)].into(), ..manifest("web", 1) };
+    services.apply_service(apply(web)).await.unwrap();
+    let told = agent.expect_directory().await;
+    assert_eq!((told.from_revision, told.services[0].name.as_str()), (whole.revision, "web"));
+    assert_ne!(told.services[0].address_suffix, 0);
+    let wanted = loop {
+        if let ToAgent::Delta(delta) = agent.expect().await {
+            break delta.put[0].clone();
+        }
+    };
+    let ready = pb::InstanceReport {
+        ports: [("http".to_owned(), 20_007)].into(),
+        ..running(wanted.instance_id, wanted.epoch)
+    };
+    let report = pb::Report { sequence: 1, full: true, instances: vec![ready], ..Default::default() };
+    agent.say(FromAgent::Report(report)).await;
+    let told = agent.expect_directory().await;
+    assert_eq!(
+        (told.endpoints[0].instance_id, told.endpoints[0].ports["http"]),
+        (wanted.instance_id, 20_007)
+    );
+    assert_eq!((told.endpoints[0].state(), told.acknowledge), (pb::EndpointState::Ready, false));
+    assert_eq!(told.hosts[0].name, "alpha");
+
+    services
+        .delete_service(pb::DeleteServiceRequest { name: "web".to_owned(), request_id: None })
+        .await
+        .unwrap();
+    let drains = loop {
+        let told = agent.expect_directory().await;
+        if told.acknowledge {
+            break told;
+        }
+    };
+    assert_eq!(drains.endpoints[0].state(), pb::EndpointState::Draining);
+    agent.say(taken(drains.revision)).await;
+    let left = loop {
+        if let ToAgent::CallersLeft(left) = agent.expect().await {
+            break left;
+        }
+        agent.say(FromAgent::Beat(pb::Beat { sequence: 1 })).await;
+    };
+    assert!(left.revision >= drains.revision, "{left:?}");
+
+    let gone = pb::Report { sequence: 2, gone: vec![wanted.instance_id], ..Default::default() };
+    agent.say(FromAgent::Report(gone)).await;
+    let told = agent.expect_directory().await;
+    assert_eq!(told.removed_endpoints, [wanted.instance_id]);
+    cluster.members[0].end().await;
+}

@@ -24,6 +24,7 @@ pub(super) const ROOT: Keys = &[
     "user",
     "working_dir",
     "needs",
+    "allow",
     "ports",
     "health",
     "restart",
@@ -62,7 +63,7 @@ pub(super) const RESTART: Keys = &["policy", "budget", "success_codes", "fatal_c
 pub(super) const RESOURCES: Keys =
     &["cpu", "cpu_max", "memory", "memory_soft", "pids", "nice", "oom_score_adj"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
-pub(super) const STOP: Keys = &["signal", "grace"];
+pub(super) const STOP: Keys = &["signal", "grace", "drain_timeout"];
 pub(super) const JOB: Keys = &["overlap", "missed"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
 pub(super) const ARTIFACT: Keys = &["name", "url", "sha256", "archive"];
@@ -72,6 +73,7 @@ pub(super) const HOOK: Keys = &["command", "timeout"];
 pub(super) const LOGS: Keys = &["max_size", "max_age"];
 pub(super) const ISOLATION: Keys = &[
     "private_tmp",
+    "service_names",
     "new_privileges",
     "capabilities",
     "read_only",
@@ -104,7 +106,7 @@ pub(super) const TABLES: [(&str, Keys); 17] = [
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 47] = [
+const SYNONYMS: [(&str, &str); 50] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -118,6 +120,9 @@ const SYNONYMS: [(&str, &str); 47] = [
     ("working_directory", "working_dir"),
     ("depends_on", "needs"),
     ("requires", "needs"),
+    ("allowed_callers", "allow"),
+    ("intentions", "allow"),
+    ("drain", "drain_timeout"),
     ("healthcheck", "health"),
     ("check", "health"),
     ("limits", "resources"),
@@ -175,6 +180,8 @@ pub(super) fn manifest(document: &Spanned, problems: &mut Problems) -> pb::Manif
         field("working_dir").and_then(|field| field.text(problems)).unwrap_or_default().to_owned();
     manifest.needs =
         field("needs").map(|field| field.texts(problems, "such as [\"db\"]")).unwrap_or_default();
+    manifest.allow = field("allow")
+        .map(|field| pb::AllowedCallers { callers: field.texts(problems, "such as [\"web\"]") });
     manifest.ports = field("ports").map(|field| ports(&field, problems)).unwrap_or_default();
     manifest.health = field("health").and_then(|field| health(&field, problems));
     manifest.restart = field("restart").and_then(|field| restart(&field, problems));
@@ -459,6 +466,7 @@ fn stop(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Stop> {
     Some(pb::Stop {
         signal: signal.unwrap_or(0),
         grace: table.field("grace").and_then(|field| field.duration(problems)).map(to_proto),
+        drain_timeout: table.field("drain_timeout").and_then(|field| field.duration(problems)).map(to_proto),
     })
 }
 
@@ -586,6 +594,7 @@ fn isolation(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Isolation
         .unwrap_or_default();
     Some(pb::Isolation {
         shared_tmp: !flag("private_tmp", problems).unwrap_or(true),
+        host_names: !flag("service_names", problems).unwrap_or(true),
         new_privileges: flag("new_privileges", problems).unwrap_or(false),
         capabilities: capabilities.into_iter().map(|name| limits::capability_name(&name)).collect(),
         read_only: flag("read_only", problems).unwrap_or(false),

@@ -56,6 +56,10 @@ pub(super) struct Document {
     /// Services that must have a ready instance before this one is started; stopped after it.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     needs: Vec<String>,
+    /// Who may call this service: services by name, and users outside Nave as `host/NAME/uid/N`. By default all of them;
+    /// an empty list lets nobody in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow: Option<Vec<String>>,
     /// Ports by name. The process gets HOST, PORT (of the first) and NAVE_PORT_NAME, and listens there.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     ports: BTreeMap<String, PortDocument>,
@@ -337,6 +341,9 @@ struct StopDocument {
     /// Time it has before SIGKILL; 10s by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     grace: Option<DurationText>,
+    /// Time that calls under way have to end before the signal; 30s by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    drain_timeout: Option<DurationText>,
 }
 
 /// What a job does when runs come too close or too late.
@@ -438,6 +445,9 @@ struct IsolationDocument {
     /// is there all the same.
     #[serde(skip_serializing_if = "Option::is_none")]
     private_tmp: Option<bool>,
+    /// Names such as `web.nave.internal` resolve, by an /etc/resolv.conf of its own; true by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_names: Option<bool>,
     /// Whether setuid programs and file capabilities work; false by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     new_privileges: Option<bool>,

@@ -24,6 +24,7 @@ use crate::{pb, signals};
 pub const COUNT_MAX: u32 = 10_000;
 const NAME_MAX: usize = 63;
 const NEEDS_MAX: usize = 64;
+const ALLOW_MAX: usize = 1024;
 const PORTS_MAX: usize = 32;
 const PORT_NAME_MAX: usize = 32;
 const USER_MAX: usize = 32;
@@ -91,6 +92,7 @@ pub(super) fn check(manifest: &pb::Manifest) -> Vec<(Path, String)> {
     rules.user(Path::default().key("user"), &manifest.user);
     rules.working_dir(&manifest.working_dir);
     rules.needs(manifest);
+    rules.allow(manifest);
     rules.ports(&manifest.ports);
     rules.health(manifest);
     rules.restart(manifest.restart.as_ref());
@@ -210,6 +212,28 @@ impl Rules {
                 self.broken(path, format!("{needed:?} needs itself, so it could never start"));
             } else if manifest.needs[..index].contains(needed) {
                 self.broken(path, format!("{needed:?} is listed twice"));
+            }
+        }
+    }
+
+    fn allow(&mut self, manifest: &pb::Manifest) {
+        let Some(allow) = &manifest.allow else { return };
+        let path = Path::default().key("allow");
+        if manifest.ports.is_empty() {
+            self.broken(
+                path.clone(),
+                "nobody can call a service without ports; add one, such as [ports.http]",
+            );
+        }
+        if allow.callers.len() > ALLOW_MAX {
+            self.broken(path.clone(), format!("at most {ALLOW_MAX} callers, not {}", allow.callers.len()));
+        }
+        for (index, caller) in allow.callers.iter().enumerate() {
+            let path = path.index(index);
+            if let Some(why) = bad_caller(caller) {
+                self.broken(path, why);
+            } else if allow.callers[..index].contains(caller) {
+                self.broken(path, format!("{caller:?} is listed twice"));
             }
         }
     }
@@ -384,6 +408,7 @@ impl Rules {
             }
         }
         self.duration(&["stop", "grace"], stop.grace.as_ref(), Duration::ZERO, HOUR);
+        self.duration(&["stop", "drain_timeout"], stop.drain_timeout.as_ref(), Duration::ZERO, HOUR);
     }
 
     fn job(&mut self, manifest: &pb::Manifest) {
@@ -480,6 +505,18 @@ impl Rules {
             return None;
         }
         Some(duration)
+    }
+}
+
+/// A service's name, or `host/NAME/uid/N`.
+fn bad_caller(caller: &str) -> Option<String> {
+    let parts: Vec<&str> = caller.split('/').collect();
+    match parts.as_slice() {
+        [_] => bad_name(caller),
+        ["host", host, "uid", uid] if !host.is_empty() && uid.parse::<u32>().is_ok() => None,
+        _ => Some(format!(
+            "{caller:?} is neither a service nor a user of a host, such as \"host/north/uid/1000\""
+        )),
     }
 }
 

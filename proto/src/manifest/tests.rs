@@ -112,7 +112,7 @@ fn defaults_are_those_of_the_design() {
             canary: 0
         })
     );
-    assert_eq!(manifest.stop, Some(pb::Stop { signal: 15, grace: seconds(10) }));
+    assert_eq!(manifest.stop, Some(pb::Stop { signal: 15, grace: seconds(10), drain_timeout: None }));
     let placement = manifest.placement.unwrap();
     assert_eq!(placement.spread, "host");
     assert_eq!(placement.on_disconnect(), pb::OnDisconnect::Keep);
@@ -317,6 +317,7 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(!changed(|m| m.health = None));
     assert!(!changed(|m| m.needs.clear()));
     assert!(!changed(|m| m.stop = None));
+    assert!(!changed(|m| m.allow = Some(pb::AllowedCallers { callers: vec!["db".into()] })));
     assert!(!changed(|m| m.placement = None));
 }
 

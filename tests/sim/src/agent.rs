@@ -218,7 +218,7 @@ impl Host {
                         work.orders = agent.reconciler.lease(now, &mut cx.rng, until);
                     }
                 }
-                FromHub::Goodbye(_) | FromHub::Endpoints(_) => {}
+                FromHub::Goodbye(_) | FromHub::Directory(_) | FromHub::CallersLeft(_) => {}
             },
             Word::Refused(Refusal::Forgotten) => {
                 let (nothing, orders) = agent.reconciler.given_up(now, &mut cx.rng);

@@ -348,7 +348,7 @@ impl Hub {
                 self.commit_report(cx, member, stream);
             }
             FromAgent::Beat(beat) => session.beat(cx.now, beat.sequence),
-            FromAgent::Hello(_) | FromAgent::Acknowledge(_) => {}
+            FromAgent::Hello(_) | FromAgent::Acknowledge(_) | FromAgent::Interest(_) => {}
         }
     }
 

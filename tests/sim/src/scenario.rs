@@ -255,7 +255,11 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
             auto_revert: rng.random_bool(0.7),
             canary: 0,
         }),
-        stop: Some(pb::Stop { signal: 15, grace: seconds([1, 5, 10, 30][rng.random_range(0..4)]) }),
+        stop: Some(pb::Stop {
+            signal: 15,
+            grace: seconds([1, 5, 10, 30][rng.random_range(0..4)]),
+            ..Default::default()
+        }),
         placement: Some(pb::Placement { on_disconnect: on_disconnect.into(), ..Default::default() }),
         hooks,
         ..Default::default()

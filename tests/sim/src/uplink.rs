@@ -98,7 +98,7 @@ impl Uplink {
         if self.sent.len() > BEATS_REMEMBERED {
             self.sent.pop_first();
         }
-        let beat = pb::Beat { sequence: self.beats, endpoints_revision: 0 };
+        let beat = pb::Beat { sequence: self.beats };
         cx.send(self.stream, Way::Up, Word::Agent(Box::new(Message::Beat(beat))));
     }
 

@@ -167,6 +167,17 @@ impl Session {
                     seen.acknowledged.fetch_add(instances, Ordering::Relaxed);
                 }
             }
+            FromHub::Directory(update) => {
+                seen.directory_updates.fetch_add(1, Ordering::Relaxed);
+                seen.endpoints.fetch_add(update.endpoints.len() as u64, Ordering::Relaxed);
+                if update.acknowledge {
+                    let draining_revision = update.revision;
+                    self.send(ToHub::Acknowledge(pb::Acknowledge {
+                        draining_revision,
+                        ..Default::default()
+                    }));
+                }
+            }
             _ => {}
         }
         self.report();

@@ -91,6 +91,7 @@ fn running(instance_id: u64, epoch: u64) -> pb::InstanceReport {
         attempt: 1,
         observed: Some(pb::Observed { state: Some(State::Running(running)) }),
         endpoint: pb::EndpointState::Ready.into(),
+        ports: [("http".to_owned(), 20_000)].into(),
         ..Default::default()
     }
 }

@@ -340,3 +340,31 @@ fn ports_in_use_are_those_of_all_instances() {
     reconciler.input(NOW, &mut rng(), InstanceId(1), Input::PortsPicked { ports });
     assert_eq!(reconciler.ports_in_use(), BTreeSet::from([20_007]));
 }
+
+#[test]
+fn callers_leave_what_was_told_to_stop_by_then_and_nothing_else() {
+    let port = pb::Port { service_port: 80, ..Default::default() };
+    let manifest = pb::Manifest { ports: [("http".to_owned(), port)].into(), ..Default::default() };
+    let wanted =
+        |id, desired| pb::WantedInstance { manifest: Some(manifest.clone()), ..wanted(id, 1, desired) };
+    let mut reconciler = Reconciler::new("boot");
+    let now = Monotonic::BOOT;
+    reconciler.keeper_processes(now, &mut rng(), &[]);
+    let run = vec![wanted(1, pb::Desired::Run), wanted(2, pb::Desired::Run)];
+    reconciler.apply_wanted(now, &mut rng(), set(5, run)).unwrap();
+    for id in [1, 2] {
+        let ports = [("http".to_owned(), 20_000)].into();
+        reconciler.input(now, &mut rng(), InstanceId(id), Input::PortsPicked { ports });
+        reconciler.input(now, &mut rng(), InstanceId(id), spawned(1));
+    }
+    for (from, to, id) in [(5, 6, 1), (6, 8, 2)] {
+        let stop = vec![wanted(id, pb::Desired::Stop)];
+        reconciler.apply_delta(now, &mut rng(), delta(from, to, stop, Vec::new())).unwrap();
+    }
+    assert_eq!(reconciler.draining().count(), 2);
+    assert_eq!(signals(&reconciler.callers_left(now, &mut rng(), 5)), 0);
+    assert!(signals(&reconciler.callers_left(now, &mut rng(), 7)) > 0);
+    assert_eq!(reconciler.draining().collect::<Vec<_>>(), [InstanceId(2)]);
+    reconciler.callers_left(now, &mut rng(), 8);
+    assert_eq!(reconciler.draining().count(), 0);
+}

@@ -8,7 +8,7 @@ use super::Supervisor;
 use super::action::Action;
 use super::health;
 use super::input::ProcessKey;
-use super::state::{Starting, State, StopStep};
+use super::state::{Drain, Starting, State, StopStep};
 use crate::monotonic::Monotonic;
 
 impl Supervisor {
@@ -41,7 +41,7 @@ impl Supervisor {
             State::Stopping(stopping) if current => {
                 stopping.running.process = process;
                 if stopping.step == (StopStep::Terminating { delivered: false }) {
-                    stopping.step = StopStep::Draining { until: now };
+                    stopping.step = StopStep::Draining(Drain::over(now));
                 }
             }
             State::Starting(Starting::Spawning) if current => self.run(now, process, started_unix_ns, out),

@@ -107,7 +107,11 @@ impl Supervisor {
                 lease.into_iter().chain(running.health.watchdog_at()).min()
             }
             State::Stopping(stopping) => Some(match stopping.step {
-                super::StopStep::Draining { until } | super::StopStep::PreStop { until } => until,
+                super::StopStep::PreStop { until } => until,
+                super::StopStep::Draining(drain) => {
+                    let lease = self.lease.filter(|_| self.needs_lease());
+                    lease.map_or(drain.next_wake(), |lease| lease.min(drain.next_wake()))
+                }
                 super::StopStep::Terminating { .. } => stopping.kill_at,
                 super::StopStep::Killing { next, .. } => next,
             }),

@@ -62,6 +62,10 @@ pub enum Input {
     MemoryShort { key: ProcessKey, used_bytes: u64, limit_bytes: u64 },
     /// The process spoke through its notify socket (sd_notify).
     Notify { key: ProcessKey, message: Notification },
+    /// All agents that may call it have taken it out of their choice.
+    CallersLeft,
+    /// So many calls to it are under way, all of them through this host's agent.
+    InFlight { count: u64 },
     /// The time of the last [`Action::WakeAt`](super::Action::WakeAt) has come. Early and superfluous ticks do no harm.
     Tick,
 }

@@ -10,7 +10,8 @@ use super::health::{Health, WATCHDOG_SILENT};
 use super::hooks::PostStop;
 use super::lease::LEASE_OVER;
 use super::restart::{RestartMemory, backoff};
-use super::state::{Pending, Running, Starting, State, StopCause, StopStep, Stopping};
+use super::state::{Drain, Pending, Running, Starting, State, StopCause, StopStep, Stopping};
+use super::stop::DRAIN_WAIT;
 use super::{Ports, Supervisor};
 use crate::monotonic::Monotonic;
 
@@ -132,13 +133,15 @@ fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
     ledger.stop_kill_boottime_ns = stopping.kill_at.as_nanos();
     ledger.stop_signal = stopping.signal;
     ledger.stop_began_boottime_ns = stopping.began.as_nanos();
+    ledger.stop_asked_boottime_ns = stopping.asked.as_nanos();
     match &stopping.cause {
         StopCause::Told => {}
         StopCause::Lease => LEASE_OVER.clone_into(&mut ledger.stop_reason),
         StopCause::Probe(reason) | StopCause::Watchdog(reason) => ledger.stop_reason.clone_from(reason),
     }
     match stopping.step {
-        StopStep::Draining { .. } | StopStep::PreStop { .. } => {}
+        StopStep::Draining(drain) => ledger.stop_drain_boottime_ns = drain.until.as_nanos(),
+        StopStep::PreStop { .. } => {}
         StopStep::Terminating { delivered } => ledger.stop_signalled = delivered,
         StopStep::Killing { tries, .. } => {
             ledger.stop_signalled = true;
@@ -213,7 +216,7 @@ fn recall_running(ledger: &pb::InstanceLedger) -> Running {
 
 fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
     let step = match (ledger.stop_signalled, ledger.kill_tries) {
-        (false, _) => StopStep::Draining { until: now },
+        (false, _) => StopStep::Draining(recall_drain(ledger, now)),
         (true, 0) => StopStep::Terminating { delivered: true },
         (true, tries) => StopStep::Killing { tries, next: now },
     };
@@ -229,11 +232,23 @@ fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
         signal: if ledger.stop_signal > 0 { ledger.stop_signal } else { super::stop::SIGTERM },
         step,
         kill_at: Monotonic(ledger.stop_kill_boottime_ns),
-        began: match ledger.stop_began_boottime_ns {
-            0 => now,
-            began => Monotonic(began),
-        },
+        began: noted(ledger.stop_began_boottime_ns).unwrap_or(now),
+        asked: noted(ledger.stop_asked_boottime_ns).or(noted(ledger.stop_began_boottime_ns)).unwrap_or(now),
     }
+}
+
+fn noted(boottime_ns: i64) -> Option<Monotonic> {
+    Some(boottime_ns).filter(|&ns| ns != 0).map(Monotonic)
+}
+
+/// Whether the callers have left is not known any more; the rest of their time is theirs.
+fn recall_drain(ledger: &pb::InstanceLedger, now: Monotonic) -> Drain {
+    let until = noted(ledger.stop_drain_boottime_ns);
+    let began = noted(ledger.stop_began_boottime_ns);
+    let Some((until, began)) = until.zip(began).filter(|(until, began)| until > began) else {
+        return Drain::over(now);
+    };
+    Drain { callers_left: false, callers_until: until.min(began + DRAIN_WAIT), in_flight: 0, until }
 }
 
 /// Ports as the messages carry them.

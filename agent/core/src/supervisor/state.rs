@@ -100,6 +100,8 @@ pub struct Stopping {
     pub kill_at: Monotonic,
     /// When the stop began.
     pub began: Monotonic,
+    /// When its grace began, with its callers gone; the same as `began` before.
+    pub asked: Monotonic,
 }
 
 /// Who wants it ended.
@@ -115,11 +117,44 @@ pub enum StopCause {
     Lease,
 }
 
+/// What a stop waits for before it sends a signal, since many programs stop listening at once when they get one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drain {
+    /// All agents that may send calls have taken it out of their choice.
+    pub callers_left: bool,
+    /// They are not waited for beyond this.
+    pub callers_until: Monotonic,
+    /// Calls under way, as far as is known.
+    pub in_flight: u64,
+    /// They are not waited for beyond this. A restart of the agent does not extend it.
+    pub until: Monotonic,
+}
+
+impl Drain {
+    /// Nobody calls it.
+    #[must_use]
+    pub const fn over(now: Monotonic) -> Self {
+        Self { callers_left: true, callers_until: now, in_flight: 0, until: now }
+    }
+
+    /// Whether there is something to wait for still.
+    #[must_use]
+    pub fn holds(&self, now: Monotonic) -> bool {
+        (!self.callers_left && now < self.callers_until) || (self.in_flight > 0 && now < self.until)
+    }
+
+    /// When that ends by itself. With calls under way the callers alone change nothing.
+    #[must_use]
+    pub const fn next_wake(&self) -> Monotonic {
+        if self.in_flight > 0 { self.until } else { self.callers_until }
+    }
+}
+
 /// The rungs of the ladder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopStep {
-    /// The endpoint is reported as draining; callers get until then to leave.
-    Draining { until: Monotonic },
+    /// The endpoint is reported as draining; its callers get the time to leave.
+    Draining(Drain),
     /// The hook of that name runs, until then at most.
     PreStop { until: Monotonic },
     /// The stop signal is sent, and as far as is known was `delivered`.

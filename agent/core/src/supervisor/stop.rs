@@ -6,17 +6,19 @@ use std::time::Duration;
 
 use nave_proto::pb;
 
-use super::Supervisor;
 use super::action::{Action, Level, SignalScope};
 use super::hooks::Hook;
 use super::input::{ProcessKey, SignalError};
 use super::restart::signal_name;
-use super::state::{Running, State, StopCause, StopStep, Stopping};
+use super::state::{Drain, Running, State, StopCause, StopStep, Stopping};
+use super::{Goal, Supervisor};
 use crate::monotonic::Monotonic;
 
-/// How long callers get to acknowledge that an endpoint drains, before the stop signal. Zero until agents
-/// acknowledge: the report still goes first.
-pub const DRAIN_WAIT: Duration = Duration::ZERO;
+/// How long callers' agents get to acknowledge that an endpoint drains. They do within milliseconds; one that is cut off
+/// is not waited for longer, since what it sends here is handed on.
+pub const DRAIN_WAIT: Duration = Duration::from_secs(2);
+/// How long calls under way get, unless the manifest says otherwise.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 pub const GRACE: Duration = Duration::from_secs(10);
 /// From SIGKILL of the process and its group to that of the cgroup.
 pub const KILL_WAIT: Duration = Duration::from_secs(15);
@@ -52,7 +54,50 @@ pub(super) fn rules(manifest: Option<&pb::Manifest>) -> (i32, Duration) {
     (if signal > 0 { signal } else { SIGTERM }, grace)
 }
 
+/// The manifest's `stop.drain_timeout`, or the default.
+fn drain_timeout(manifest: &pb::Manifest) -> Duration {
+    let given = manifest.stop.as_ref().and_then(|stop| stop.drain_timeout.as_ref());
+    given.map_or(DRAIN_TIMEOUT, |given| Duration::try_from(*given).unwrap_or_default())
+}
+
 impl Supervisor {
+    /// What a stop waits for: the callers of what was ready until now, when the hub has told them that it drains. What is
+    /// sick, placed anew or without a lease has none to wait for.
+    fn drain(&self, now: Monotonic, running: &Running, cause: &StopCause) -> Drain {
+        let told = *cause == StopCause::Told && self.goal() == Goal::Stop && !self.forget;
+        let manifest = self.wanted.manifest.as_ref().filter(|manifest| !manifest.ports.is_empty());
+        let Some(manifest) = manifest.filter(|_| told && running.health.ready_since.is_some()) else {
+            return Drain::over(now);
+        };
+        let timeout = drain_timeout(manifest);
+        Drain {
+            callers_left: false,
+            callers_until: now + DRAIN_WAIT.min(timeout),
+            in_flight: 0,
+            until: now + timeout,
+        }
+    }
+
+    /// Every agent that may call it has taken it out of its choice.
+    pub(super) fn callers_left(&mut self) {
+        if let State::Stopping(Stopping { step: StopStep::Draining(drain), .. }) = &mut self.state {
+            drain.callers_left = true;
+        }
+    }
+
+    /// So many calls to it are under way.
+    pub(super) fn in_flight(&mut self, count: u64) {
+        if let State::Stopping(Stopping { step: StopStep::Draining(drain), .. }) = &mut self.state {
+            drain.in_flight = count;
+        }
+    }
+
+    /// Whether its stop waits for calls to end.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        matches!(&self.state, State::Stopping(Stopping { step: StopStep::Draining(_), .. }))
+    }
+
     /// The first rung. The deadline of the last is fixed, and stored, before any signal.
     pub(super) fn begin_stop(
         &mut self,
@@ -64,10 +109,10 @@ impl Supervisor {
         let (signal, grace) = rules(self.wanted.manifest.as_ref());
         // So that there is a core to read.
         let signal = if matches!(cause, StopCause::Watchdog(_)) { SIGABRT } else { signal };
-        let drained = now + DRAIN_WAIT;
-        let step = StopStep::Draining { until: drained };
+        let drain = self.drain(now, &running, &cause);
+        let (step, kill_at) = (StopStep::Draining(drain), drain.until + grace);
         self.state =
-            State::Stopping(Stopping { running, cause, signal, step, kill_at: drained + grace, began: now });
+            State::Stopping(Stopping { running, cause, signal, step, kill_at, began: now, asked: now });
         out.push(Action::StopProbes);
         self.end_post_start(out);
         self.publish_report(out);
@@ -79,10 +124,17 @@ impl Supervisor {
         loop {
             let key = self.key();
             let hub = self.signal_cause();
+            // One that must not run twice is not kept for its callers.
+            let hurries = self.has_lost_lease(now);
+            let (_, grace) = rules(self.wanted.manifest.as_ref());
             let State::Stopping(stopping) = &mut self.state else { return };
             match stopping.step {
-                StopStep::Draining { until } | StopStep::PreStop { until } if now < until => return,
-                StopStep::Draining { .. } => {
+                StopStep::Draining(drain) if drain.holds(now) && !hurries => return,
+                StopStep::PreStop { until } if now < until => return,
+                StopStep::Draining(_) => {
+                    // Sooner than was written down at first, when the callers left sooner.
+                    stopping.kill_at = stopping.kill_at.min(now + grace);
+                    stopping.asked = now;
                     if self.pre_stop(now, out) {
                         return;
                     }
@@ -205,12 +257,12 @@ pub(super) fn ladder(stopping: &Stopping, now: Monotonic) -> String {
     let signal = signal_name(stopping.signal);
     let took = |since: Monotonic| human_ms(now.since(since));
     match stopping.step {
-        StopStep::Draining { .. } | StopStep::PreStop { .. } => {
+        StopStep::Draining(_) | StopStep::PreStop { .. } => {
             "ended by itself before its stop signal".to_owned()
         }
-        StopStep::Terminating { .. } => format!("was sent {signal} and ended after {}", took(stopping.began)),
+        StopStep::Terminating { .. } => format!("was sent {signal} and ended after {}", took(stopping.asked)),
         StopStep::Killing { tries, .. } => {
-            let grace = human_ms(stopping.kill_at.since(stopping.began));
+            let grace = human_ms(stopping.kill_at.since(stopping.asked));
             let kills = match tries {
                 0 | 1 => "SIGKILL with its process group".to_owned(),
                 2 => "SIGKILL with its process group, then with its cgroup".to_owned(),
@@ -225,9 +277,10 @@ pub(super) fn ladder(stopping: &Stopping, now: Monotonic) -> String {
 /// How far a stop has come, and why it takes so long, when it does.
 pub(super) fn progress(stopping: &Stopping) -> String {
     let signal = signal_name(stopping.signal);
-    let grace = human_ms(stopping.kill_at.since(stopping.began));
+    let grace = human_ms(stopping.kill_at.since(stopping.asked));
     match stopping.step {
-        StopStep::Draining { .. } => String::new(),
+        StopStep::Draining(Drain { in_flight: 0, .. }) => String::new(),
+        StopStep::Draining(_) => "waits for calls under way to end before its stop signal".to_owned(),
         StopStep::PreStop { .. } => "runs its pre_stop hook".to_owned(),
         StopStep::Terminating { .. } => format!("was sent {signal} and has {grace} to end"),
         StopStep::Killing { .. } => stuck(stopping)
@@ -249,7 +302,7 @@ pub(super) fn stuck(stopping: &Stopping) -> Option<String> {
             stopping.running.process.pid
         )),
         StopStep::Killing { .. }
-        | StopStep::Draining { .. }
+        | StopStep::Draining(_)
         | StopStep::PreStop { .. }
         | StopStep::Terminating { .. } => None,
     }

@@ -1,5 +1,6 @@
 //! One table or scene per rule. The random walk over all of them together is in `tests/model.rs`.
 
+mod draining;
 mod ending;
 mod health;
 mod hooks;
@@ -42,7 +43,7 @@ fn manifest() -> pb::Manifest {
             budget_window: seconds(300).try_into().ok(),
             ..Default::default()
         }),
-        stop: Some(pb::Stop { signal: 15, grace: seconds(10).try_into().ok() }),
+        stop: Some(pb::Stop { signal: 15, grace: seconds(10).try_into().ok(), ..Default::default() }),
         ..pb::Manifest::default()
     }
 }

@@ -52,7 +52,7 @@ fn manifest(health: bool) -> pb::Manifest {
             budget_window: WINDOW.try_into().ok(),
             ..Default::default()
         }),
-        stop: Some(pb::Stop { signal: 15, grace: seconds(10) }),
+        stop: Some(pb::Stop { signal: 15, grace: seconds(10), ..Default::default() }),
         hooks: Some(pb::Hooks { pre_start: hook(), post_start: hook(), pre_stop: hook(), post_stop: hook() }),
         ..pb::Manifest::default()
     }

@@ -113,8 +113,10 @@ impl Oracle {
         let instance = ledger.instance_id;
         let process = (instance, ProcessKey { epoch: ledger.epoch, attempt: ledger.attempt });
         if ledger.phase() == pb::InstanceLedgerPhase::Stopping {
-            let first = *self.kill_at.entry(process).or_insert(ledger.stop_kill_boottime_ns);
-            assert_eq!(first, ledger.stop_kill_boottime_ns, "the deadline of {process:?} has moved");
+            // Sooner, once its callers have left it; never later.
+            let at = self.kill_at.entry(process).or_insert(ledger.stop_kill_boottime_ns);
+            assert!(ledger.stop_kill_boottime_ns <= *at, "the deadline of {process:?} has moved on");
+            *at = ledger.stop_kill_boottime_ns;
         }
         let failures = self.exec_failures.entry((instance, ledger.epoch)).or_default();
         *failures = (*failures).max(ledger.exec_failures);

@@ -67,7 +67,11 @@ impl Fleet {
             let manifest = pb::Manifest {
                 name: (*service).to_owned(),
                 count: 1,
-                stop: stops.map(|grace| pb::Stop { signal: 15, grace: grace.try_into().ok() }),
+                stop: stops.map(|grace| pb::Stop {
+                    signal: 15,
+                    grace: grace.try_into().ok(),
+                    ..Default::default()
+                }),
                 placement: stops.map(|_| pb::Placement {
                     on_disconnect: pb::OnDisconnect::Stop.into(),
                     ..Default::default()

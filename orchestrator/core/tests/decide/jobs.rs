@@ -60,7 +60,10 @@ fn a_job_runs_once_for_each_change_and_keeps_its_result() {
     assert_eq!(world.last_event("job_succeeded"), "run 1 of tidy succeeded after 5 s");
     assert_eq!(world.service("tidy").stable_version, 1);
     // Limits and the like are no word to run it again.
-    world.deploy(pb::Manifest { stop: Some(pb::Stop { signal: 2, grace: None }), ..once() });
+    world.deploy(pb::Manifest {
+        stop: Some(pb::Stop { signal: 2, grace: None, ..Default::default() }),
+        ..once()
+    });
     settle(&mut world);
     assert_eq!((runs(&world), world.status("tidy")), (vec![(1, Succeeded)], DeploymentStatus::Successful));
     world.deploy(changed(&once(), "other"));

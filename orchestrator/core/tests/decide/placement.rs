@@ -203,7 +203,7 @@ fn lost_instances_are_placed_again_under_the_next_epoch() {
 fn what_must_never_run_twice_waits_until_its_old_host_has_stopped_it() {
     let mut world = World::with_hosts(2);
     let placement = pb::Placement { on_disconnect: pb::OnDisconnect::Stop.into(), ..Default::default() };
-    let stop = pb::Stop { signal: 15, grace: seconds(20) };
+    let stop = pb::Stop { signal: 15, grace: seconds(20), ..Default::default() };
     world.deploy(pb::Manifest { placement: Some(placement), stop: Some(stop), ..manifest("db", 1) });
     world.settle();
     let host = world.hosts_of("db").remove(0);

@@ -26,6 +26,7 @@ impl From<&pb::Manifest> for Document {
             user: text(&manifest.user),
             working_dir: text(&manifest.working_dir),
             needs: manifest.needs.clone(),
+            allow: manifest.allow.as_ref().map(|allow| allow.callers.clone()),
             ports: manifest.ports.iter().map(|(name, port)| (name.clone(), port.into())).collect(),
             health: manifest.health.as_ref().map(HealthDocument::from),
             restart: manifest.restart.as_ref().map(RestartDocument::from),
@@ -136,6 +137,7 @@ impl From<&pb::Isolation> for IsolationDocument {
         let seccomp = isolation.seccomp();
         Self {
             private_tmp: isolation.shared_tmp.then_some(false),
+            service_names: isolation.host_names.then_some(false),
             new_privileges: chosen(isolation.new_privileges),
             capabilities: isolation.capabilities.clone(),
             read_only: chosen(isolation.read_only),
@@ -187,6 +189,7 @@ impl From<&pb::Stop> for StopDocument {
         Self {
             signal: (stop.signal != 0).then(|| signals::name(stop.signal)),
             grace: DurationText::of(stop.grace.as_ref()),
+            drain_timeout: DurationText::of(stop.drain_timeout.as_ref()),
         }
     }
 }

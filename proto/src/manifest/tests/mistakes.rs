@@ -32,6 +32,19 @@ fn a_mistake_in_a_value_is_answered_in_place() {
         ("working_dir = \"srv\"", "f:3:15: working_dir: must be absolute, such as \"/srv/web\", not \"srv\""),
         ("needs = [\"web\"]", "f:3:10: needs[0]: \"web\" needs itself, so it could never start"),
         ("needs = [\"db\", \"db\"]", "f:3:16: needs[1]: \"db\" is listed twice"),
+        (
+            "allow = [\"db\"]",
+            "f:3:9: allow: nobody can call a service without ports; add one, such as [ports.http]",
+        ),
+        (
+            "allow = [\"db\", \"db\"]\n[ports.a]\nprotocol = \"http\"",
+            "f:3:16: allow[1]: \"db\" is listed twice",
+        ),
+        (
+            "allow = [\"host/north/gid/3\"]\n[ports.a]\nprotocol = \"http\"",
+            "f:3:10: allow[0]: \"host/north/gid/3\" is neither a service nor a user of a host, such as \"host/north/uid/1000\"",
+        ),
+        ("allow = \"db\"", "f:3:9: allow: must be a list of texts, such as [\"web\"], not the text \"db\""),
         ("needs = \"db\"", "f:3:9: needs: must be a list of texts, such as [\"db\"], not the text \"db\""),
         ("needs = [1]", "f:3:10: needs[0]: must be text in quotes, not the number 1"),
         (
@@ -481,7 +494,7 @@ fn a_misspelt_key_is_answered_with_the_one_that_was_meant() {
         ),
         (
             "\"a b\" = 1\n[restart]\nx = 1",
-            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, kind, schedule, env, user, working_dir, needs, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact, job, hooks\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
+            "f:3:1: \"a b\": unknown key; known here: name, command, count, per_host, kind, schedule, env, user, working_dir, needs, allow, ports, health, restart, resources, update, stop, placement, logs, file, env_file, data, secrets, isolation, rlimits, artifact, job, hooks\nf:5:1: restart.x: unknown key; known here: policy, budget, success_codes, fatal_codes",
         ),
     ] {
         assert_eq!(told(body), message);

@@ -130,6 +130,7 @@ prop_compose! {
         fatal_codes in btree_set(100u32..=255, 0..3).prop_map(Vec::from_iter),
         signal in prop_oneof![1i32..=17, 23i32..=31],
         grace in duration(0..3_600_000),
+        drain_timeout in option::of(duration(0..3_600_000)),
         constraints in vec(prop_oneof![
             Just("os = \"linux\"".to_owned()),
             "label[.][a-z]{1,5} != \"[a-z]{0,5}\"",
@@ -140,7 +141,7 @@ prop_compose! {
     ) -> (pb::Restart, pb::Stop, pb::Placement) {
         (
             pb::Restart { policy, budget_restarts, budget_window, success_codes, fatal_codes },
-            pb::Stop { signal, grace },
+            pb::Stop { signal, grace, drain_timeout: drain_timeout.flatten() },
             pb::Placement { constraints, spread, on_disconnect, priority },
         )
     }
@@ -192,7 +193,7 @@ fn rlimit_name() -> impl Strategy<Value = &'static str> {
 
 prop_compose! {
     fn isolation()(
-        (shared_tmp, read_only, landlock) in any::<(bool, bool, bool)>(),
+        (shared_tmp, host_names, read_only, landlock) in any::<(bool, bool, bool, bool)>(),
         capabilities in vec(prop_oneof![Just("CAP_KILL".to_owned()), Just("CAP_CHOWN".to_owned())], 0..3),
         hide in vec("/[a-z]{1,5}", 0..3),
         (read, write) in (vec("/[a-z]{0,5}", 0..3), vec("/[a-z]{0,5}", 0..3)),
@@ -200,6 +201,7 @@ prop_compose! {
     ) -> pb::Isolation {
         pb::Isolation {
             shared_tmp,
+            host_names,
             new_privileges: false,
             capabilities,
             read_only,
@@ -282,6 +284,8 @@ fn manifest() -> impl Strategy<Value = pb::Manifest> {
                         env,
                         user,
                         working_dir,
+                        allow: (odd == 1 && !ports.is_empty())
+                            .then(|| pb::AllowedCallers { callers: needs.iter().cloned().collect() }),
                         needs: needs.into_iter().collect(),
                         ports: ports.clone(),
                         health,
