@@ -26,6 +26,9 @@ use crate::identity::Role;
 use crate::provider::provider;
 use crate::server_verifier::{ServerVerifier, Trust};
 
+/// What tonic speaks.
+const HTTP2: &[u8] = b"h2";
+
 /// Whom a client must find at the other end; anyone else is refused before a byte is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Expect {
@@ -120,10 +123,47 @@ pub fn channel(address: &str, credentials: &Credentials, expect: Expect, options
         tls: Arc::new(Tls::Credentials {
             credentials: credentials.clone(),
             expect,
+            protocol: HTTP2,
             cached: Mutex::new(None),
         }),
     };
     connector.channel(options)
+}
+
+/// Connections that are not tonic channels, to one peer in one protocol. Cheap to clone; clones share their sessions.
+#[derive(Clone)]
+pub struct Dialer(Connector);
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialer").field("address", &self.0.address).finish_non_exhaustive()
+    }
+}
+
+impl Dialer {
+    /// To `address` (`host:port`), where whom `expect` says must be found, speaking `protocol` (an ALPN name). A
+    /// connection that is not there within `timeout`, TCP and TLS together, is given up. Sessions are resumed, but never
+    /// past a [`Credentials::replace`].
+    pub fn new(
+        address: &str,
+        credentials: &Credentials,
+        expect: Expect,
+        protocol: &'static [u8],
+        timeout: Duration,
+    ) -> Self {
+        let (credentials, cached) = (credentials.clone(), Mutex::new(None));
+        let tls = Tls::Credentials { credentials, expect, protocol, cached };
+        Self(Connector { address: address.into(), timeout, tls: Arc::new(tls) })
+    }
+
+    /// A connection after its handshake.
+    ///
+    /// # Errors
+    /// Nobody answers, or not whom we expect, or not in that protocol. That the peer refuses our own certificate is told
+    /// by the first read.
+    pub async fn connect(&self) -> Result<ClientConnection, ConnectError> {
+        self.0.connect_in_time().await
+    }
 }
 
 /// A channel without a client certificate, for `Enroll`: the server must be a member whose chain ends in the CA
@@ -164,7 +204,7 @@ fn pinned_config(ca_sha256: [u8; 32]) -> Arc<ClientConfig> {
 }
 
 fn finish(config: &mut ClientConfig) {
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![HTTP2.to_vec()];
     config.enable_sni = false;
     config.resumption = Resumption::disabled();
 }
@@ -179,7 +219,12 @@ impl rustls::time_provider::TimeProvider for SystemTime {
 }
 
 enum Tls {
-    Credentials { credentials: Credentials, expect: Expect, cached: Mutex<Option<(u64, Arc<ClientConfig>)>> },
+    Credentials {
+        credentials: Credentials,
+        expect: Expect,
+        protocol: &'static [u8],
+        cached: Mutex<Option<(u64, Arc<ClientConfig>)>>,
+    },
     Enroll(Arc<ClientConfig>),
 }
 
@@ -189,13 +234,14 @@ impl Tls {
     fn config(&self) -> Arc<ClientConfig> {
         match self {
             Self::Enroll(config) => config.clone(),
-            Self::Credentials { credentials, expect, cached } => {
+            Self::Credentials { credentials, expect, protocol, cached } => {
                 let generation = credentials.reloadable().generation();
                 let mut cached = cached.lock();
                 match &*cached {
                     Some((of, config)) if *of == generation => config.clone(),
                     _ => {
                         let mut config = client_config(credentials, *expect);
+                        config.alpn_protocols = vec![protocol.to_vec()];
                         // One server, so one entry with its few tickets.
                         config.resumption = Resumption::in_memory_sessions(1);
                         let config = Arc::new(config);
@@ -251,10 +297,20 @@ fn is_host_and_port(address: &str) -> bool {
     address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
 }
 
-/// In TLS 1.3 a server's verdict on our certificate arrives with the first read: said here in plain words.
+/// A connection that we opened. In TLS 1.3 a server's verdict on our certificate arrives with the first read: said here
+/// in plain words.
 #[derive(Debug)]
-struct ClientConnection {
+pub struct ClientConnection {
     stream: TlsStream<TcpStream>,
+}
+
+impl ClientConnection {
+    /// Whether nothing has come from the peer that is not read yet, not even its end; asks no kernel, only what the
+    /// runtime knows.
+    pub fn is_quiet(&self) -> bool {
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        self.stream.get_ref().0.poll_read_ready(&mut context).is_pending()
+    }
 }
 
 impl AsyncRead for ClientConnection {

@@ -81,6 +81,11 @@ impl TlsConnection {
     pub fn info(&self) -> &PeerInfo {
         &self.info
     }
+
+    /// What it speaks, by its ALPN name; `None`: the client named nothing.
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.stream.get_ref().1.alpn_protocol()
+    }
 }
 
 impl Connected for TlsConnection {

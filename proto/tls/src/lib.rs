@@ -23,11 +23,11 @@ mod server_verifier;
 pub use authority::{
     AGENT_VALIDITY, Authority, IssueError, MEMBER_VALIDITY, OPERATOR_VALIDITY, csr_public_key_sha256,
 };
-pub use client::{ChannelOptions, Expect, channel, client_config, enroll_channel};
+pub use client::{ChannelOptions, ClientConnection, Dialer, Expect, channel, client_config, enroll_channel};
 pub use connect_error::{ConnectError, Refusal, connect_error};
 pub use credentials::{Credentials, CredentialsError};
 pub use files::FileError;
 pub use identity::{IdentityError, PeerIdentity, Role};
 pub use incoming::{IncomingLimits, PeerInfo, TlsConnection, incoming, peer, peer_info, peer_or_expired};
 pub use keys::{KeyError, KeyPair};
-pub use server::{ClientPolicy, server_config};
+pub use server::{ClientPolicy, server_config, server_config_of};

@@ -29,6 +29,16 @@ pub struct ClientPolicy {
 
 /// The configuration of a listener: TLS 1.3, HTTP/2, our own certificate as it is at each handshake.
 pub fn server_config(credentials: &Credentials, clients: ClientPolicy) -> Arc<ServerConfig> {
+    server_config_of(credentials, clients, &[b"h2"])
+}
+
+/// The same for a listener that speaks these protocols, by their ALPN names, the first ones rather;
+/// [`TlsConnection::protocol`](crate::TlsConnection::protocol) says which it is.
+pub fn server_config_of(
+    credentials: &Credentials,
+    clients: ClientPolicy,
+    protocols: &[&[u8]],
+) -> Arc<ServerConfig> {
     let chain = WebPkiClientVerifier::builder_with_provider(credentials.roots().clone(), provider())
         .build()
         .expect("there is one root");
@@ -38,7 +48,7 @@ pub fn server_config(credentials: &Credentials, clients: ClientPolicy) -> Arc<Se
         .expect("the provider has TLS 1.3 suites")
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(credentials.reloadable().clone());
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
     Arc::new(config)
 }
 

@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use nave_proto::ids::{ClusterId, HostId, MemberId};
 use nave_tls::{
-    AGENT_VALIDITY, Authority, ChannelOptions, ClientPolicy, Credentials, Expect, IncomingLimits, KeyPair,
-    PeerIdentity, Role, channel, connect_error, enroll_channel, incoming, peer, peer_or_expired,
-    server_config,
+    AGENT_VALIDITY, Authority, ChannelOptions, ClientPolicy, Credentials, Dialer, Expect, IncomingLimits,
+    KeyPair, PeerIdentity, Role, channel, connect_error, enroll_channel, incoming, peer, peer_or_expired,
+    server_config, server_config_of,
 };
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -488,4 +489,51 @@ async fn credentials_survive_their_files() {
     KeyPair::generate().save(&key).expect("saved");
     let error = Credentials::load(&certificate, &key, &ca).expect_err("another key");
     assert_eq!(error.to_string(), "the certificate was issued for another key");
+}
+
+#[tokio::test]
+async fn a_connection_speaks_what_its_dialer_named_with_whom_it_expected() {
+    let authority = Authority::generate(OURS);
+    let agent = |id| issue(&authority, Role::Agent(HostId(id)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let config = server_config_of(&agent(1), ClientPolicy::default(), &[b"h2", b"bytes"]);
+    let shutdown = CancellationToken::new();
+    let mut accepted = Box::pin(incoming(listener, config, IncomingLimits::default(), shutdown));
+    let dial = |from: &Credentials, to, protocol| {
+        let dialer =
+            Dialer::new(&address, from, Expect::Agent(HostId(to)), protocol, Duration::from_secs(10));
+        async move { dialer.connect().await }
+    };
+
+    let from = agent(2);
+    for protocol in [b"bytes".as_slice(), b"h2"] {
+        let dialled = dial(&from, 1, protocol);
+        let served = async {
+            let mut served = accepted.next().await.expect("a connection").expect("no errors of its own");
+            served.write_all(b"hello").await.expect("written");
+            served.flush().await.expect("flushed");
+            served
+        };
+        let (dialled, served) = tokio::join!(dialled, served);
+        assert_eq!(served.protocol(), Some(protocol));
+        assert_eq!(served.info().identity.as_ref().and_then(PeerIdentity::agent), Some(HostId(2)));
+        let mut dialled = dialled.expect("connected");
+        let mut heard = [0; 5];
+        dialled.read_exact(&mut heard).await.expect("heard");
+        assert_eq!(&heard, b"hello");
+        assert!(dialled.is_quiet());
+        drop(served);
+        while dialled.is_quiet() {
+            tokio::task::yield_now().await;
+        }
+    }
+    let refused = async {
+        dial(&from, 3, b"bytes").await.expect_err("another host");
+        dial(&from, 1, b"other").await.expect_err("another protocol");
+    };
+    tokio::select! {
+        () = refused => {}
+        strange = accepted.next() => panic!("accepted {strange:?}"),
+    }
 }
