@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use nave_proto::pb;
-use nave_tls::{ClientPolicy, IncomingLimits, Role};
+use nave_tls::{Role, TlsConnection};
 use pb::agent_service_server::{AgentService, AgentServiceServer};
-use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
@@ -22,9 +22,6 @@ use crate::metrics::Metrics;
 
 /// Members ask on behalf of everybody who reads logs; each reader of a busy host holds about a megabyte.
 const LOG_READERS: usize = 32;
-/// Members, operators, and strangers until their handshake has failed.
-const CONNECTIONS: usize = 256;
-const HANDSHAKES: usize = 16;
 /// A look at a few files; ten a second is soon enough for a person's eye.
 const FOLLOW_POLL: Duration = Duration::from_millis(100);
 
@@ -58,16 +55,13 @@ impl Api {
         Self { identity, name, keeper_pid, logs_dir: data.logs(), metrics, shown, log_readers }
     }
 
-    /// Serves until `shutdown`, then ends open streams.
+    /// Serves these connections until `shutdown`, then ends open streams.
     pub(crate) async fn serve(
         self,
-        listener: TcpListener,
+        connections: mpsc::Receiver<TlsConnection>,
         shutdown: CancellationToken,
     ) -> Result<(), tonic::transport::Error> {
-        let config = nave_tls::server_config(&self.identity.credentials, ClientPolicy::default());
-        let limits =
-            IncomingLimits { handshakes: HANDSHAKES, connections: CONNECTIONS, ..IncomingLimits::default() };
-        let incoming = nave_tls::incoming(listener, config, limits, shutdown.child_token());
+        let incoming = ReceiverStream::new(connections).map(Ok::<_, std::io::Error>);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<AgentServiceServer<Self>>().await;
         let serving = tonic::transport::Server::builder()

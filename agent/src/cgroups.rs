@@ -102,6 +102,11 @@ impl Cgroups {
         Self { folder: format!("nave-{cluster}-{host}"), ..self }
     }
 
+    /// The directory of all our services' groups in the cgroup2 hierarchy.
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
+        self.v2.as_ref().ok().map(|own| own.join(&self.folder))
+    }
+
     /// `Err` says why there is no cgroup2 for us.
     pub(crate) fn v2(&self) -> Result<&Path, &str> {
         self.v2.as_deref().map_err(String::as_str)

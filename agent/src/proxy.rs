@@ -11,9 +11,11 @@ mod http1;
 mod identity;
 mod listeners;
 mod meter;
+mod peers;
 mod route;
 mod table;
 mod tcp;
+mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -21,21 +23,26 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{Stream, StreamExt as _};
 use nave_agent_core::balancer::EndpointKey;
 use nave_agent_core::directory::{Host, Protocol, Service};
 use nave_proto::ids::{HostId, InstanceId};
-use parking_lot::Mutex;
-use tokio::sync::watch;
+use nave_tls::{ClientPolicy, Credentials, IncomingLimits, PeerIdentity, TlsConnection};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 pub(crate) use meter::Routes;
 pub(crate) use table::LocalWord;
 
 use crate::keeper::{CallError, KeeperHandle};
+use identity::Attestor;
 use listeners::{Ends, Listeners};
+use peers::Peers;
 use table::Table;
 
 /// Of the machine's cores, for the proxy: a quarter, so that it never owns the host.
@@ -53,6 +60,11 @@ const LOOK: Duration = Duration::from_millis(10);
 const CUT: Duration = Duration::from_millis(200);
 /// Sockets of the agent before that nobody has asked for since belong to services that are gone.
 const INHERITED_FOR: Duration = Duration::from_secs(30);
+/// Connections that were taken on the proxy's threads and are for the agent's API: taken up at once, or it is too busy.
+const HANDED_OUT: usize = 16;
+/// Of the agent's own port. Other hosts' calls of HTTP/1.1 hold a connection each while they last.
+const LIMITS: IncomingLimits =
+    IncomingLimits { handshakes: 64, handshake_timeout: Duration::from_secs(5), connections: 8192 };
 /// Between two tries to get an address that another program had.
 const RETRY_ADDRESSES: Duration = Duration::from_secs(10);
 
@@ -68,6 +80,10 @@ pub(crate) struct ProxyConfig {
     pub(crate) ports_file: PathBuf,
     /// What a scrape reads.
     pub(crate) routes: Routes,
+    /// With which other agents know this one; none: there are no other hosts.
+    pub(crate) credentials: Option<Credentials>,
+    /// This host's name, and the directory of all its services' cgroups if there is one.
+    pub(crate) attest: (String, Option<PathBuf>),
 }
 
 /// For everybody who has to say something to the proxy. No method waits, but those that say so.
@@ -80,7 +96,7 @@ pub(crate) struct Proxy {
 struct Shared {
     table: Table,
     listeners: Listeners,
-    hosts: Mutex<Vec<Host>>,
+    attestor: Arc<Attestor>,
     ended: watch::Receiver<bool>,
 }
 
@@ -100,6 +116,33 @@ impl Shared {
         ends.tasks.close();
         ends.force.cancel();
         let _cut = tokio::time::timeout(CUT, ends.tasks.wait()).await;
+    }
+
+    /// Until the stream ends, or nobody takes what is not for us.
+    async fn take(
+        self: Arc<Self>,
+        incoming: impl Stream<Item = std::io::Result<TlsConnection>>,
+        other: mpsc::Sender<TlsConnection>,
+    ) {
+        let mut incoming = std::pin::pin!(incoming);
+        while let Some(Ok(connection)) = incoming.next().await {
+            if connection.protocol() != Some(peers::HTTP1) {
+                if other.send(connection).await.is_err() {
+                    return;
+                }
+                continue;
+            }
+            let identity = connection.info().identity.as_ref().and_then(PeerIdentity::valid);
+            let Some(host) = identity.and_then(PeerIdentity::agent) else {
+                warn!(peer = ?connection.info(), "only agents may call services of another host: refused");
+                continue;
+            };
+            debug!(%host, "another agent is connected");
+            let shared = self.clone();
+            self.listeners.serve(move |ending| async move {
+                http1::serve_peer(connection, |service, port| shared.table.find(service, port), ending).await;
+            });
+        }
     }
 
     /// Nothing of these protocols has been under way for so long.
@@ -139,9 +182,12 @@ impl Proxy {
             tasks: TaskTracker::new(),
         };
         let (tell_ended, ended) = watch::channel(false);
-        let listeners = Listeners::new(runtime.handle().clone(), ends.clone(), config.ports_file);
-        let table = Table::new(config.prefix, config.own_host, config.routes);
-        let shared = Arc::new(Shared { table, listeners, hosts: Mutex::default(), ended });
+        let attestor = Arc::new(Attestor::new(&config.attest.0, config.attest.1));
+        let handle = runtime.handle().clone();
+        let listeners = Listeners::new(handle, ends.clone(), config.ports_file, attestor.clone());
+        let peers = Arc::new(config.credentials.map(Peers::new).unwrap_or_default());
+        let table = Table::new(config.prefix, config.own_host, config.routes, peers);
+        let shared = Arc::new(Shared { table, listeners, attestor, ended });
         let watched = shared.clone();
         let end = async move {
             ends.drain.cancelled().await;
@@ -171,7 +217,37 @@ impl Proxy {
 
     /// The other agents, and where they are reached.
     pub(crate) fn hosts(&self, hosts: Vec<Host>) {
-        *self.shared.hosts.lock() = hosts;
+        self.shared.table.peers.set(&hosts);
+    }
+
+    /// Which services have a uid of their own on this host: without cgroup2, callers are told by that.
+    pub(crate) fn users(&self, users: BTreeMap<u32, Arc<str>>) {
+        self.shared.attestor.set_users(users);
+    }
+
+    /// Takes the connections of the agent's own port on the proxy's threads: calls from other hosts are served there,
+    /// every other connection is handed out. Ends with `shutdown`, or when nobody takes what is handed out.
+    ///
+    /// # Errors
+    /// The listener cannot change its runtime.
+    pub(crate) fn accept(
+        &self,
+        listener: TcpListener,
+        credentials: &Credentials,
+        shutdown: CancellationToken,
+    ) -> std::io::Result<(mpsc::Receiver<TlsConnection>, JoinHandle<()>)> {
+        let config = nave_tls::server_config_of(credentials, ClientPolicy::default(), &[b"h2", peers::HTTP1]);
+        let (other, handed_out) = mpsc::channel(HANDED_OUT);
+        let (listener, shared) = (listener.into_std()?, self.shared.clone());
+        let accepting = self.shared.listeners.spawn(async move {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => {
+                    shared.take(nave_tls::incoming(listener, config, LIMITS, shutdown), other).await
+                }
+                Err(error) => warn!(%error, "the agent's own port cannot be served"),
+            }
+        });
+        Ok((handed_out, accepting))
     }
 
     /// Where callers on this host find the service's ports, by name; empty while that is not known.

@@ -9,7 +9,6 @@ use std::time::Duration;
 use nave_agent_core::Reconciler;
 use nave_agent_core::address::{DEFAULT_PREFIX, parse_prefix};
 use nave_keeper::witness::Witness;
-use nave_proto::ids::HostId;
 use nave_proto::pb;
 use parking_lot::Mutex;
 use rand::Rng as _;
@@ -151,7 +150,9 @@ impl Proxying {
         &mut self,
         config: &AgentConfig,
         data: &DataDir,
-        own_host: HostId,
+        identity: &Identity,
+        name: &str,
+        cgroups: &Cgroups,
         shutdown: &CancellationToken,
     ) -> Result<Proxy, RunError> {
         if let Some(proxy) = &self.proxy {
@@ -159,10 +160,12 @@ impl Proxying {
         }
         let proxy_config = ProxyConfig {
             prefix: parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX),
-            own_host,
+            own_host: identity.host,
             workers: 0,
             ports_file: data.path().join("proxy-ports"),
             routes: self.routes.clone(),
+            credentials: Some(identity.credentials.clone()),
+            attest: (name.to_owned(), cgroups.folder()),
         };
         let proxy = Proxy::start(proxy_config, shutdown.clone()).map_err(RunError::Proxy)?;
         Ok(self.proxy.insert(proxy).clone())
@@ -221,7 +224,8 @@ async fn with_keeper(
         ended = tasks.join_next() => return Err(why(ended)),
     };
     let (cluster, host) = (identity.cluster, identity.host);
-    let proxy = proxying.start(config, &data, host, shutdown)?;
+    let cgroups = cgroups.named(cluster, host);
+    let proxy = proxying.start(config, &data, &identity, &facts.name, &cgroups, shutdown)?;
     let (keeping, keeper_of_sockets) = (proxy.clone(), keeper.clone());
     tasks.spawn(async move {
         let error = keeping.keep_with(keeper_of_sockets).await;
@@ -235,7 +239,7 @@ async fn with_keeper(
         cluster,
         facts.name.clone(),
         directories,
-        cgroups.named(cluster, host),
+        cgroups,
         notify,
         closed.map(Path::to_owned),
     );
@@ -257,7 +261,11 @@ async fn with_keeper(
         shown.clone(),
     );
     let api_shutdown = shutdown.clone();
-    tasks.spawn(async move { api.serve(listener, api_shutdown).await.map_err(RunError::Api) });
+    let stop_accepting = shutdown.child_token();
+    let (connections, accepting) = proxy
+        .accept(listener, &identity.credentials, stop_accepting.clone())
+        .map_err(|source| RunError::Listen { key: "listen", address: config.listen, source })?;
+    tasks.spawn(async move { api.serve(connections, api_shutdown).await.map_err(RunError::Api) });
     let renew = RenewTask { identity, members: members.clone(), metrics: metrics.clone() };
     tasks.spawn(async move {
         renew.run().await;
@@ -297,6 +305,9 @@ async fn with_keeper(
         }
     }
     tasks.shutdown().await;
+    // The port must be free for whoever begins next.
+    stop_accepting.cancel();
+    accepting.await.ok();
     info!("agent ends; services go on");
     result
 }

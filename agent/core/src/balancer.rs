@@ -226,6 +226,18 @@ impl Balancer {
         scene.choose(rng, ask).map(|chosen| Pick::begin(chosen.member.clone(), chosen.probe))
     }
 
+    /// A ready endpoint of this host, for a call that was chosen to come here by another host's balancer: the named one,
+    /// or when it is not ready, another. Whether it fails is judged where the choice is made.
+    #[must_use]
+    pub fn local(&self, key: EndpointKey) -> Option<Pick> {
+        let snapshot = self.pool.snapshot.load();
+        let ready = |one: &&Arc<Member>| one.shared.standing() == Standing::Ready;
+        let locals = &snapshot.members[..snapshot.locals];
+        let named = locals.iter().filter(ready).find(|one| one.spec.key == key);
+        let chosen = named.or_else(|| locals.iter().filter(ready).min_by_key(|one| one.shared.in_flight()));
+        chosen.map(|one| Pick::begin(one.clone(), None))
+    }
+
     /// Calls under way to an instance, whatever its epoch.
     #[must_use]
     pub fn in_flight(&self, instance: InstanceId) -> u64 {

@@ -104,25 +104,30 @@ pub struct PortRules {
     pub access_log: bool,
 }
 
+impl PortRules {
+    /// What suits a service that says nothing.
+    pub const DEFAULT: Self = Self {
+        request_timeout: None,
+        try_timeout: None,
+        connect_timeout: Duration::from_secs(1),
+        // TCP keeps quiet connections for an hour, as pools of databases do; the HTTP engines cap it.
+        idle_timeout: Duration::from_secs(3600),
+        header_timeout: Duration::from_secs(10),
+        header_bytes_max: 64 * 1024,
+        replay_bytes_max: 64 * 1024,
+        connections_max: 4096,
+        requests_max: 4096,
+        pending_max: 1024,
+        pending_timeout: Duration::from_secs(3),
+        retries_max: 3,
+        hash_header: None,
+        access_log: false,
+    };
+}
+
 impl Default for PortRules {
     fn default() -> Self {
-        Self {
-            request_timeout: None,
-            try_timeout: None,
-            connect_timeout: Duration::from_secs(1),
-            // TCP keeps quiet connections for an hour, as pools of databases do; the HTTP engines cap it.
-            idle_timeout: Duration::from_secs(3600),
-            header_timeout: Duration::from_secs(10),
-            header_bytes_max: 64 * 1024,
-            replay_bytes_max: 64 * 1024,
-            connections_max: 4096,
-            requests_max: 4096,
-            pending_max: 1024,
-            pending_timeout: Duration::from_secs(3),
-            retries_max: 3,
-            hash_header: None,
-            access_log: false,
-        }
+        Self::DEFAULT
     }
 }
 

@@ -10,6 +10,7 @@ mod buffer;
 mod connection;
 mod exchange;
 mod framing;
+mod inbound;
 mod lines;
 mod receiver;
 mod refusal;
@@ -19,9 +20,11 @@ mod response;
 mod sender;
 #[cfg(test)]
 mod tests;
+mod to;
 mod trace;
 mod tunnel;
 mod upstream;
 
 pub(crate) use connection::serve;
+pub(crate) use inbound::serve_peer;
 pub(crate) use upstream::Pool;

@@ -14,14 +14,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use nave_agent_core::directory::Protocol;
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+use super::identity::Attestor;
 use super::meter::Refusal;
 use super::route::{Caller, Route};
 use super::table::Wanted;
@@ -56,6 +59,7 @@ pub(crate) struct Ends {
 pub(crate) struct Listeners {
     runtime: Handle,
     ends: Ends,
+    attestor: Arc<Attestor>,
     /// Where the high ports are remembered.
     high_file: PathBuf,
     inner: Mutex<Inner>,
@@ -86,10 +90,32 @@ struct Open {
 }
 
 impl Listeners {
-    pub(crate) fn new(runtime: Handle, ends: Ends, high_file: PathBuf) -> Self {
+    pub(crate) fn new(runtime: Handle, ends: Ends, high_file: PathBuf, attestor: Arc<Attestor>) -> Self {
         let high = read_high(&high_file);
         let inner = Mutex::new(Inner { high, ..Inner::default() });
-        Self { runtime, ends, high_file, inner, changed: Notify::new() }
+        Self { runtime, ends, attestor, high_file, inner, changed: Notify::new() }
+    }
+
+    /// On the proxy's threads, until it has come to its end or everything is cut.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        let force = self.ends.force.clone();
+        let task = async move {
+            tokio::select! {
+                () = task => {}
+                () = force.cancelled() => {}
+            }
+        };
+        self.ends.tasks.spawn_on(task, &self.runtime)
+    }
+
+    /// The same for something that is told when no answer may leave its connection open.
+    pub(crate) fn serve<F, T>(&self, task: F)
+    where
+        F: FnOnce(CancellationToken) -> T,
+        T: Future<Output = ()> + Send + 'static,
+    {
+        // Owned by the tracker; nobody waits for one connection.
+        drop(self.spawn(task(self.ends.drain.clone())));
     }
 
     /// Callers of the service are to find these.
@@ -266,7 +292,8 @@ impl Listeners {
         debug!(service = %wanted.route.service, address = %bound, "listening");
         let route = Arc::new(ArcSwap::new(wanted.route.clone()));
         let closed = CancellationToken::new();
-        let accepting = accept(listener, route.clone(), closed.clone(), self.ends.clone());
+        let accepting =
+            accept(listener, route.clone(), closed.clone(), self.ends.clone(), self.attestor.clone());
         self.ends.tasks.spawn_on(accepting, &self.runtime);
         inner.open.insert(bound, Open { proper: wanted.address, route, kept, closed });
     }
@@ -289,7 +316,13 @@ fn complain(wanted: &Wanted, instead: Option<SocketAddr>, why: &io::Error) {
     }
 }
 
-async fn accept(listener: TcpListener, route: Arc<ArcSwap<Route>>, closed: CancellationToken, ends: Ends) {
+async fn accept(
+    listener: TcpListener,
+    route: Arc<ArcSwap<Route>>,
+    closed: CancellationToken,
+    ends: Ends,
+    attestor: Arc<Attestor>,
+) {
     loop {
         let accepted = tokio::select! {
             biased;
@@ -298,7 +331,7 @@ async fn accept(listener: TcpListener, route: Arc<ArcSwap<Route>>, closed: Cance
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) => begin(route.load_full(), stream, &ends),
+            Ok((stream, _)) => begin(route.load_full(), stream, &ends, &attestor),
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 warn!(service = %route.load().service, %error, "cannot take a connection");
@@ -313,12 +346,20 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Serves a connection by its port's protocol, unless there are too many.
-fn begin(route: Arc<Route>, stream: TcpStream, ends: &Ends) {
+fn begin(route: Arc<Route>, stream: TcpStream, ends: &Ends, attestor: &Attestor) {
     let Some(place) = route.connection() else {
         route.meter.refused(Refusal::Connections);
         return;
     };
-    let caller = Caller::Unknown;
+    let caller = match (stream.peer_addr(), stream.local_addr()) {
+        (Ok(peer), Ok(local)) => attestor.caller(peer, local),
+        _ => Caller::Unknown,
+    };
+    if route.protocol != Protocol::Http && !route.allows(&caller) {
+        // Nothing could be said to it in its protocol.
+        route.meter.refused(Refusal::NotAllowed);
+        return;
+    }
     let open = route.meter.caller(&caller).connection();
     let ends = ends.clone();
     ends.tasks.clone().spawn(async move {
@@ -334,7 +375,6 @@ fn begin(route: Arc<Route>, stream: TcpStream, ends: &Ends) {
 }
 
 async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, drain: CancellationToken) {
-    use nave_agent_core::directory::Protocol;
     match route.protocol {
         Protocol::Http => Box::pin(http1::serve(route, stream, caller, drain)).await,
         Protocol::Tcp | Protocol::Http2 | Protocol::Grpc => {

@@ -85,10 +85,11 @@ pub(crate) enum Refusal {
     HeaderTooLarge,
     Malformed,
     RequestTimeout,
+    NotAllowed,
 }
 
 impl Refusal {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::NoEndpoint,
         Self::PendingFull,
         Self::PendingTimeout,
@@ -99,6 +100,7 @@ impl Refusal {
         Self::HeaderTooLarge,
         Self::Malformed,
         Self::RequestTimeout,
+        Self::NotAllowed,
     ];
 
     pub(crate) const fn word(self) -> &'static str {
@@ -113,6 +115,7 @@ impl Refusal {
             Self::HeaderTooLarge => "header_too_large",
             Self::Malformed => "malformed",
             Self::RequestTimeout => "request_timeout",
+            Self::NotAllowed => "not_allowed",
         }
     }
 }

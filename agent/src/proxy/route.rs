@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use nave_agent_core::balancer::{
     Ask, Balancer, BalancerSettings, EndpointKey, EndpointSpec, NoPick, Pick, RetryBudget,
 };
@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::http1::Pool;
 use super::meter::{Refusal, RouteMeter};
+use super::peers::Peers;
 use crate::clock;
 
 /// Callers that have a retry budget and series of their own; the others share one.
@@ -33,6 +34,21 @@ pub(crate) enum Caller {
         host: Arc<str>,
         uid: u32,
     },
+}
+
+impl Caller {
+    /// What another agent calls it.
+    pub(crate) fn named(text: &str) -> Self {
+        let user = || {
+            let (host, uid) = text.strip_prefix("host/")?.split_once("/uid/")?;
+            Some(Self::User { host: host.into(), uid: uid.parse().ok()? })
+        };
+        match text {
+            "" | "unknown" => Self::Unknown,
+            _ if text.contains('/') => user().unwrap_or(Self::Unknown),
+            service => Self::Service(service.into()),
+        }
+    }
 }
 
 /// As a manifest's `allow` names it.
@@ -55,8 +71,12 @@ pub(crate) struct Route {
     pub(crate) balancer: Balancer,
     pub(crate) meter: RouteMeter,
     /// Connections of HTTP/1.1 that wait for their next request.
-    pub(crate) idle: Pool,
+    pub(crate) idle: Pool<EndpointKey>,
+    /// The other hosts' agents.
+    pub(crate) peers: Arc<Peers>,
     rules: ArcSwap<PortRules>,
+    /// Who may call; all, when there is none.
+    allow: ArcSwapOption<Vec<String>>,
     budgets: Mutex<Vec<(Caller, Arc<RetryBudget>)>>,
     /// Something may be pickable that was not.
     changed: Notify,
@@ -107,12 +127,38 @@ impl Route {
             balancer: Balancer::new(settings),
             meter: RouteMeter::default(),
             idle: Pool::default(),
+            peers: Arc::default(),
             rules: ArcSwap::from_pointee(rules),
+            allow: ArcSwapOption::default(),
             budgets: Mutex::default(),
             changed: Notify::new(),
             pending: AtomicUsize::default(),
             connections: AtomicUsize::default(),
             requests: AtomicUsize::default(),
+        }
+    }
+
+    /// With instances on other hosts.
+    pub(crate) fn with_peers(self, peers: Arc<Peers>) -> Self {
+        Self { peers, ..self }
+    }
+
+    pub(crate) fn set_allow(&self, allow: Option<Vec<String>>) {
+        self.allow.store(allow.map(Arc::new));
+    }
+
+    /// Whether the service's list has the caller; without a list it has everybody. A caller of whom the kernel says
+    /// nothing is on no list.
+    pub(crate) fn allows(&self, caller: &Caller) -> bool {
+        let allow = self.allow.load();
+        let Some(allow) = allow.as_deref() else { return true };
+        match caller {
+            Caller::Unknown => false,
+            Caller::Service(name) => allow.iter().any(|one| **one == **name),
+            Caller::User { .. } => {
+                let name = caller.to_string();
+                allow.iter().any(|one| *one == name)
+            }
         }
     }
 
@@ -307,6 +353,28 @@ mod tests {
             said.contains("i-1: connection refused") && said.contains("i-2: connection refused"),
             "{said}"
         );
+    }
+
+    #[test]
+    fn a_list_names_services_and_users_and_never_the_unknown() {
+        let route = route(PortRules::default());
+        let (web, jobs, user) =
+            (Caller::named("web"), Caller::named("jobs"), Caller::named("host/box/uid/7"));
+        for caller in [&web, &jobs, &user, &Caller::Unknown] {
+            assert!(route.allows(caller), "without a list {caller} may call");
+            assert_eq!(Caller::named(&caller.to_string()), *caller);
+        }
+        route.set_allow(Some(vec!["web".to_owned(), "host/box/uid/7".to_owned()]));
+        assert!(route.allows(&web) && route.allows(&user));
+        for caller in
+            [&jobs, &Caller::Unknown, &Caller::named("host/box/uid/8"), &Caller::named("host/web/uid/x")]
+        {
+            assert!(!route.allows(caller), "{caller}");
+        }
+        // A service cannot take a user's name: names have no slash.
+        assert!(!route.allows(&Caller::named("host/other/uid/7")));
+        route.set_allow(Some(Vec::new()));
+        assert!(!route.allows(&web));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use nave_proto::pb;
 use parking_lot::Mutex;
 
 use super::meter::Routes;
+use super::peers::Peers;
 use super::route::Route;
 use crate::clock;
 
@@ -73,6 +74,7 @@ pub(crate) struct Table {
     own_host: HostId,
     settings: BalancerSettings,
     routes: Routes,
+    pub(crate) peers: Arc<Peers>,
     inner: Mutex<Inner>,
 }
 
@@ -89,10 +91,10 @@ struct Entry {
 }
 
 impl Table {
-    pub(crate) fn new(prefix: [u8; 2], own_host: HostId, routes: Routes) -> Self {
+    pub(crate) fn new(prefix: [u8; 2], own_host: HostId, routes: Routes, peers: Arc<Peers>) -> Self {
         // The seed keeps agents from probing at the same moment.
         let settings = BalancerSettings { seed: own_host.0, ..BalancerSettings::default() };
-        Self { prefix, own_host, settings, routes, inner: Mutex::default() }
+        Self { prefix, own_host, settings, routes, peers, inner: Mutex::default() }
     }
 
     /// The service is now this; returns where its callers are to find its ports.
@@ -107,6 +109,7 @@ impl Table {
             let route = known.remove(&port.name).filter(|route| route.protocol == port.protocol);
             let route = route.unwrap_or_else(|| self.route(&name, port));
             route.set_rules(port.rules.clone());
+            route.set_allow(service.allow.clone());
             ports.insert(port.name.clone(), route);
         }
         let entry = Entry { service, ports };
@@ -120,7 +123,16 @@ impl Table {
 
     fn route(&self, service: &Arc<str>, port: &Port) -> Arc<Route> {
         let (service, name, rules) = (service.clone(), port.name.clone(), port.rules.clone());
-        Arc::new(Route::new(service, name, port.protocol, rules, self.settings.clone()))
+        let route = Route::new(service, name, port.protocol, rules, self.settings.clone());
+        Arc::new(route.with_peers(self.peers.clone()))
+    }
+
+    /// A port by its service's name and its own.
+    pub(crate) fn find(&self, service: &str, port: &str) -> Option<Arc<Route>> {
+        let routes = self.routes.0.load();
+        // They are shown in this order.
+        let at = routes.binary_search_by(|route| (&*route.service, &*route.port).cmp(&(service, port)));
+        at.ok().map(|at| routes[at].clone())
     }
 
     fn wanted(&self, entry: &Entry) -> Vec<Wanted> {
@@ -297,7 +309,7 @@ mod tests {
 
     #[test]
     fn this_hosts_own_word_wins_until_the_directory_has_caught_up() {
-        let table = Table::new([127, 88], OWN, Routes::default());
+        let table = Table::new([127, 88], OWN, Routes::default(), Arc::default());
         let both = || service(vec![endpoint(1, OWN), endpoint(2, HostId(2))]);
         let wanted = table.put(both());
         assert_eq!(wanted[0].address, ([127, 88, 0, 5], 80).into());
@@ -324,7 +336,7 @@ mod tests {
     #[test]
     fn a_route_stays_with_its_port_and_goes_with_its_service() {
         let routes = Routes::default();
-        let table = Table::new([127, 88], OWN, routes.clone());
+        let table = Table::new([127, 88], OWN, routes.clone(), Arc::default());
         let first = table.put(service(vec![endpoint(1, OWN)])).remove(0).route;
         let held = first.balancer.pick(clock::monotonic(), &mut rand::rng(), &Ask::default()).unwrap();
         assert_eq!(table.in_flight(InstanceId(1)), 1);

@@ -53,6 +53,8 @@ fn start(dir: &Path, shutdown: &CancellationToken) -> Proxy {
         workers: 2,
         ports_file: dir.join("proxy-ports"),
         routes: Routes::default(),
+        credentials: None,
+        attest: ("box".to_owned(), None),
     };
     Proxy::start(config, shutdown.clone()).unwrap()
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::{Buf as _, BytesMut};
 use nave_agent_core::balancer::RetryBudget;
 use nave_agent_core::directory::PortRules;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use super::buffer::{FIRST_BYTES, fill, poll_fill};
 use super::exchange::Exchange;
 use super::refusal::Refusal;
 use super::request::{Outgoing, Request, request};
+use super::to::CALLER;
 use super::trace::Trace;
 use crate::proxy::meter::{CallerMeter, Refusal as Why};
 use crate::proxy::route::{Caller, Route};
@@ -50,15 +51,20 @@ pub(super) struct Calling {
 
 impl Calling {
     fn new(route: &Route, caller: &Caller) -> Self {
-        let added = format!("Nave-Caller: {caller}\r\n").into_bytes();
+        let added = format!("{CALLER}: {caller}\r\n").into_bytes();
         Self { added, budget: route.budget(caller), meter: route.meter.caller(caller) }
+    }
+
+    /// Of another host, whose agent retries and counts.
+    pub(super) fn of_peer(route: &Route, caller: &Caller) -> Self {
+        Self { added: Vec::new(), budget: route.budget(caller), meter: Arc::default() }
     }
 }
 
 /// The caller's end.
 #[derive(Debug)]
-pub(super) struct Client {
-    pub(super) stream: TcpStream,
+pub(super) struct Client<S> {
+    pub(super) stream: S,
     /// Read and not used yet.
     pub(super) buffer: BytesMut,
     /// A response's head on its way to the caller.
@@ -76,19 +82,12 @@ pub(super) struct Client {
 pub(crate) async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, ending: CancellationToken) {
     // A failure would only make it slower.
     stream.set_nodelay(true).ok();
-    let mut client = Client {
-        stream,
-        buffer: BytesMut::with_capacity(FIRST_BYTES),
-        scratch: Vec::with_capacity(512),
-        alarm: Alarm::new(),
-        ended: false,
-        buffer_bytes_max: route.rules().header_bytes_max,
-    };
-    let caller = Calling::new(&route, &caller);
+    let mut client = Client::new(stream, route.rules().header_bytes_max);
+    let (name, caller) = (&caller, Calling::new(&route, &caller));
     let mut outgoing = Vec::with_capacity(1024);
     loop {
         let rules = route.rules();
-        let request = match client.next(&rules, &caller.added, &mut outgoing).await {
+        let request = match client.next(&rules, &caller.added, false, &mut outgoing).await {
             Ok(request) => request,
             Err(None) => return,
             Err(Some(refusal)) => {
@@ -98,6 +97,12 @@ pub(crate) async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, 
             }
         };
         let keep_alive = request.keep_alive && !ending.is_cancelled();
+        if !route.allows(name) {
+            let text = format!("nave: {name} is not allowed to call {}", route.service);
+            route.meter.refused(Why::NotAllowed);
+            client.refuse(&Refusal::new(403, Why::NotAllowed, text), false, request.head_only).await;
+            return;
+        }
         let exchange = Exchange::new(&route, &rules, &caller, request, &mut outgoing, keep_alive);
         if exchange.run(&mut client).await == After::Close {
             client.close().await;
@@ -110,13 +115,25 @@ pub(crate) async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, 
     }
 }
 
-impl Client {
+impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
+    pub(super) fn new(stream: S, buffer_bytes_max: usize) -> Self {
+        Self {
+            stream,
+            buffer: BytesMut::with_capacity(FIRST_BYTES),
+            scratch: Vec::with_capacity(512),
+            alarm: Alarm::new(),
+            ended: false,
+            buffer_bytes_max,
+        }
+    }
+
     /// The next request, its head written anew to `outgoing`. Nothing in the error: the caller has gone, or has been
     /// silent for long enough.
-    async fn next(
+    pub(super) async fn next(
         &mut self,
         rules: &PortRules,
         added: &[u8],
+        from_peer: bool,
         outgoing: &mut Vec<u8>,
     ) -> Result<Request, Option<Refusal>> {
         let idle_until = Instant::now() + rules.idle_timeout.min(IDLE_TIMEOUT_MAX);
@@ -130,7 +147,7 @@ impl Client {
                 outgoing.clear();
                 let fresh = Trace::random(&mut rand::rng());
                 let hash_header = rules.hash_header.as_deref();
-                let told = Outgoing { added, hash_header, fresh };
+                let told = Outgoing { added, hash_header, fresh, from_peer };
                 match request(&self.buffer, &told, outgoing) {
                     Ok(Some(request)) if request.length <= rules.header_bytes_max => {
                         self.buffer.advance(request.length);
@@ -180,7 +197,12 @@ impl Client {
         self.scratch.clear();
         refusal.write(keep_alive, head_only, &mut self.scratch);
         let due = Instant::now() + LAST_WORD_TIMEOUT;
-        let written = self.alarm.within(due, self.stream.write_all(&self.scratch)).await;
+        let Self { stream, scratch, alarm, .. } = self;
+        let say = async {
+            stream.write_all(scratch).await?;
+            stream.flush().await
+        };
+        let written = alarm.within(due, say).await;
         match (written, keep_alive) {
             (Ok(Ok(())), true) => After::Next,
             (Ok(Ok(())), false) => {
@@ -208,12 +230,12 @@ impl Client {
     }
 
     /// The end of a connection whose last answer is on its way.
-    async fn close(&mut self) {
+    pub(super) async fn close(&mut self) {
         // The caller may have gone already.
         self.stream.shutdown().await.ok();
     }
 
-    fn shrink(&mut self) {
+    pub(super) fn shrink(&mut self) {
         if self.buffer.is_empty() && self.buffer.capacity() > KEPT_BYTES_MAX {
             self.buffer = BytesMut::with_capacity(FIRST_BYTES);
         }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Buf as _;
 use nave_agent_core::balancer::{Ask, EndpointKey, NoPick, Outcome, Pick, Reach};
 use nave_agent_core::directory::PortRules;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::Instant;
 
 use super::buffer::poll_fill;
@@ -25,10 +25,12 @@ use super::replay::Replay;
 use super::request::Request;
 use super::response::{Response, Returning, response};
 use super::sender::{SendError, Sender, Taken};
+use super::to::{TO, To};
 use super::tunnel::tunnel;
 use super::upstream::Upstream;
 use crate::proxy::meter::{Class, Refusal as Why};
 use crate::proxy::route::{Route, Tries};
+use crate::proxy::wire::Wire;
 
 /// How long an endpoint may take to begin its answer when the port sets no time of its own: an endpoint that takes a
 /// connection and says nothing must not hold its caller for ever.
@@ -40,6 +42,11 @@ const RESPONSE_HEAD_BYTES_MAX: usize = 128 * 1024;
 
 /// Switching Protocols.
 const SWITCHED: u16 = 101;
+
+/// A caller's connection.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 
 /// What one try came to.
 #[derive(Debug)]
@@ -77,6 +84,7 @@ pub(super) struct Exchange<'a> {
     request: Request,
     /// The next hop's head; what was taken of the body is put behind it.
     outgoing: &'a mut Vec<u8>,
+    head_bytes: usize,
     /// The caller's connection goes on afterwards, if the answer allows it.
     keep_alive: bool,
     begun: Instant,
@@ -86,6 +94,7 @@ pub(super) struct Exchange<'a> {
     first_byte: Option<Duration>,
     /// Who is asked next, when that had to be known before.
     next: Option<Pick>,
+    tries_max: usize,
 }
 
 impl<'a> Exchange<'a> {
@@ -104,17 +113,33 @@ impl<'a> Exchange<'a> {
             calling,
             request,
             outgoing,
+            head_bytes: 0,
             keep_alive,
             begun: now,
             tries,
             tried_at: now,
             first_byte: None,
             next: None,
+            tries_max: usize::try_from(rules.retries_max).unwrap_or(usize::MAX),
         }
     }
 
-    pub(super) async fn run(mut self, client: &mut Client) -> After {
-        let head_bytes = self.outgoing.len();
+    /// For one that another host's balancer has sent to this endpoint; whether to try again is for that host to say.
+    pub(super) fn given(
+        route: &'a Route,
+        rules: &'a PortRules,
+        calling: &'a Calling,
+        request: Request,
+        outgoing: &'a mut Vec<u8>,
+        keep_alive: bool,
+        pick: Pick,
+    ) -> Self {
+        let balanced = Self::new(route, rules, calling, request, outgoing, keep_alive);
+        Self { next: Some(pick), tries_max: 0, ..balanced }
+    }
+
+    pub(super) async fn run<S: Stream>(mut self, client: &mut Client<S>) -> After {
+        self.head_bytes = self.outgoing.len();
         let mut taken =
             Taken { body: Body::new(self.request.framing), replay: Replay::new(self.rules.replay_bytes_max) };
         if let Err(bad) = self.take_first(client, &mut taken) {
@@ -154,11 +179,11 @@ impl<'a> Exchange<'a> {
             drop(pick);
             if self.next.is_none() && !self.may_retry(&failure, &taken) {
                 let text = self.tries.explain(self.route, None);
-                let refusal = Refusal { text, ..failure.refusal };
+                let refusal = Refusal { text, not_processed: failure.safe, ..failure.refusal };
                 return self.refuse(client, &refusal, taken.body.is_done()).await;
             }
             self.route.meter.retried();
-            self.outgoing.truncate(head_bytes);
+            self.outgoing.truncate(self.head_bytes);
             self.outgoing.extend_from_slice(taken.replay.bytes().unwrap_or_default());
         }
     }
@@ -176,7 +201,11 @@ impl<'a> Exchange<'a> {
     }
 
     /// What of the body has come with the head goes on with it, in one write.
-    fn take_first(&mut self, client: &mut Client, taken: &mut Taken) -> Result<(), super::framing::BadBody> {
+    fn take_first<S: Stream>(
+        &mut self,
+        client: &mut Client<S>,
+        taken: &mut Taken,
+    ) -> Result<(), super::framing::BadBody> {
         let first = taken.body.take(&client.buffer)?;
         taken.replay.add(&client.buffer[..first]);
         self.outgoing.extend_from_slice(&client.buffer[..first]);
@@ -193,7 +222,7 @@ impl<'a> Exchange<'a> {
     }
 
     fn can_retry(&self, taken: &Taken, tries: usize) -> bool {
-        taken.replay.bytes().is_some() && tries <= self.rules.retries_max as usize && !self.is_late()
+        taken.replay.bytes().is_some() && tries <= self.tries_max && !self.is_late()
     }
 
     fn is_late(&self) -> bool {
@@ -215,21 +244,27 @@ impl<'a> Exchange<'a> {
     }
 
     /// Says no. The connection goes on only when nothing of the request is left on it.
-    async fn refuse(&self, client: &mut Client, refusal: &Refusal, whole: bool) -> After {
+    async fn refuse<S: Stream>(&self, client: &mut Client<S>, refusal: &Refusal, whole: bool) -> After {
         self.route.meter.refused(refusal.why);
         self.calling.meter.request(Class::Refused, self.begun.elapsed());
         let keep_alive = self.keep_alive && whole;
         client.refuse(refusal, keep_alive, self.request.head_only).await
     }
 
-    async fn attempt(&mut self, client: &mut Client, pick: &mut Pick, taken: &mut Taken) -> Tried {
+    async fn attempt<S: Stream>(
+        &mut self,
+        client: &mut Client<S>,
+        pick: &mut Pick,
+        taken: &mut Taken,
+    ) -> Tried {
         let key = pick.endpoint().key;
         (self.tried_at, self.first_byte) = (Instant::now(), None);
         let mut upstream = match self.connection(pick).await {
             Ok(upstream) => upstream,
             Err(error) => return Tried::Failed(unreached(&error)),
         };
-        let mut sender = Sender::new(self.outgoing);
+        let addressed = upstream.stream.is_peer().then(|| self.addressed(key));
+        let mut sender = Sender::new(addressed.as_deref().unwrap_or(self.outgoing));
         let mut passing = Passing {
             client: &mut *client,
             upstream: &mut upstream,
@@ -245,27 +280,50 @@ impl<'a> Exchange<'a> {
         let (first_byte, next) = (passing.first_byte, passing.next.take());
         sender.abandon(&mut client.buffer);
         if matches!(&tried, Tried::Answered(answered) if answered.reusable) {
-            self.route.idle.give(key, upstream);
+            match pick.endpoint().reach {
+                Reach::Local(_) => self.route.idle.give(key, upstream),
+                Reach::Remote { host, .. } => self.route.peers.idle.give(host, upstream),
+            }
         }
         (self.first_byte, self.next) = (first_byte, next);
         tried
     }
 
+    /// What goes to another agent: the same with a line that says for whom.
+    fn addressed(&self, endpoint: EndpointKey) -> Vec<u8> {
+        let to = To { service: self.route.service.to_string(), port: self.route.port.to_string(), endpoint };
+        // Before the empty line that ends the head.
+        let (head, body) = self.outgoing.split_at(self.head_bytes - 2);
+        [head, format!("{TO}: {to}\r\n").as_bytes(), body].concat()
+    }
+
     async fn connection(&self, pick: &Pick) -> io::Result<Upstream> {
-        if let Some(waiting) = self.route.idle.take(pick.endpoint().key) {
+        let waiting = match pick.endpoint().reach {
+            Reach::Local(_) => self.route.idle.take(pick.endpoint().key),
+            Reach::Remote { host, .. } => self.route.peers.idle.take(host),
+        };
+        if let Some(waiting) = waiting {
             return Ok(waiting);
         }
         match pick.endpoint().reach {
             Reach::Local(address) => Upstream::connect(address, self.rules.connect_timeout).await,
-            Reach::Remote { .. } => Err(io::ErrorKind::Unsupported.into()),
+            Reach::Remote { host, .. } => {
+                let peer = self.route.peers.http1(host).await?;
+                Ok(Upstream::new(Wire::Peer(Box::new(peer))))
+            }
         }
     }
 
-    async fn pass(&self, passing: &mut Passing<'_, '_>, pick: &mut Pick) -> Tried {
+    async fn pass<S: Stream>(&self, passing: &mut Passing<'_, '_, S>, pick: &mut Pick) -> Tried {
         let response = match self.answer(passing).await {
             Ok(response) => response,
             Err(tried) => return tried,
         };
+        if response.not_processed && passing.upstream.stream.is_peer() {
+            let text = format!("its agent answered {} without asking it", response.status);
+            let refusal = Refusal::new(503, Why::NoEndpoint, text);
+            return Tried::Failed(Failure { refusal, outcome: Outcome::Unreached, safe: true });
+        }
         let took = self.tried_at.elapsed();
         pick.first_byte(crate::clock::monotonic(), took);
         passing.first_byte = Some(took);
@@ -293,7 +351,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Sends, and waits for the head of the answer; what is said before it (1xx) is passed on.
-    async fn answer(&self, passing: &mut Passing<'_, '_>) -> Result<Response, Tried> {
+    async fn answer<S: Stream>(&self, passing: &mut Passing<'_, '_, S>) -> Result<Response, Tried> {
         let returning = Returning {
             head_only: self.request.head_only,
             old: self.request.old,
@@ -328,7 +386,7 @@ impl<'a> Exchange<'a> {
         Patience { whole: self.deadline(), still: self.rules.try_timeout.unwrap_or(ANSWER_TIMEOUT) }
     }
 
-    async fn pass_on(&self, passing: &mut Passing<'_, '_>, response: Response) -> Tried {
+    async fn pass_on<S: Stream>(&self, passing: &mut Passing<'_, '_, S>, response: Response) -> Tried {
         if response.is_switch() {
             return passing.tunnel(self.rules.idle_timeout).await;
         }
@@ -358,7 +416,7 @@ impl<'a> Exchange<'a> {
 }
 
 /// What a try comes to that got no answer.
-fn failed(passing: &Passing<'_, '_>, fault: Fault) -> Tried {
+fn failed<S>(passing: &Passing<'_, '_, S>, fault: Fault) -> Tried {
     match fault {
         Fault::Caller => Tried::Broken(Outcome::Cancelled),
         Fault::Body(bad) => Tried::Failed(Failure {
@@ -425,8 +483,8 @@ enum ReceiveFault {
 
 /// Both ends, and how far the request has gone.
 #[derive(Debug)]
-struct Passing<'a, 'h> {
-    client: &'a mut Client,
+struct Passing<'a, 'h, S> {
+    client: &'a mut Client<S>,
     upstream: &'a mut Upstream,
     sender: &'a mut Sender<'h>,
     taken: &'a mut Taken,
@@ -449,12 +507,16 @@ struct Patience {
     still: Duration,
 }
 
-impl Passing<'_, '_> {
+impl<S: Stream> Passing<'_, '_, S> {
     /// An answer before the answer.
     async fn say_interim(&mut self) -> io::Result<()> {
         let due = Instant::now() + STALL_TIMEOUT;
         let Client { stream, scratch, alarm, .. } = &mut *self.client;
-        alarm.within(due, stream.write_all(scratch)).await.map_err(|_| io::ErrorKind::TimedOut)?
+        let say = async {
+            stream.write_all(scratch).await?;
+            stream.flush().await
+        };
+        alarm.within(due, say).await.map_err(|_| io::ErrorKind::TimedOut)?
     }
 
     /// The endpoint has switched protocols: bytes from now on, until both are done.

@@ -76,12 +76,16 @@ impl Receiver {
                 self.unsent -= wrote;
                 *progress = true;
             } else if self.body.is_done() {
-                return Poll::Ready(Ok(()));
+                // Under TLS what was written may wait for the socket.
+                return Pin::new(caller).poll_flush(cx).map_err(|_| ReceiveError::Caller);
             } else if !buffer.is_empty() {
                 self.unsent = self.body.take(buffer)?;
             } else {
+                if let Poll::Ready(Err(_)) = Pin::new(&mut *caller).poll_flush(cx) {
+                    return Poll::Ready(Err(ReceiveError::Caller));
+                }
                 match ready!(poll_fill(endpoint, cx, buffer)) {
-                    Ok(0) if self.body == Body::UntilClose => return Poll::Ready(Ok(())),
+                    Ok(0) if self.body == Body::UntilClose => self.body = Body::Done,
                     Ok(0) => {
                         return Poll::Ready(Err(ReceiveError::Endpoint(io::ErrorKind::UnexpectedEof.into())));
                     }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use super::framing::BadBody;
 use super::lines::BadHead;
+use super::to::NOT_PROCESSED;
 use crate::proxy::meter::Refusal as Why;
 
 /// An answer of ours, after which the caller's connection is closed unless the request was read to its end.
@@ -15,11 +16,13 @@ pub(crate) struct Refusal {
     pub(crate) why: Why,
     /// One sentence, beginning with who speaks.
     pub(crate) text: String,
+    /// The request has reached no endpoint: to be told to an agent, which may then send it elsewhere.
+    pub(crate) not_processed: bool,
 }
 
 impl Refusal {
     pub(crate) fn new(status: u16, why: Why, text: impl Into<String>) -> Self {
-        Self { status, why, text: text.into() }
+        Self { status, why, text: text.into(), not_processed: false }
     }
 
     pub(crate) fn bad_head(bad: BadHead) -> Self {
@@ -48,6 +51,9 @@ impl Refusal {
             format!("HTTP/1.1 {} {}\r\nContent-Type: text/plain\r\n", self.status, phrase(self.status));
         let _infallible =
             write!(head, "Nave-Refused: {}\r\nContent-Length: {}\r\n", self.why.word(), self.text.len() + 1);
+        if self.not_processed {
+            let _infallible = write!(head, "{NOT_PROCESSED}: 1\r\n");
+        }
         if !keep_alive {
             head.push_str("Connection: close\r\n");
         }

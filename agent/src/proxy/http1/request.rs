@@ -9,10 +9,11 @@ use std::mem::MaybeUninit;
 
 use super::framing::Framing;
 use super::lines::{BadHead, Connection, Copier, HEADERS_MAX, Lengths, is_ours, line_starts};
+use super::to::{CALLER, TO, To};
 use super::trace::Trace;
 
 /// What a request says of itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Request {
     /// Bytes of its head.
     pub(crate) length: usize,
@@ -30,6 +31,10 @@ pub(crate) struct Request {
     /// Of the header that the port balances by, when there is one.
     pub(crate) hash: Option<u64>,
     pub(crate) trace: Trace,
+    /// Where an agent sends it.
+    pub(crate) to: Option<To>,
+    /// For whom an agent sends it.
+    pub(crate) caller: Option<String>,
 }
 
 /// What is decided outside.
@@ -41,6 +46,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) hash_header: Option<&'a str>,
     /// Random, for a request that continues no trace, and for the span.
     pub(crate) fresh: Trace,
+    /// An agent of this cluster sends it, whose word on the caller is passed on.
+    pub(crate) from_peer: bool,
 }
 
 /// Reads the head at the beginning of these bytes and writes the next hop's to `out`. Nothing: there is no whole head
@@ -94,6 +101,8 @@ pub(crate) fn request(
         upgrade,
         hash: read.hash,
         trace,
+        to: read.to,
+        caller: read.caller,
     }))
 }
 
@@ -106,6 +115,8 @@ struct Read<'a> {
     upgrade: bool,
     hash: Option<u64>,
     trace: Option<Trace>,
+    to: Option<To>,
+    caller: Option<String>,
 }
 
 fn read<'a>(
@@ -162,10 +173,25 @@ impl Read<'_> {
             14 if is(b"http2-settings") => return Ok(false),
             16 if is(b"proxy-connection") => return Ok(false),
             17 if is(b"transfer-encoding") => self.lengths.transfer_encoding(value)?,
-            _ if is_ours(name) => return Ok(false),
+            _ if is_ours(name) => return self.keeps_ours(name, value, outgoing.from_peer),
             _ => {}
         }
         Ok(!self.connection.names(name))
+    }
+}
+
+impl Read<'_> {
+    /// What an agent vouches for is passed on; from anybody else it is nothing.
+    fn keeps_ours(&mut self, name: &[u8], value: &[u8], from_peer: bool) -> Result<bool, BadHead> {
+        let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+        if from_peer && is(TO) {
+            self.to = Some(To::parse(value).ok_or(BadHead::Syntax)?);
+        }
+        if from_peer && is(CALLER) {
+            self.caller = Some(String::from_utf8(value.to_vec()).map_err(|_| BadHead::Syntax)?);
+            return Ok(true);
+        }
+        Ok(false)
     }
 }
 
@@ -176,8 +202,12 @@ mod tests {
     const FRESH: Trace = Trace { id: [0xab; 16], parent: None, span: [0xcd; 8], flags: 0 };
 
     fn run(text: &str) -> Result<Option<(Request, String)>, BadHead> {
-        let outgoing =
-            Outgoing { added: b"Nave-Caller: service/web\r\n", hash_header: Some("X-User"), fresh: FRESH };
+        let outgoing = Outgoing {
+            added: b"Nave-Caller: service/web\r\n",
+            hash_header: Some("X-User"),
+            fresh: FRESH,
+            from_peer: false,
+        };
         let mut out = Vec::new();
         let request = request(text.as_bytes(), &outgoing, &mut out)?;
         Ok(request.map(|request| (request, String::from_utf8(out).unwrap())))
@@ -247,6 +277,28 @@ mod tests {
         assert_eq!(hash("ann"), hash("ann"));
         assert_ne!(hash("ann"), hash("bob"));
         assert_eq!(good("GET / HTTP/1.1\r\nHost: a\r\n\r\n").0.hash, None);
+    }
+
+    #[test]
+    fn an_agents_word_is_passed_on_and_nobody_elses() {
+        let head =
+            "GET / HTTP/1.1\r\nHost: a\r\nNave-Caller: web\r\nNave-To: db main 7 2\r\nNave-X: y\r\n\r\n";
+        let read = |from_peer| {
+            let outgoing = Outgoing { added: b"", hash_header: None, fresh: FRESH, from_peer };
+            let mut out = Vec::new();
+            let request = request(head.as_bytes(), &outgoing, &mut out).unwrap().unwrap();
+            (request, String::from_utf8(out).unwrap())
+        };
+        let (request, out) = read(true);
+        assert_eq!(request.caller.as_deref(), Some("web"));
+        assert_eq!(request.to.map(|to| to.to_string()).as_deref(), Some("db main 7 2"));
+        assert!(
+            out.contains("Nave-Caller: web\r\n") && !out.contains("Nave-To") && !out.contains("Nave-X"),
+            "{out}"
+        );
+        let (request, out) = read(false);
+        assert_eq!((request.caller, request.to), (None, None));
+        assert!(!out.contains("Nave"), "{out}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 
 use super::framing::Framing;
 use super::lines::{BadHead, Connection, Copier, HEADERS_MAX, Lengths, is_ours, line_starts};
+use super::to::NOT_PROCESSED;
 
 /// What a response says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub(crate) struct Response {
     pub(crate) framing: Framing,
     /// The connection can carry another request afterwards.
     pub(crate) reusable: bool,
+    /// It says that the request has reached no endpoint; to be believed of agents only.
+    pub(crate) not_processed: bool,
 }
 
 impl Response {
@@ -91,7 +94,8 @@ pub(crate) fn response(
         && !switches;
     say_connection(status, framing, returning, out);
     out.extend_from_slice(b"\r\n");
-    Ok(Some(Response { length, status, framing, reusable }))
+    let not_processed = parsed.headers.iter().any(|one| one.name.eq_ignore_ascii_case(NOT_PROCESSED));
+    Ok(Some(Response { length, status, framing, reusable, not_processed }))
 }
 
 /// RFC 9112 section 6.3.

@@ -76,11 +76,15 @@ impl<'a> Sender<'a> {
                 self.unsent -= wrote;
                 *progress = true;
             } else if taken.body.is_done() {
-                return Poll::Ready(Ok(()));
+                // Under TLS what was written may wait for the socket.
+                return Pin::new(endpoint).poll_flush(cx).map_err(SendError::Endpoint);
             } else if !buffer.is_empty() {
                 self.unsent = taken.body.take(buffer)?;
                 taken.replay.add(&buffer[..self.unsent]);
             } else {
+                if let Poll::Ready(Err(error)) = Pin::new(&mut *endpoint).poll_flush(cx) {
+                    return Poll::Ready(Err(SendError::Endpoint(error)));
+                }
                 match ready!(poll_fill(caller, cx, buffer)) {
                     Ok(0) | Err(_) => return Poll::Ready(Err(SendError::Caller)),
                     Ok(_) => *progress = true,

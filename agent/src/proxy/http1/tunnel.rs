@@ -40,6 +40,10 @@ impl Way {
                 ready!(Pin::new(&mut *writer).poll_shutdown(cx))?;
                 self.done = true;
             } else {
+                // Under TLS what was written may wait for the socket.
+                if let Poll::Ready(Err(error)) = Pin::new(&mut *writer).poll_flush(cx) {
+                    return Poll::Ready(Err(error));
+                }
                 match ready!(poll_fill(reader, cx, buffer))? {
                     0 => self.ended = true,
                     _ => *progress = true,

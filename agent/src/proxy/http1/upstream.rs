@@ -1,19 +1,19 @@
-//! Connections to endpoints on this host, and those that wait for their next request. They are shared by all callers of
-//! a port, newest first, so that few are kept busy. One is used again only within [`IDLE`]: shorter than what servers
+//! Connections to endpoints on this host and to other agents, and those that wait for their next request. They are shared
+//! by all callers, newest first, so that few are kept busy. One is used again only within [`IDLE`]: shorter than what servers
 //! themselves allow (5 s in Node, 15 s in Apache), since a request sent on a connection that is being closed is lost, or,
 //! when it may not be repeated, failed.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::task::{Context, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use nave_agent_core::balancer::EndpointKey;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
+
+use crate::proxy::wire::Wire;
 
 /// How long a connection may wait for its next request.
 pub(super) const IDLE: Duration = Duration::from_secs(3);
@@ -27,7 +27,7 @@ const BUFFER_BYTES_KEPT: usize = 16 * 1024;
 /// One connection to an endpoint.
 #[derive(Debug)]
 pub(super) struct Upstream {
-    pub(super) stream: TcpStream,
+    pub(super) stream: Wire,
     /// Read and not used yet.
     pub(super) buffer: BytesMut,
     /// It has carried a request before, so the endpoint may be about to close it.
@@ -41,14 +41,16 @@ impl Upstream {
         let stream =
             timeout(patience, TcpStream::connect(address)).await.map_err(|_| io::ErrorKind::TimedOut)??;
         stream.set_nodelay(true)?;
-        Ok(Self { stream, buffer: BytesMut::with_capacity(BUFFER_BYTES), used: false })
+        Ok(Self::new(Wire::Local(stream)))
     }
 
-    /// Nothing has come, not even an end: nothing may come between two requests. Asks no kernel, only what the runtime
-    /// knows.
+    pub(super) fn new(stream: Wire) -> Self {
+        Self { stream, buffer: BytesMut::with_capacity(BUFFER_BYTES), used: false }
+    }
+
+    /// Nothing has come, not even an end: nothing may come between two requests.
     fn is_quiet(&self) -> bool {
-        let mut context = Context::from_waker(Waker::noop());
-        self.buffer.is_empty() && self.stream.poll_read_ready(&mut context).is_pending()
+        self.buffer.is_empty() && self.stream.is_quiet()
     }
 }
 
@@ -58,17 +60,23 @@ struct Waiting {
     since: Instant,
 }
 
-/// The waiting connections of one port.
-#[derive(Debug, Default)]
-pub(crate) struct Pool {
-    waiting: Mutex<BTreeMap<EndpointKey, Vec<Waiting>>>,
+/// The waiting connections to what `K` names: a port's endpoints, or other hosts.
+#[derive(Debug)]
+pub(crate) struct Pool<K> {
+    waiting: Mutex<BTreeMap<K, Vec<Waiting>>>,
 }
 
-impl Pool {
+impl<K> Default for Pool<K> {
+    fn default() -> Self {
+        Self { waiting: Mutex::default() }
+    }
+}
+
+impl<K: Ord + Copy> Pool<K> {
     /// One that may be used again.
-    pub(super) fn take(&self, endpoint: EndpointKey) -> Option<Upstream> {
+    pub(super) fn take(&self, place: K) -> Option<Upstream> {
         let mut all = self.waiting.lock();
-        let waiting = all.get_mut(&endpoint)?;
+        let waiting = all.get_mut(&place)?;
         let now = Instant::now();
         while let Some(newest) = waiting.pop() {
             if now - newest.since > IDLE {
@@ -84,7 +92,7 @@ impl Pool {
     }
 
     /// Keeps one for the next request.
-    pub(super) fn give(&self, endpoint: EndpointKey, mut upstream: Upstream) {
+    pub(super) fn give(&self, place: K, mut upstream: Upstream) {
         upstream.used = true;
         if !upstream.buffer.is_empty() {
             return;
@@ -93,7 +101,7 @@ impl Pool {
             upstream.buffer = BytesMut::with_capacity(BUFFER_BYTES);
         }
         let mut all = self.waiting.lock();
-        let waiting = all.entry(endpoint).or_default();
+        let waiting = all.entry(place).or_default();
         if waiting.len() < IDLE_MAX {
             waiting.push(Waiting { upstream, since: Instant::now() });
         }
@@ -111,8 +119,8 @@ impl Pool {
         // Closed here, without the lock.
     }
 
-    /// Closes those to endpoints that are no longer there.
-    pub(crate) fn keep(&self, there: impl Fn(EndpointKey) -> bool) {
+    /// Closes those to places that are no longer there.
+    pub(crate) fn keep(&self, there: impl Fn(K) -> bool) {
         let mut gone = Vec::new();
         self.waiting.lock().retain(|key, waiting| {
             let is_there = there(*key);

@@ -1,0 +1,82 @@
+//! The other hosts' agents: where they are, and the connections to them. Between agents everything is under TLS that both
+//! ends prove themselves by; the callee's agent is the only way to an instance of its host.
+//!
+//! A request of HTTP/1.1 travels as it is on a connection of its own for as long as it lasts, from a pool that all
+//! callers of a host share: nothing waits behind another's download, and neither end translates. (Streams of one HTTP/2
+//! connection would need fewer sockets, and all wait for one lost packet.)
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use nave_agent_core::directory::Host;
+use nave_proto::ids::HostId;
+use nave_tls::{ClientConnection, Credentials, Dialer, Expect};
+
+use super::http1::Pool;
+
+/// ALPN: requests of HTTP/1.1, each with a `Nave-To`.
+pub(crate) const HTTP1: &[u8] = b"nave-http1";
+/// To connect to another host, TCP and TLS together. A site's round trip is a millisecond; what takes longer than this
+/// is not there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// See the module's description.
+#[derive(Debug, Default)]
+pub(crate) struct Peers {
+    credentials: Option<Credentials>,
+    hosts: ArcSwap<BTreeMap<HostId, Arc<Peer>>>,
+    /// Connections of HTTP/1.1 that wait for their next request.
+    pub(crate) idle: Pool<HostId>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    address: String,
+    http1: Dialer,
+}
+
+impl Peers {
+    /// `credentials`: this agent's own.
+    pub(crate) fn new(credentials: Credentials) -> Self {
+        Self { credentials: Some(credentials), ..Self::default() }
+    }
+
+    /// The hosts are now these. Connections to one whose address has changed are not used again.
+    pub(crate) fn set(&self, hosts: &[Host]) {
+        let Some(credentials) = &self.credentials else { return };
+        let before = self.hosts.load_full();
+        let peer = |host: &Host| {
+            let known = before.get(&host.id).filter(|peer| peer.address == host.address);
+            known.cloned().unwrap_or_else(|| Arc::new(Peer::new(host, credentials)))
+        };
+        let now: BTreeMap<HostId, Arc<Peer>> = hosts.iter().map(|host| (host.id, peer(host))).collect();
+        self.idle.keep(|host| match (before.get(&host), now.get(&host)) {
+            (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+            _ => false,
+        });
+        self.hosts.store(Arc::new(now));
+    }
+
+    /// A new connection for requests to instances of this host.
+    ///
+    /// # Errors
+    /// The host is not known, or its agent does not answer, or is another.
+    pub(crate) async fn http1(&self, host: HostId) -> io::Result<ClientConnection> {
+        let peer = self.hosts.load().get(&host).cloned();
+        let peer =
+            peer.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{host} is not known")))?;
+        peer.http1.connect().await.map_err(|error| io::Error::new(io::ErrorKind::ConnectionRefused, error))
+    }
+}
+
+impl Peer {
+    fn new(host: &Host, credentials: &Credentials) -> Self {
+        let dialer = |protocol| {
+            Dialer::new(&host.address, credentials, Expect::Agent(host.id), protocol, CONNECT_TIMEOUT)
+        };
+        Self { address: host.address.clone(), http1: dialer(HTTP1) }
+    }
+}
