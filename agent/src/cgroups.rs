@@ -5,6 +5,8 @@
 //! `<mount>/<own path>/nave-<cluster>-<host>/<service>/<instance>-<epoch>`, so that what was delegated to us is
 //! never left and two agents on a machine never meet. The keeper makes the directories; here are the names.
 
+mod adjust;
+
 use std::path::{Path, PathBuf};
 
 use nave_proto::ids::{ClusterId, HostId};

@@ -49,6 +49,7 @@ enum Job {
     Prepare(Preparation),
     Spawn(Box<SpawnOrder>),
     Signal(pb::Signal),
+    Limit(ProcessKey, Box<pb::Resources>, String),
     Sweep(ProcessKey),
 }
 
@@ -167,6 +168,21 @@ impl Executor {
             keeper.tell(Request::SetLogLimits(request)).await;
             None
         });
+    }
+
+    /// Of a running process of this service.
+    pub(crate) fn set_limits(
+        &mut self,
+        instance: InstanceId,
+        key: ProcessKey,
+        resources: pb::Resources,
+        wanted: &pb::WantedInstance,
+    ) {
+        let Some(manifest) = &wanted.manifest else { return };
+        self.enqueue(instance, Job::Limit(key, Box::new(resources), manifest.name.clone()));
+        // Which limit it is close to has changed as well.
+        self.pressure.stop(instance);
+        self.watch_memory(instance, key, wanted);
     }
 
     pub(crate) fn sweep(&mut self, instance: InstanceId, key: ProcessKey) {
@@ -376,6 +392,15 @@ impl Executor {
                     let key = ProcessKey { epoch: signal.epoch, attempt: signal.attempt };
                     let purpose = Purpose::Signal { instance, key, signal: signal.signal };
                     keeper.ask(Request::Signal(signal), purpose).await;
+                }
+                Job::Limit(key, resources, service) => {
+                    let set = move || {
+                        let name = format!("{instance}-{}", key.epoch);
+                        context.cgroups.adjust(&service, &name, &resources)
+                    };
+                    if let Ok(refused) = tokio::task::spawn_blocking(set).await {
+                        let _ending = inputs.send((instance, Input::LimitsSet { key, refused })).await;
+                    }
                 }
                 Job::Sweep(key) => sweep(&keeper, &inputs, instance, key).await,
             }

@@ -531,6 +531,11 @@ impl HostTask {
                 },
             ),
             Action::SetDeadline { key, deadline } => self.executor.set_deadline(instance, key, deadline),
+            Action::SetLimits { key, resources } => {
+                if let Some(supervisor) = self.reconciler.supervisor(instance) {
+                    self.executor.set_limits(instance, key, resources, supervisor.wanted());
+                }
+            }
             Action::SweepCgroup { key } => self.executor.sweep(instance, key),
             Action::StartProbe(order) => {
                 if let Some(supervisor) = self.reconciler.supervisor(instance) {

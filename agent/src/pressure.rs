@@ -126,12 +126,17 @@ impl Watched {
 
     /// Bytes that the kernel cannot take back; nothing when the group is gone.
     fn held_bytes(&self) -> Option<u64> {
-        let (dir, names) = match self {
-            Self::V1 { dir, .. } => (dir, ["total_rss", "total_shmem"]),
-            Self::V2 { dir, .. } => (dir, ["anon", "shmem"]),
-        };
-        Some(sum(&std::fs::read_to_string(dir.join("memory.stat")).ok()?, names))
+        match self {
+            Self::V1 { dir, .. } => held_bytes(false, dir),
+            Self::V2 { dir, .. } => held_bytes(true, dir),
+        }
     }
+}
+
+/// Bytes that the kernel cannot take back from a group; nothing when it is gone.
+pub(crate) fn held_bytes(v2: bool, dir: &Path) -> Option<u64> {
+    let names = if v2 { ["anon", "shmem"] } else { ["total_rss", "total_shmem"] };
+    Some(sum(&std::fs::read_to_string(dir.join("memory.stat")).ok()?, names))
 }
 
 fn sum(stat: &str, names: [&str; 2]) -> u64 {

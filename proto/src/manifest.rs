@@ -26,7 +26,7 @@ use std::path::Path;
 
 use crate::pb;
 
-pub use changes::{diff, same_template};
+pub use changes::{diff, same_limits, same_template};
 pub use defaults::fill_defaults;
 pub use document::{json_schema, to_json, to_toml};
 pub use rules::{COUNT_MAX, Violation, validate};

@@ -22,6 +22,7 @@ mod keeper_killed;
 mod kept_through_all;
 mod leader_killed_under_writes;
 mod leader_restarted_at_once;
+mod limits;
 mod logs;
 mod manifests;
 mod members;

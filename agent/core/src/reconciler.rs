@@ -335,6 +335,7 @@ impl Reconciler {
                 | Action::Prepare(_)
                 | Action::CancelPreparation { .. }
                 | Action::RunHook(_)
+                | Action::SetLimits { .. }
                 | Action::EndHook { .. }
                 | Action::Spawn(_)
                 | Action::Signal { .. }

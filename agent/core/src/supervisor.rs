@@ -15,6 +15,7 @@ mod hooks;
 mod input;
 mod lease;
 mod ledger;
+mod limits;
 mod notes;
 mod report;
 mod restart;
@@ -35,6 +36,7 @@ pub use input::{
     Input, Notification, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
 };
 pub use ledger::{forgotten, unwanted};
+pub use limits::LimitRefused;
 pub use restart::{
     BACKOFF_FIRST, BACKOFF_MAX, EXEC_FAILURES_MAX, READY_FOR_RESET, RestartMemory,
     UPTIME_FOR_RESTART_AT_ONCE, describe, signal_name,
@@ -44,6 +46,7 @@ pub use stop::{DRAIN_TIMEOUT, DRAIN_WAIT, GRACE, KILL_WAIT, Sweep};
 
 use crate::monotonic::Monotonic;
 use hooks::PostStop;
+use limits::Limits;
 
 /// A process that ends sooner may have met a port that somebody else took.
 const QUICK_EXIT: Duration = Duration::from_secs(5);
@@ -79,6 +82,7 @@ pub struct Supervisor {
     /// `post_start` of the process that runs is not known to have ended.
     post_start_open: bool,
     post_stop: PostStop,
+    limits: Limits,
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
     /// have been made before the order and be read after it.
     keeper_known: bool,
@@ -120,6 +124,7 @@ impl Supervisor {
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
             post_start_open: false,
             post_stop: PostStop::Nothing,
+            limits: Limits::default(),
             keeper_known: false,
             lease: None,
             waits_for_lease: false,
@@ -148,6 +153,7 @@ impl Supervisor {
         let mut out = Vec::new();
         self.take(now, rng, input, &mut out);
         self.advance(now, &mut out);
+        self.adjust_limits(now, &mut out);
         self.sweep_again(now, &mut out);
         self.persist(&mut out);
         self.publish_report(&mut out);
@@ -181,6 +187,7 @@ impl Supervisor {
             Input::ProbeResult { key, probe, outcome } if key == self.key() => {
                 self.probed(now, probe, &outcome, out);
             }
+            Input::LimitsSet { key, refused } => self.limits_set(now, key, &refused, out),
             Input::Notify { key, message } if key == self.key() => self.notified(now, &message, out),
             Input::MemoryShort { key, used_bytes, limit_bytes } if key == self.key() => {
                 self.memory_short(used_bytes, limit_bytes, out);

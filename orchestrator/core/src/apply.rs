@@ -75,7 +75,7 @@ impl ClusterState {
         self.applied_index = log_index;
         self.time_unix_ns = self.time_unix_ns.max(command.time_unix_ns);
         let revision = self.revision();
-        let pb::Command { time_unix_ns: now, actor, request_id, body, written_by: _ } = command;
+        let pb::Command { time_unix_ns: now, actor, request_id, body, written_by } = command;
         if self.cluster.is_none() && !matches!(body, Some(Body::InitCluster(_))) {
             // Not remembered: the same request is welcome a moment later.
             let refusal = rejected(pb::RejectedCode::NotBegun, "the cluster has not begun yet");
@@ -92,7 +92,8 @@ impl ClusterState {
                 return Applied { reply: reply(revision, Err(refusal)), changes: Vec::new() };
             }
         }
-        let mut tx = Tx { state: self, revision, now, actor, changes: Vec::with_capacity(4), events: 0 };
+        let changes = Vec::with_capacity(4);
+        let mut tx = Tx { state: self, revision, now, actor, written_by, changes, events: 0 };
         let outcome = match body {
             Some(body) => tx.run(body),
             None => Err(rejected(pb::RejectedCode::Invalid, "a command that this build does not know")),
@@ -132,6 +133,8 @@ struct Tx<'a> {
     revision: u64,
     now: i64,
     actor: String,
+    /// Command format of the build that wrote the command.
+    written_by: u32,
     changes: Vec<Change>,
     events: u32,
 }

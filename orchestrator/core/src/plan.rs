@@ -180,7 +180,7 @@ impl PlanCursor {
     /// Keeps what the look at one service says about the next one.
     fn note(&mut self, name: &Arc<str>, part: &ServicePlan) {
         keep(&mut self.again, name, !part.steps.is_empty() || part.cut);
-        keep(&mut self.unplaced, name, part.missing > 0);
+        keep(&mut self.unplaced, name, part.missing > 0 || part.waits_for_room);
         if let Some(at) = self.timer_of.remove(name) {
             self.timers.remove(&(at, Arc::clone(name)));
         }

@@ -6,9 +6,18 @@ use super::document::Document;
 use super::tree::Path;
 use crate::pb;
 
-/// Whether both start their processes with the same things, so that going from one to the other replaces none.
+/// Whether both give a running process the same limits.
+pub fn same_limits(a: &pb::Manifest, b: &pb::Manifest) -> bool {
+    a.resources.unwrap_or_default() == b.resources.unwrap_or_default()
+}
+
+/// Whether both start their processes with the same things, so that going from one to the other replaces none. Limits
+/// of its cgroup can be changed while a process runs; those that it gave itself as it began cannot.
 pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
-    let limits = |manifest: &pb::Manifest| manifest.resources.unwrap_or_default();
+    let begun = |manifest: &pb::Manifest| {
+        let resources = manifest.resources.unwrap_or_default();
+        (resources.nice, resources.oom_score_adj)
+    };
     let stops = |manifest: &pb::Manifest| {
         manifest.placement.as_ref().is_some_and(|place| place.on_disconnect() == pb::OnDisconnect::Stop)
     };
@@ -28,7 +37,7 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         && a.secrets == b.secrets
         && a.data == b.data
         && a.ports == b.ports
-        && limits(a) == limits(b)
+        && begun(a) == begun(b)
         && a.rlimits == b.rlimits
         && a.isolation.clone().unwrap_or_default() == b.isolation.clone().unwrap_or_default()
         && starts(a) == starts(b)

@@ -297,7 +297,9 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(changed(|m| m.command.push("x".into())));
     assert!(changed(|m| m.env.clear()));
     assert!(changed(|m| m.ports.get_mut("http").unwrap().port = 8080));
-    assert!(changed(|m| m.resources = None));
+    assert!(!changed(|m| m.resources = None), "limits are changed while it runs");
+    assert!(changed(|m| m.resources.as_mut().unwrap().nice = 5));
+    assert!(changed(|m| m.resources.as_mut().unwrap().oom_score_adj = 5));
     assert!(changed(|m| m.user.clear()));
     assert!(changed(|m| m.working_dir.clear()));
     assert!(changed(|m| m.rlimits = [("nofile".to_owned(), 9)].into()));

@@ -432,6 +432,9 @@ impl Host {
             Action::EndHook { key, hook } => {
                 self.hook_ends(cx, instance, key, hook, Err("it was ended".to_owned()));
             }
+            Action::SetLimits { key, .. } => {
+                self.answers(cx, instance, Input::LimitsSet { key, refused: Vec::new() });
+            }
             Action::CancelPreparation { .. } => {} // it takes no long time here
             Action::Spawn(_)
             | Action::Signal { .. }

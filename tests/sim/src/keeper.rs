@@ -228,6 +228,7 @@ impl Keeper {
             | Action::Prepare(_)
             | Action::CancelPreparation { .. }
             | Action::RunHook(_)
+            | Action::SetLimits { .. }
             | Action::EndHook { .. }
             | Action::StartProbe(_)
             | Action::StopProbes

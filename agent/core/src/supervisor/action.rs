@@ -36,6 +36,8 @@ pub enum Action {
     /// SIGKILL whatever is left in the cgroup of an ended process, and say `Input::CgroupEmpty` when nothing is
     /// left, at once when nothing was or when there is no cgroup. Repeated when no answer comes.
     SweepCgroup { key: ProcessKey },
+    /// Give the process's cgroup these limits, as far as it does not have them; answered by `Input::LimitsSet`.
+    SetLimits { key: ProcessKey, resources: pb::Resources },
     /// Probe again and again from now on, replacing a running probe of that kind; each gives `Input::ProbeResult`.
     StartProbe(ProbeOrder),
     /// End all probes of the instance.

@@ -104,7 +104,7 @@ impl Supervisor {
             }
             State::Running(running) => {
                 let lease = self.lease.filter(|_| self.needs_lease());
-                lease.into_iter().chain(running.health.watchdog_at()).min()
+                lease.into_iter().chain(running.health.watchdog_at()).chain(self.limits_retry_at()).min()
             }
             State::Stopping(stopping) => Some(match stopping.step {
                 super::StopStep::PreStop { until } => until,
@@ -183,6 +183,7 @@ impl Supervisor {
 
     pub(super) fn order_process(&mut self, out: &mut Vec<Action>) {
         self.state = State::Starting(Starting::Spawning);
+        self.limited_from_the_start();
         self.persist(out);
         out.push(Action::Spawn(self.spawn_order()));
     }

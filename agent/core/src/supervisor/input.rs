@@ -7,6 +7,7 @@ use std::time::Duration;
 use nave_proto::pb;
 
 use super::hooks::{Hook, HookResult};
+use super::limits::LimitRefused;
 use crate::monotonic::Monotonic;
 
 /// One start of one placement: what makes two processes of an instance different.
@@ -58,6 +59,8 @@ pub enum Input {
     /// Answer to [`Action::SweepCgroup`](super::Action::SweepCgroup): no process is left in it (or there is no cgroup).
     /// `killed`: those that had to be killed for that.
     CgroupEmpty { key: ProcessKey, killed: u32 },
+    /// Answer to [`Action::SetLimits`](super::Action::SetLimits): all is set but these.
+    LimitsSet { key: ProcessKey, refused: Vec<LimitRefused> },
     /// The processes of the instance use nearly all memory that they may.
     MemoryShort { key: ProcessKey, used_bytes: u64, limit_bytes: u64 },
     /// The process spoke through its notify socket (sd_notify).

@@ -5,6 +5,7 @@ mod ending;
 mod health;
 mod hooks;
 mod leasing;
+mod limits;
 mod starting;
 mod stopping;
 mod surviving;
@@ -192,6 +193,7 @@ impl Scene {
             | Action::Prepare(_)
             | Action::CancelPreparation { .. }
             | Action::RunHook(_)
+            | Action::SetLimits { .. }
             | Action::EndHook { .. }
             | Action::Spawn(_)
             | Action::SweepCgroup { .. }

@@ -103,6 +103,7 @@ impl World {
                     | Input::ProbeResult { .. }
                     | Input::Prepared { .. }
                     | Input::HookEnded { .. }
+                    | Input::LimitsSet { .. }
             )
         };
         self.told.retain(|told| matches!(told, Told::Input { input, .. } if own(input)));
@@ -338,6 +339,10 @@ impl World {
                     }
                 };
                 let input = Input::Prepared { key: order.key, result };
+                self.told.push_back(Told::Input { instance: instance.0, input, answer: false });
+            }
+            Action::SetLimits { key, .. } => {
+                let input = Input::LimitsSet { key: *key, refused: Vec::new() };
                 self.told.push_back(Told::Input { instance: instance.0, input, answer: false });
             }
             Action::CancelPreparation { .. } => {} // it has been answered

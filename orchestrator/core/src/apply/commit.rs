@@ -3,6 +3,7 @@
 //! skipped, and the next plan sees why.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
@@ -46,6 +47,7 @@ impl Tx<'_> {
                     standings.0.remove(&step.service);
                     self.revert(step);
                 }
+                Step::Resize(step) => self.resize(&mut standings, &step),
                 Step::Forget(step) => self.forget(&mut standings, &step),
                 Step::ScheduleRun(step) => {
                     standings.0.remove(&step.service);
@@ -200,6 +202,38 @@ impl Tx<'_> {
         };
         standing.changes(self.state, Some(&before), &record);
         self.put_instance(record);
+    }
+
+    /// The process stays; what is set aside for it changes, if its host still has that.
+    fn resize(&mut self, standings: &mut Standings, step: &pb::ResizeInstance) {
+        let Some(entry) = self.state.instances.get(&InstanceId(step.instance_id)) else { return };
+        let (before, held) = (Arc::clone(&entry.record), entry.taken.clone());
+        let Some(service) = self.state.services.get(&before.service) else { return };
+        let current = (service.record.version, service.record.template_version);
+        if before.epoch != step.epoch
+            || !before.wanted()
+            || current != (step.version, before.template_version)
+        {
+            return;
+        }
+        let wanted = service.current().map(Reservation::of).unwrap_or_default();
+        let room = self.state.hosts.get(before.host()).and_then(Room::of);
+        if room.is_none_or(|room| room.lacks_without(&wanted, &held).is_some()) {
+            return;
+        }
+        let message = format!(
+            "{} on {} has the limits of version {} from now on",
+            called(&before),
+            self.host_name(before.host()),
+            step.version
+        );
+        self.event("instance_resized", Subject::instance(&before), message);
+        let record = pb::InstanceRecord { version: step.version, ..before.as_ref().clone() };
+        if let Some(standing) = standings.of(self.state, &record.service, self.now) {
+            standing.changes(self.state, Some(&before), &record);
+        }
+        self.put_instance(record);
+        self.drop_stale_versions(&before.service);
     }
 
     fn set_deployment(&mut self, step: pb::SetDeployment) {

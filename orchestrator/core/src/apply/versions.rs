@@ -14,7 +14,7 @@ use crate::change::{Change, RowId};
 use crate::events::Subject;
 use crate::limits::VERSIONS_KEPT;
 use crate::needs;
-use crate::state::ServiceEntry;
+use crate::state::{Reservation, ServiceEntry};
 use crate::wants::{InstanceExt as _, ManifestExt as _};
 
 /// Why there is a new version.
@@ -177,8 +177,13 @@ impl Tx<'_> {
         if matches!(cause, Cause::Restart) {
             return next;
         }
+        // Commands of before replaced the processes, and do so whenever they are applied.
+        let resized = self.written_by >= LIMITS_ARE_LIVE;
         let same = |version: u64| {
-            entry.manifest(version).is_some_and(|old| nave_proto::manifest::same_template(old, manifest))
+            let same_limits = |old| resized || nave_proto::manifest::same_limits(old, manifest);
+            entry
+                .manifest(version)
+                .is_some_and(|old| nave_proto::manifest::same_template(old, manifest) && same_limits(old))
         };
         if same(entry.record.version) {
             return entry.record.template_version;
@@ -264,9 +269,15 @@ impl Tx<'_> {
         }
     }
 
-    /// Running instances of the template belong to the new version from now on.
+    /// Running instances of the template belong to the new version from now on. Not those for which it sets aside more:
+    /// whether their hosts have that is for the plan to see.
     fn relabel(&mut self, name: &str, version: u64, template_version: u64) {
-        let same = |i: &&Arc<pb::InstanceRecord>| i.wanted() && i.template_version == template_version;
+        let wanted = self.state.manifest(name, version).map(Reservation::of).unwrap_or_default();
+        let grows = |i: &pb::InstanceRecord| {
+            self.state.instances.get(&i.id()).is_some_and(|entry| !wanted.is_within(&entry.taken))
+        };
+        let same =
+            |i: &&Arc<pb::InstanceRecord>| i.wanted() && i.template_version == template_version && !grows(i);
         let instances: Vec<_> = self.state.instances_of(name).filter(same).cloned().collect();
         for instance in instances {
             self.put_instance(pb::InstanceRecord { version, ..instance.as_ref().clone() });
@@ -289,6 +300,9 @@ impl Tx<'_> {
         self.changes.extend(gone.map(Change::Deleted));
     }
 }
+
+/// From this command format on, new limits replace no process.
+const LIMITS_ARE_LIVE: u32 = 5;
 
 /// Whether a new version of a job is a word to run it: without a schedule each change is, that of limits and the like
 /// apart; with one only a restart.

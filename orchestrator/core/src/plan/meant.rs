@@ -15,7 +15,7 @@ use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
 pub(crate) enum Kind {
     /// Of the template wanted now, on a host where it may stay.
     Current,
-    /// To be replaced: of another template, or on a host that it has to leave.
+    /// To be replaced: of another template, or on a host that it has to leave, or has no room for what it is to have.
     Old,
     /// In nobody's place, on a host that is being emptied or never comes back (`per_host`); for no run that goes on (a
     /// job's).
@@ -33,6 +33,7 @@ pub(crate) enum Kind {
 #[derive(Debug)]
 pub(crate) struct Meant {
     pub(crate) template: u64,
+    version: u64,
     pub(crate) per_host: bool,
     /// Of a job: the run that goes on, 0 none.
     pub(crate) run: Option<u64>,
@@ -48,10 +49,11 @@ impl Meant {
         let conditions = Conditions::of(manifest);
         let admitted = || state.hosts.iter().filter(|(_, host)| conditions.admit(host)).map(|(id, _)| id);
         let slot_hosts = if manifest.per_host { admitted().collect() } else { BTreeSet::new() };
-        let (template, per_host) = (entry.record.template_version, manifest.per_host);
+        let (template, version) = (entry.record.template_version, entry.record.version);
+        let per_host = manifest.per_host;
         let open = || entry.record.job.as_ref().and_then(open_run).map_or(0, |run| run.number);
         let run = manifest.is_job().then(open);
-        Self { template, per_host, run, conditions, slot_hosts, seconds: BTreeSet::new() }
+        Self { template, version, per_host, run, conditions, slot_hosts, seconds: BTreeSet::new() }
     }
 
     pub(crate) fn kind(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> Kind {
@@ -74,7 +76,13 @@ impl Meant {
         if self.per_host && self.seconds.contains(&instance.id) {
             return Kind::Spare;
         }
-        if is_current && (adrift || self.may_stay(state, instance)) { Kind::Current } else { Kind::Old }
+        let stays = adrift || (self.may_stay(state, instance) && !self.has_outgrown(instance));
+        if is_current && stays { Kind::Current } else { Kind::Old }
+    }
+
+    /// The current version sets aside more for it than its host was asked for.
+    pub(crate) fn has_outgrown(&self, instance: &pb::InstanceRecord) -> bool {
+        instance.template_version == self.template && instance.version != self.version
     }
 
     /// Its host is lost, so it has to be placed again.

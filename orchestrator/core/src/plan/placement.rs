@@ -184,6 +184,28 @@ impl<'a> Fleet<'a> {
         }
     }
 
+    /// Takes what an instance that holds `held` there is to have more.
+    pub(crate) fn grow(
+        &mut self,
+        host: HostId,
+        wanted: &Reservation,
+        held: &Reservation,
+    ) -> Result<(), Shortage> {
+        let Some(room) = self.room(host) else { return Err(Lack::Silent.into()) };
+        match room.lacks_without(wanted, held) {
+            Some(shortage) => Err(shortage),
+            None => {
+                let more = Reservation {
+                    cpu_millicores: wanted.cpu_millicores.saturating_sub(held.cpu_millicores),
+                    memory_bytes: wanted.memory_bytes.saturating_sub(held.memory_bytes),
+                    fixed_ports: Vec::new(),
+                };
+                self.give(host, &more);
+                Ok(())
+            }
+        }
+    }
+
     /// Takes room on a host that has it; returns where the host stands then.
     pub(crate) fn give(&mut self, host: HostId, wanted: &Reservation) -> Option<Rank> {
         self.given = true;

@@ -168,6 +168,11 @@ impl<'a> Rollout<'a> {
         self.other_template(instance) && self.meant.is_drained(self.state, instance)
     }
 
+    /// It is to have more than its host was asked for, and would be welcome there with that.
+    pub(crate) fn has_outgrown(&self, instance: &Instance) -> bool {
+        self.meant.has_outgrown(instance) && self.meant.may_stay(self.state, instance)
+    }
+
     /// The canaries are healthy, and the rest waits for a promotion.
     pub(crate) fn waits_for_promotion(&self) -> bool {
         self.rules.canarying() && self.rules.current.healthy >= self.rules.wanted_current()
@@ -218,6 +223,8 @@ impl<'a> Rollout<'a> {
         let taken: BTreeSet<u32> =
             self.current.iter().filter(|i| self.healthy(i)).map(|i| i.ordinal).collect();
         let mut candidates = self.old.clone();
+        // One that has to go first, for room that is perhaps nowhere, stays as it is until there is room where it is.
+        candidates.retain(|instance| !(self.manifest.stop_first() && self.has_outgrown(instance)));
         candidates.sort_by_cached_key(|i| {
             let turn = std::cmp::Reverse((i.ordinal, i.id));
             (i.ready(), self.meant.may_stay(self.state, i), !taken.contains(&i.ordinal), turn)

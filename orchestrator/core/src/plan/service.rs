@@ -15,6 +15,7 @@ use super::placement::{Fleet, Request};
 use super::rollout::Rollout;
 use super::score::Census;
 use super::search::Placer;
+use crate::events::called;
 use crate::state::{ClusterState, Reservation, ServiceEntry};
 use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
 
@@ -26,6 +27,8 @@ pub(crate) struct ServicePlan {
     pub(crate) missing: usize,
     pub(crate) reasons: Vec<String>,
     pub(crate) wake_at: Option<i64>,
+    /// Something changes when a host has more room, though nothing is missing.
+    pub(crate) waits_for_room: bool,
     /// The budget was used up before the end.
     pub(crate) cut: bool,
 }
@@ -123,6 +126,10 @@ impl<'a> Planner<'_, 'a> {
     /// deployment is judged by what is there now, not by what these steps will bring.
     fn converge(&mut self) {
         let rollout = self.rollout;
+        if self.resize() {
+            // Who is to be replaced is seen once that has taken effect.
+            return;
+        }
         self.stop_each(&rollout.surplus, "no longer meant for this host");
         self.stop_each(&rollout.sparable(), "no longer meant for this host");
         let excess = rollout.excess();
@@ -130,6 +137,45 @@ impl<'a> Planner<'_, 'a> {
         let blocked = self.place_all(&excess);
         self.replace(blocked, &excess);
         self.judge();
+    }
+
+    /// Gives those that run the limits of the current version, where their hosts have the room. True: some got them.
+    fn resize(&mut self) -> bool {
+        let rollout = self.rollout;
+        if rollout.status() == pb::DeploymentStatus::Paused {
+            return false;
+        }
+        let wanted = Reservation::of(rollout.manifest);
+        let mut resized = false;
+        for instance in rollout.old.iter().filter(|instance| rollout.has_outgrown(instance)) {
+            let Some(entry) = rollout.state.instances.get(&instance.id()) else { continue };
+            match self.fleet.grow(instance.host(), &wanted, &entry.taken) {
+                Ok(()) => {
+                    let (instance_id, epoch) = (instance.id, instance.epoch);
+                    let version = rollout.entry.record.version;
+                    resized = true;
+                    if !self.push(Step::Resize(pb::ResizeInstance { instance_id, epoch, version })) {
+                        break;
+                    }
+                }
+                Err(shortage) if rollout.manifest.stop_first() => {
+                    self.plan.waits_for_room = true;
+                    let mut refusals = Refusals::default();
+                    refusals.add(instance.host(), shortage, &wanted);
+                    let name = |host| {
+                        rollout.state.host(host).map_or_else(|| host.to_string(), |record| record.shown())
+                    };
+                    let lacks = refusals.sentences(&wanted, 1, name).join("; ");
+                    self.plan.reasons.push(format!(
+                        "{} keeps the limits of version {}: {lacks}",
+                        called(instance),
+                        instance.version
+                    ));
+                }
+                Err(_) => {} // it moves
+            }
+        }
+        resized
     }
 
     /// Places what is missing; true: there was no room, and stopping an old instance could make some.
@@ -443,9 +489,12 @@ impl<'a> Planner<'_, 'a> {
             return format!("replaced by version {}", record.version);
         }
         let host = rollout.state.host(instance.host());
-        match host.filter(|host| host.draining) {
-            Some(host) => format!("{} is being drained", host.shown()),
-            None => "no longer meant for this host".to_owned(),
+        match host {
+            Some(host) if host.draining => format!("{} is being drained", host.shown()),
+            Some(host) if rollout.has_outgrown(instance) => {
+                format!("{} has no room for the limits of version {}", host.shown(), record.version)
+            }
+            Some(_) | None => "no longer meant for this host".to_owned(),
         }
     }
 
@@ -473,9 +522,12 @@ impl<'a> Planner<'_, 'a> {
 fn placed_again(step: &Step) -> Option<u64> {
     match step {
         Step::Place(place) => Some(place.instance_id),
-        Step::Stop(_) | Step::SetDeployment(_) | Step::Revert(_) | Step::Forget(_) | Step::ScheduleRun(_) => {
-            None
-        }
+        Step::Stop(_)
+        | Step::SetDeployment(_)
+        | Step::Revert(_)
+        | Step::Forget(_)
+        | Step::Resize(_)
+        | Step::ScheduleRun(_) => None,
     }
 }
 

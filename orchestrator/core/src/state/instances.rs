@@ -34,15 +34,23 @@ impl Reservation {
             fixed_ports: manifest.fixed_ports(),
         }
     }
+
+    /// Whether it asks for no more than `held`, which is of the same template.
+    pub(crate) fn is_within(&self, held: &Self) -> bool {
+        self.cpu_millicores <= held.cpu_millicores && self.memory_bytes <= held.memory_bytes
+    }
 }
 
 impl ClusterState {
     /// Puts an instance's row; service and host must exist.
     pub(crate) fn put_instance(&mut self, record: Arc<pb::InstanceRecord>, revision: u64) {
         let id = record.id();
-        let stays = |entry: &&mut InstanceEntry| {
-            entry.record.host_id == record.host_id && entry.record.template_version == record.template_version
+        let same = |before: &pb::InstanceRecord| {
+            before.host_id == record.host_id
+                && before.template_version == record.template_version
+                && before.version == record.version
         };
+        let stays = |entry: &&mut InstanceEntry| same(&entry.record);
         if let Some(entry) = self.instances.get_mut(&id).filter(stays) {
             entry.record = Arc::clone(&record);
             self.index_instance(&record.service, id, Some(&record), revision);

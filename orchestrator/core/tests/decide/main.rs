@@ -7,6 +7,7 @@ mod cluster;
 mod data;
 mod hosts;
 mod jobs;
+mod limits;
 mod members;
 mod model;
 mod placement;

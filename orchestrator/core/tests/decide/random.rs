@@ -408,7 +408,16 @@ fn may_go(state: &ClusterState, service: &pb::ServiceRecord, instance: &pb::Inst
     };
     // What never returns with its host is stopped where it was, with `per_host`.
     let gone = manifest.per_host && host.status() == HostStatus::Lost;
-    instance.template_version != service.template_version || host.draining || unmet || too_many || gone
+    let resources =
+        |version| state.manifest(&service.name, version).and_then(|m| m.resources).unwrap_or_default();
+    let (has, asks) = (resources(instance.version), resources(service.version));
+    let more = |asked: u64, held: u64, reserved: u64, all: u64| asked > held && reserved - held + asked > all;
+    let reserved = state.reserved(HostId(instance.host_id));
+    let outgrown =
+        more(asks.cpu_millicores, has.cpu_millicores, reserved.cpu_millicores, facts.cpu_millicores)
+            || more(asks.memory_bytes, has.memory_bytes, reserved.memory_bytes, facts.memory_bytes);
+    let other_template = instance.template_version != service.template_version;
+    other_template || host.draining || unmet || too_many || gone || outgrown
 }
 
 /// A plan, however old, says that a version is fully ready only when it is.

@@ -490,6 +490,7 @@ fn stop_after_another_turned_unready(first: &pb::Manifest) -> World {
         | Step::SetDeployment(_)
         | Step::Revert(_)
         | Step::Forget(_)
+        | Step::Resize(_)
         | Step::ScheduleRun(_) => None,
     };
     let stopped: Vec<_> = steps.iter().filter_map(stopped_by).collect();

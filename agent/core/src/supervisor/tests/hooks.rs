@@ -48,6 +48,7 @@ impl Scene {
             | Action::SweepCgroup { .. }
             | Action::StartProbe(_)
             | Action::StopProbes
+            | Action::SetLimits { .. }
             | Action::ListProcesses
             | Action::Persist(_)
             | Action::Forget { .. }
