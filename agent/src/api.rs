@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::data_dir::DataDir;
+use crate::directory::Ways;
 use crate::identity::Identity;
 use crate::logs::LogReader;
 use crate::metrics::Metrics;
@@ -40,6 +41,7 @@ pub(crate) struct Api {
     pub(crate) metrics: Metrics,
     pub(crate) shown: Shown,
     pub(crate) log_readers: Arc<Semaphore>,
+    ways: Option<Ways>,
 }
 
 impl Api {
@@ -52,7 +54,12 @@ impl Api {
         shown: Shown,
     ) -> Self {
         let log_readers = Arc::new(Semaphore::new(LOG_READERS));
-        Self { identity, name, keeper_pid, logs_dir: data.logs(), metrics, shown, log_readers }
+        Self { identity, name, keeper_pid, logs_dir: data.logs(), metrics, shown, log_readers, ways: None }
+    }
+
+    /// With the ways from this host to services.
+    pub(crate) fn with_ways(self, ways: Ways) -> Self {
+        Self { ways: Some(ways), ..self }
     }
 
     /// Serves these connections until `shutdown`, then ends open streams.
@@ -124,6 +131,19 @@ impl AgentService for Api {
             hub_connected: self.metrics.session_connected.get() == 1,
             generation: self.shown.generation.load(Ordering::Relaxed),
         }))
+    }
+
+    async fn get_service_addresses(
+        &self,
+        request: Request<pb::GetServiceAddressesRequest>,
+    ) -> Result<Response<pb::ServiceAddresses>, Status> {
+        check_caller(&request)?;
+        let service = request.into_inner().service;
+        let callable = self.ways.as_ref().and_then(|ways| ways.to(&service)).ok_or_else(|| {
+            Status::not_found(format!("{} knows no service {service:?} with ports", self.name))
+        })?;
+        let addresses = callable.ports.iter().map(|port| (port.name.to_string(), port.address.to_string()));
+        Ok(Response::new(pb::ServiceAddresses { addresses: addresses.collect() }))
     }
 }
 

@@ -36,6 +36,10 @@ pub struct AgentConfig {
     /// First half of the services' addresses on this host, `127.N`.
     #[serde(default = "default_address_prefix")]
     pub address_prefix: String,
+    /// Answers names such as `web.nave.internal` on port 53 of its prefix's first address, where it may listen there, and
+    /// as root gives services a resolver that asks it first.
+    #[serde(default = "default_dns")]
+    pub dns: bool,
     /// CPU for services in thousandths of a core; 0: all of the machine's.
     #[serde(default)]
     pub cpu_millicores: u64,
@@ -74,6 +78,7 @@ impl AgentConfig {
             metrics_listen: default_metrics_listen(),
             labels: BTreeMap::new(),
             address_prefix: default_address_prefix(),
+            dns: default_dns(),
             cpu_millicores: 0,
             memory_bytes: 0,
             port_min: default_port_min(),
@@ -174,6 +179,10 @@ fn default_listen() -> SocketAddr {
 fn default_metrics_listen() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 7490))
 }
+fn default_dns() -> bool {
+    true
+}
+
 fn default_address_prefix() -> String {
     "127.88".to_owned()
 }

@@ -80,6 +80,11 @@ impl DataDir {
         self.path.join("directory")
     }
 
+    /// As supervised processes see it.
+    pub(crate) fn resolv_conf(&self) -> PathBuf {
+        self.path.join("resolv.conf")
+    }
+
     pub(crate) fn ledger(&self) -> PathBuf {
         self.path.join("ledger")
     }

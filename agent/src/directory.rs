@@ -6,6 +6,7 @@
 //! another one asks for it here, and the main loop names it to the hub.
 
 mod store;
+mod ways;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, watch};
 
 pub(crate) use store::Store;
+pub(crate) use ways::Ways;
 
 /// Services that are asked for by name beside those that manifests name: a caller that walks through all of a large
 /// cluster is told of the first ones.

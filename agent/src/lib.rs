@@ -13,6 +13,7 @@ mod command;
 mod config;
 mod data_dir;
 mod directory;
+mod dns;
 mod executor;
 mod facts;
 mod host;

@@ -2,7 +2,7 @@
 //! to stop. Called by the cli. Services are never touched by either: the next agent adopts them.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +23,9 @@ use crate::cgroups::Cgroups;
 use crate::clock;
 use crate::config::{AgentConfig, ConfigError};
 use crate::data_dir::{DataDir, DataDirError, check_format};
-use crate::directory::{DirectoryHandle, Store};
+use crate::directory::{DirectoryHandle, Store, Ways};
+use crate::dns::resolv::ResolvConf;
+use crate::dns::{self, DnsServer};
 use crate::executor::Executor;
 use crate::executor::directories::Directories;
 use crate::executor::spawn::SpawnContext;
@@ -232,6 +234,9 @@ async fn with_keeper(
         warn!(?error, "the keeper holds no more listening sockets");
         std::future::pending().await
     });
+    let directory = DirectoryHandle::new(Store::read(&data.directory()));
+    let ways = Ways::new(directory.clone(), proxy.clone());
+    let resolv_conf = names(config, &data, ways.clone(), &mut tasks, shutdown).await;
     let runtime_name = format!("nave-{cluster}-{host}");
     let directories = Directories::new(data.path());
     let notify = NotifySockets::for_host(data.path(), &runtime_name, closed.is_some());
@@ -242,7 +247,8 @@ async fn with_keeper(
         cgroups,
         notify,
         closed.map(Path::to_owned),
-    );
+    )
+    .with_ways(ways.clone(), resolv_conf);
 
     let (ledger, records) = Ledger::open(&data.ledger())?;
     let reconciler = Reconciler::restore(&boot_id, records, clock::monotonic());
@@ -259,7 +265,8 @@ async fn with_keeper(
         &data,
         metrics.clone(),
         shown.clone(),
-    );
+    )
+    .with_ways(ways);
     let api_shutdown = shutdown.clone();
     let stop_accepting = shutdown.child_token();
     let (connections, accepting) = proxy
@@ -278,7 +285,6 @@ async fn with_keeper(
         Err(RunError::Task("session with the hub".to_owned()))
     });
 
-    let directory = DirectoryHandle::new(Store::read(&data.directory()));
     let (store, store_shutdown) = (Store::new(data.directory(), directory.clone()), shutdown.clone());
     tasks.spawn(async move {
         store.run(store_shutdown).await;
@@ -310,6 +316,53 @@ async fn with_keeper(
     accepting.await.ok();
     info!("agent ends; services go on");
     result
+}
+
+/// Answers names of services, if it may. Returns the resolver's file for services, when they can have one.
+async fn names(
+    config: &AgentConfig,
+    data: &DataDir,
+    ways: Ways,
+    tasks: &mut JoinSet<Result<(), RunError>>,
+    shutdown: &CancellationToken,
+) -> Option<PathBuf> {
+    if !config.dns {
+        return None;
+    }
+    let prefix = parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX);
+    let address = dns::address(prefix);
+    let server = match DnsServer::bind(prefix, ways).await {
+        Ok(server) => server,
+        Err(error) => {
+            warn!(%address, %error, "names such as web.nave.internal are not answered: port 53 cannot be used");
+            return None;
+        }
+    };
+    info!(%address, "names of services are answered");
+    let ends = shutdown.clone();
+    tasks.spawn(async move {
+        server.serve(ends).await;
+        Ok(())
+    });
+    if !users::own_uid().is_root() {
+        return None;
+    }
+    let path = data.resolv_conf();
+    let written = tokio::task::spawn_blocking(move || ResolvConf::write(path, address)).await;
+    match written.map_err(std::io::Error::other).flatten() {
+        Ok(resolv_conf) => {
+            let (path, ends) = (resolv_conf.path().to_owned(), shutdown.clone());
+            tasks.spawn(async move {
+                resolv_conf.follow(ends).await;
+                Ok(())
+            });
+            Some(path)
+        }
+        Err(error) => {
+            warn!(%error, "services keep the host's resolver, which knows no names of services");
+            None
+        }
+    }
 }
 
 /// How many instances the ledger of this host knows, to say that this build can read what the running one wrote. Only

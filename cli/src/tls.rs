@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nave_proto::ids::HostId;
 use nave_tls::{ChannelOptions, Credentials, Expect, KeyPair};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
@@ -33,6 +34,12 @@ fn certificate(pem: &str) -> Result<Vec<u8>, String> {
     CertificateDer::from_pem_slice(pem.as_bytes())
         .map(|der| der.to_vec())
         .map_err(|error| format!("not a certificate in PEM ({error})"))
+}
+
+/// A lazy channel to the agent of a host; needs a tokio runtime.
+pub(crate) fn agent_channel(address: &str, host: HostId, credentials: &Credentials) -> Channel {
+    let options = ChannelOptions { connect_timeout: CONNECT_TIMEOUT, ..ChannelOptions::default() };
+    nave_tls::channel(address, credentials, Expect::Agent(host), options)
 }
 
 /// A lazy channel to whichever member listens there; needs a tokio runtime.

@@ -12,6 +12,7 @@ mod cloned_host;
 mod deploy_and_serve;
 mod dev;
 mod drain;
+mod found;
 mod full_disk;
 mod hooks;
 mod hosts_lost;

@@ -7,6 +7,7 @@
 
 pub mod address;
 pub mod balancer;
+pub mod callable;
 pub mod directory;
 pub mod env;
 mod monotonic;

@@ -24,6 +24,8 @@ pub(super) struct Surrounded<'a> {
     pub(super) env: &'a [String],
     /// Where its notify socket is, when it has one.
     pub(super) notify: &'a Path,
+    /// Names services, when this host can.
+    pub(super) resolv_conf: Option<&'a Path>,
     /// The agent is root.
     pub(super) root: bool,
 }
@@ -65,6 +67,11 @@ pub(super) fn sandbox(around: &Surrounded<'_>) -> Result<pb::Sandbox, String> {
         // Who asks for root by name wants what root may do, unless it also says which part of it.
         bound_capabilities: around.root && (!is_root || !capabilities.is_empty()),
         capabilities,
+        resolv_conf: around
+            .resolv_conf
+            .filter(|_| around.root && !isolation.host_names)
+            .map(|path| path.display().to_string())
+            .unwrap_or_default(),
     })
 }
 
@@ -156,6 +163,7 @@ mod tests {
             argv: &["/usr/bin/web".to_owned()],
             env: &["HOME=/data/services/web".to_owned()],
             notify: Path::new("/data/notify"),
+            resolv_conf: Some(Path::new("/data/resolv.conf")),
             root,
         }))
     }

@@ -25,6 +25,7 @@ use super::directories::Directories;
 use super::users::{self, RunAs};
 use crate::cgroups::{Cgroups, InstanceCgroup};
 use crate::command::ServiceCommand;
+use crate::directory::Ways;
 use crate::logs::limits::log_limits;
 use crate::logs::source::LinesSince;
 use crate::notify::NotifySockets;
@@ -45,6 +46,10 @@ pub(crate) struct SpawnContext {
     pub(crate) cgroups: Cgroups,
     pub(crate) notify: NotifySockets,
     pub(crate) artifacts: Artifacts,
+    /// To the services that a process may call.
+    ways: Option<Ways>,
+    /// Mounted over the processes' own, when this host answers names.
+    resolv_conf: Option<PathBuf>,
     /// The agent's own user, for services that run as it.
     own_user: String,
     /// A directory on the way to the services' own that other users may not pass.
@@ -96,7 +101,23 @@ impl SpawnContext {
         let own_user =
             User::from_uid(geteuid()).ok().flatten().map_or_else(|| geteuid().to_string(), |user| user.name);
         let artifacts = Artifacts::new(directories.root());
-        Self { cluster, host_name, directories, cgroups, notify, artifacts, own_user, closed }
+        Self {
+            cluster,
+            host_name,
+            directories,
+            cgroups,
+            notify,
+            artifacts,
+            ways: None,
+            resolv_conf: None,
+            own_user,
+            closed,
+        }
+    }
+
+    /// With the ways to other services, which every process is told.
+    pub(crate) fn with_ways(self, ways: Ways, resolv_conf: Option<PathBuf>) -> Self {
+        Self { ways: Some(ways), resolv_conf, ..self }
     }
 
     /// Makes what an attempt needs: directories, artifacts, files, its /tmp. Blocks, until it is cut short at the latest.
@@ -181,6 +202,7 @@ impl SpawnContext {
             argv: &argv.value,
             env: &env,
             notify: self.notify.dir(),
+            resolv_conf: self.resolv_conf.as_deref(),
             root: geteuid().is_root(),
         })
         .map_err(|message| error(SpawnErrorKind::Exec, message))?;
@@ -308,7 +330,8 @@ impl SpawnContext {
             ("", Some(_)) => format!("nave-{}", manifest.name),
             (name, _) => name.to_owned(),
         };
-        let mut given = env_file::read_all(&manifest.env_files)?;
+        let mut given = self.ways.as_ref().map(|ways| ways.variables(manifest)).unwrap_or_default();
+        given.extend(env_file::read_all(&manifest.env_files)?);
         let data = self.directories.data(&manifest.name, wanted.ordinal);
         given.extend(provision::variables(&dirs.run, &data, manifest));
         let expanded = environment(&EnvironmentInput {

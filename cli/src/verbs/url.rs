@@ -1,18 +1,22 @@
-//! `nave url SERVICE [PORT]`: the address that clients on this machine use, from the service's suffix and the local
-//! agent's prefix.
+//! `nave url SERVICE [PORT]`: the address that clients on this machine use. Its agent knows it: where that may not listen
+//! on the service's own port, or another program has it, callers use another one. Without an answer it is worked out
+//! from the service's suffix and the agent's prefix.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use nave_proto::pb;
+use pb::agent_service_client::AgentServiceClient;
 
 use crate::args::Url;
 use crate::client::{Hub, note_age};
 use crate::failure::Failure;
-use crate::out;
+use crate::{out, tls};
 
 /// An agent's prefix unless it is told another.
 const PREFIX: &str = "127.88";
+/// The agent of this machine knows at once.
+const ASK: Duration = Duration::from_secs(1);
 /// A local address answers at once or not at all.
 const LOOK: Duration = Duration::from_millis(300);
 
@@ -31,17 +35,24 @@ pub(super) async fn run(args: &Url, hub: &Hub) -> Result<(), Failure> {
     note_age(got.freshness.as_ref());
     let service = got.service.unwrap_or_default();
     let manifest = service.manifest.clone().unwrap_or_default();
-    let port = choose(&manifest, args.port.as_deref())?;
+    let (name, port) = choose(&manifest, args.port.as_deref())?;
     let hosts = hub
         .read(|mut member| async move { member.hosts.list_hosts(pb::ListHostsRequest::default()).await })
         .await?;
-    let address = address(prefix(&hosts.hosts, &this_host()), service.address_suffix);
-    let Some(address) = address else {
+    let own = own_host(&hosts.hosts, &this_host());
+    let told = match own {
+        Some(host) => ask(hub, host, &args.service, name).await,
+        None => None,
+    };
+    let worked_out = || {
+        let number = u16::try_from(port.service_port).ok()?;
+        Some(SocketAddr::from((address(prefix(own), service.address_suffix)?, number)))
+    };
+    let Some(address) = told.or_else(worked_out) else {
         return Err(Failure::refused(format!("{} has no address yet", args.service)));
     };
     out::line(text(port, address));
-    let port = u16::try_from(port.service_port).unwrap_or(0);
-    let dialled = tokio::net::TcpStream::connect(SocketAddr::from((address, port)));
+    let dialled = tokio::net::TcpStream::connect(address);
     if !matches!(tokio::time::timeout(LOOK, dialled).await, Ok(Ok(_))) {
         out::note(format_args!(
             "nothing answers there from this machine now; `nave endpoints {}` lists the instances' own ports",
@@ -51,10 +62,23 @@ pub(super) async fn run(args: &Url, hub: &Hub) -> Result<(), Failure> {
     Ok(())
 }
 
-fn choose<'a>(manifest: &'a pb::Manifest, wanted: Option<&str>) -> Result<&'a pb::Port, Failure> {
+/// What the agent of this machine says.
+async fn ask(hub: &Hub, host: &pb::Host, service: &str, port: &str) -> Option<SocketAddr> {
+    let credentials = tls::operator(hub.context()).ok()?;
+    let channel = tls::agent_channel(&host.address, host.id.parse().ok()?, &credentials);
+    let request = pb::GetServiceAddressesRequest { service: service.to_owned() };
+    let mut agent = AgentServiceClient::new(channel);
+    let answer = tokio::time::timeout(ASK, agent.get_service_addresses(request)).await.ok()?.ok()?;
+    answer.into_inner().addresses.get(port)?.parse().ok()
+}
+
+fn choose<'a>(
+    manifest: &'a pb::Manifest,
+    wanted: Option<&'a str>,
+) -> Result<(&'a str, &'a pb::Port), Failure> {
     let names = || manifest.ports.keys().cloned().collect::<Vec<_>>().join(", ");
     match wanted {
-        Some(name) => manifest.ports.get(name).ok_or_else(|| {
+        Some(name) => manifest.ports.get(name).map(|port| (name, port)).ok_or_else(|| {
             Failure::refused(format!("{} has no port {name:?}", manifest.name)).next(
                 match manifest.ports.len() {
                     0 => "it has none at all".to_owned(),
@@ -64,15 +88,21 @@ fn choose<'a>(manifest: &'a pb::Manifest, wanted: Option<&str>) -> Result<&'a pb
         }),
         None => match manifest.ports.len() {
             0 => Err(Failure::refused(format!("{} has no ports", manifest.name))),
-            1 => Ok(manifest.ports.values().next().expect("there is one")),
+            1 => {
+                let (name, port) = manifest.ports.iter().next().expect("there is one");
+                Ok((name, port))
+            }
             _ => Err(Failure::usage(format!("{} has several ports: name one of {}", manifest.name, names()))),
         },
     }
 }
 
-/// The prefix of the agent on this machine, else of the first.
-fn prefix<'a>(hosts: &'a [pb::Host], here: &str) -> &'a str {
-    let own = hosts.iter().find(|host| host.name == here).or(hosts.first());
+/// The agent on this machine, else the first: with `nave dev` all are.
+fn own_host<'a>(hosts: &'a [pb::Host], here: &str) -> Option<&'a pb::Host> {
+    hosts.iter().find(|host| host.name == here).or(hosts.first())
+}
+
+fn prefix(own: Option<&pb::Host>) -> &str {
     own.and_then(|host| host.facts.as_ref())
         .map(|facts| facts.address_prefix.as_str())
         .filter(|prefix| !prefix.is_empty())
@@ -90,13 +120,13 @@ fn address(prefix: &str, suffix: u32) -> Option<Ipv4Addr> {
 }
 
 /// With the scheme where the protocol has one.
-fn text(port: &pb::Port, address: Ipv4Addr) -> String {
+fn text(port: &pb::Port, address: SocketAddr) -> String {
     let scheme = match port.protocol() {
         pb::Protocol::Http | pb::Protocol::Http2 if port.service_port == 443 => "https://",
         pb::Protocol::Http | pb::Protocol::Http2 => "http://",
         pb::Protocol::Grpc | pb::Protocol::Tcp | pb::Protocol::Unspecified => "",
     };
-    format!("{scheme}{address}:{}", port.service_port)
+    format!("{scheme}{address}")
 }
 
 #[cfg(test)]
@@ -117,9 +147,10 @@ mod tests {
             service_port,
             port: 0,
         };
-        let at = Ipv4Addr::new(127, 88, 0, 5);
-        assert_eq!(text(&port(pb::Protocol::Http, 80), at), "http://127.88.0.5:80");
-        assert_eq!(text(&port(pb::Protocol::Tcp, 5432), at), "127.88.0.5:5432");
+        let at = |port| SocketAddr::from(([127, 88, 0, 5], port));
+        assert_eq!(text(&port(pb::Protocol::Http, 80), at(80)), "http://127.88.0.5:80");
+        assert_eq!(text(&port(pb::Protocol::Http, 80), at(20_080)), "http://127.88.0.5:20080");
+        assert_eq!(text(&port(pb::Protocol::Tcp, 5432), at(5432)), "127.88.0.5:5432");
     }
 
     #[test]

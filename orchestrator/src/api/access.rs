@@ -210,6 +210,7 @@ mod tests {
         // Not served by members.
         ("/nave.v1.AgentService/ReadHostLogs", ""),
         ("/nave.v1.AgentService/GetAgentInfo", ""),
+        ("/nave.v1.AgentService/GetServiceAddresses", ""),
         ("/nave.v1.ServiceService/Nothing", ""),
         ("/", ""),
         ("", ""),

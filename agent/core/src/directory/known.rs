@@ -182,7 +182,7 @@ impl Directory {
     }
 
     /// The names of all services, in order.
-    pub fn services(&self) -> impl Iterator<Item = &Arc<str>> + '_ {
+    pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<str>> + '_ {
         self.services.keys()
     }
 

@@ -19,6 +19,7 @@ use crate::sys;
 
 /// Stay writable in a read-only system: they hold no files of the machine's own.
 const NEVER_READ_ONLY: [&str; 3] = ["/proc", "/dev/shm", "/dev/mqueue"];
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// What becomes of the directories in `Sandbox.tmp`.
 const TMP: [(&str, &str); 2] = [("tmp", "/tmp"), ("var-tmp", "/var/tmp")];
 
@@ -32,13 +33,27 @@ pub(crate) fn make_mounts(sandbox: &pb::Sandbox) -> Result<(), Failure> {
     let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
     mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)
         .map_err(|error| Failure::new(Step::Namespace, error, ""))?;
+    // Held open before anything is covered: it may lie below /tmp.
+    let resolv_conf = resolv_conf(sandbox)?;
     if !sandbox.tmp.is_empty() {
         private_tmp(Path::new(&sandbox.tmp), &sandbox.keep)?;
     }
     if sandbox.read_only {
         read_only(sandbox)?;
     }
+    if let Some(own) = resolv_conf {
+        bind(Path::new(&format!("/proc/self/fd/{}", own.as_raw_fd())), Path::new(RESOLV_CONF))?;
+    }
     sandbox.hide.iter().try_for_each(|path| hide(Path::new(path)))
+}
+
+/// What is to become /etc/resolv.conf. A machine without one has no use for ours either.
+fn resolv_conf(sandbox: &pb::Sandbox) -> Result<Option<File>, Failure> {
+    if sandbox.resolv_conf.is_empty() || !Path::new(RESOLV_CONF).is_file() {
+        return Ok(None);
+    }
+    let own = Path::new(&sandbox.resolv_conf);
+    File::open(own).map(Some).map_err(|error| failed(error, own))
 }
 
 /// Enters the mounts that were made for a process of the same sandbox, if it still runs.
@@ -58,7 +73,10 @@ pub(crate) fn join_mounts(sandbox: &pb::Sandbox, of: Option<&pb::ProcessIdentity
 }
 
 fn has_mounts(sandbox: &pb::Sandbox) -> bool {
-    !sandbox.tmp.is_empty() || sandbox.read_only || !sandbox.hide.is_empty()
+    !sandbox.tmp.is_empty()
+        || sandbox.read_only
+        || !sandbox.hide.is_empty()
+        || !sandbox.resolv_conf.is_empty()
 }
 
 /// Own directories in place of /tmp and /var/tmp. They are new, so nobody can have put links into them.
