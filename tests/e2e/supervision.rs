@@ -91,3 +91,37 @@ fn health_comes_in_every_form_and_each_end_has_its_reason() {
     // Those it left are counted.
     told(&cluster, "stubborn", "behind, which w");
 }
+
+#[test]
+fn what_makes_all_of_them_hang_takes_down_one_at_a_time() {
+    let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
+    let shared = cluster.dir().join("shared");
+    std::fs::create_dir(&shared).expect("a folder");
+    // For a user of the service's own.
+    std::fs::set_permissions(&shared, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("opened");
+    let at = shared.display();
+    // One that starts after the trouble began is well again.
+    let service = format!(
+        r#"
+name = "herd"
+count = 3
+command = ["sh", "-c", '''
+trap 'echo end >> $SHARED/trace; sleep 0.5; exit 0' TERM
+[ ! -e $SHARED/trouble ] || touch $SHARED/well-$NAVE_INSTANCE
+echo start >> $SHARED/trace
+while :; do sleep 0.05; done''']
+env = {{ SHARED = "{at}" }}
+[health]
+start_grace = "0s"
+live = {{ exec = ["sh", "-c", "[ ! -e $SHARED/trouble ] || [ -e $SHARED/well-$NAVE_INSTANCE ]"], interval = "200ms", timeout = "5s" }}
+"#
+    );
+    cluster.apply(&service, &["--wait"]).expect(0);
+    cluster.wait_ready("herd", 3);
+    let trace = || std::fs::read_to_string(shared.join("trace")).unwrap_or_default();
+    eventually("three have started", SOON, || trace().lines().count() == 3);
+    std::fs::write(shared.join("trouble"), "").expect("written");
+    eventually("all are well again", SOON, || trace().lines().count() == 9);
+    let told: Vec<String> = trace().lines().skip(3).map(str::to_owned).collect();
+    assert_eq!(told, ["end", "start"].repeat(3), "one was ended before another was back");
+}

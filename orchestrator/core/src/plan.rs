@@ -16,6 +16,7 @@ mod leaving;
 mod meant;
 mod placement;
 mod queue;
+mod restarts;
 mod rollout;
 mod rules;
 mod score;
@@ -37,6 +38,7 @@ pub(crate) use deployment::{canaries, may_conclude};
 pub use explain::{explain, waits_for};
 pub use leaving::{Leaving, leaving};
 pub(crate) use placement::Room;
+pub(crate) use restarts::may_restart;
 pub(crate) use standing::Standing;
 pub(crate) use times::losses;
 

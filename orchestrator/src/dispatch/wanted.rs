@@ -20,11 +20,17 @@ struct Wish {
     epoch: u64,
     version: u64,
     desired: pb::Desired,
+    restart_granted: u32,
 }
 
 impl Wish {
     fn of(record: &pb::InstanceRecord) -> Self {
-        Self { epoch: record.epoch, version: record.version, desired: record.desired() }
+        Self {
+            epoch: record.epoch,
+            version: record.version,
+            desired: record.desired(),
+            restart_granted: record.restart_granted,
+        }
     }
 }
 
@@ -98,6 +104,8 @@ fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstan
         manifest: manifest.or_else(|| service?.manifest.as_ref()).cloned(),
         address_suffix: service.map_or(0, |service| service.address_suffix),
         uid: service.map_or(0, |service| service.uid),
+        grants_restarts: true,
+        restart_granted: record.restart_granted,
     }
 }
 

@@ -34,7 +34,11 @@ impl Supervisor {
                     let running = running.clone();
                     self.bite(now, running, "the process has not said WATCHDOG=1 in time", out);
                 }
-                (State::Running(_), Goal::Run) => return,
+                (State::Running(running), Goal::Run) => {
+                    let Some(why) = self.restart_is_due(now) else { return };
+                    let running = running.clone();
+                    self.begin_stop(now, running, StopCause::Probe(why), out);
+                }
                 (State::Running(running), Goal::Stop | Goal::Replace) => {
                     let running = running.clone();
                     self.begin_stop(now, running, StopCause::Told, out);
@@ -104,7 +108,12 @@ impl Supervisor {
             }
             State::Running(running) => {
                 let lease = self.lease.filter(|_| self.needs_lease());
-                lease.into_iter().chain(running.health.watchdog_at()).chain(self.limits_retry_at()).min()
+                lease
+                    .into_iter()
+                    .chain(running.health.watchdog_at())
+                    .chain(self.limits_retry_at())
+                    .chain(self.restart_due_at())
+                    .min()
             }
             State::Stopping(stopping) => Some(match stopping.step {
                 super::StopStep::PreStop { until } => until,

@@ -23,6 +23,8 @@ pub const LIVE_FAILURES_MAX: u32 = 3;
 pub const LIVE_GRACE: Duration = Duration::from_secs(10);
 /// The most that a process may ask for at a time; it can ask again.
 const EXTENSION_MAX: Duration = Duration::from_secs(600);
+/// How long a process that is not live waits for its turn when nothing is heard of the hub.
+pub(super) const TURN_WAIT: Duration = Duration::from_secs(10);
 const INTERVAL: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -41,6 +43,15 @@ pub struct Health {
     live_grace_until: Option<Monotonic>,
     /// It said that it is ending by itself, so no probe makes it ready again.
     leaving: bool,
+    /// Its liveness has failed, and it is yet to be started again for that.
+    pub(super) stuck: Option<Stuck>,
+}
+
+/// A process that is not live.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stuck {
+    pub(super) since: Monotonic,
+    pub(super) why: String,
 }
 
 impl Health {
@@ -110,6 +121,7 @@ impl Health {
         match outcome {
             ProbeOutcome::Passed => {
                 self.live_bad_since = None;
+                self.stuck = None;
                 false
             }
             ProbeOutcome::Failed(_)
@@ -171,6 +183,7 @@ impl Health {
     /// new probe says otherwise. `since` its start.
     pub fn respecify(&mut self, now: Monotonic, since: Monotonic, manifest: &pb::Manifest) {
         self.live_bad_since = None;
+        self.stuck = None;
         self.ready_failures = 0;
         let grace_until = since + start_grace(manifest);
         self.watchdog_at = watchdog(manifest).map(|period| now.max(grace_until) + period);
@@ -298,9 +311,10 @@ impl super::Supervisor {
                     ProbeOutcome::Failed(why) => format!("liveness probe failed: {what}: {why}"),
                     ProbeOutcome::Passed => return,
                 };
-                out.push(Action::Log { level: Level::Warn, message: why.clone() });
-                let running = running.clone();
-                self.begin_stop(now, running, StopCause::Probe(why), out);
+                if running.health.stuck.is_none() {
+                    out.push(Action::Log { level: Level::Warn, message: why.clone() });
+                    running.health.stuck = Some(Stuck { since: now, why });
+                }
             }
         }
     }
@@ -337,6 +351,25 @@ impl super::Supervisor {
                 _,
             ) => {}
         }
+    }
+
+    /// Why the process has to be started again now: it is not live, and its turn has come. The hub gives the turns, so
+    /// that what befalls all instances at once does not take all of them down; while it is away, we do not wait long.
+    pub(super) fn restart_is_due(&self, now: Monotonic) -> Option<String> {
+        let State::Running(running) = &self.state else { return None };
+        let stuck = running.health.stuck.as_ref()?;
+        let granted = !self.wanted.grants_restarts || self.wanted.restart_granted == self.attempt;
+        (granted || self.acts_alone_at(stuck) <= now).then(|| stuck.why.clone())
+    }
+
+    fn acts_alone_at(&self, stuck: &Stuck) -> Monotonic {
+        let waited = stuck.since + TURN_WAIT;
+        self.lease.map_or(waited, |until| waited.max(until))
+    }
+
+    pub(super) fn restart_due_at(&self) -> Option<Monotonic> {
+        let State::Running(running) = &self.state else { return None };
+        running.health.stuck.as_ref().map(|stuck| self.acts_alone_at(stuck))
     }
 
     /// Its watchdog has been silent for too long: ended in a way that leaves a core to read, and started again.

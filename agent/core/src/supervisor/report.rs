@@ -3,6 +3,7 @@
 use nave_proto::pb::{self, observed};
 
 use super::action::Action;
+use super::health::Stuck;
 use super::lease::LEASE_OVER;
 use super::ledger::widen;
 use super::state::{Running, Starting, State};
@@ -26,6 +27,7 @@ impl Supervisor {
             endpoint: self.endpoint().into(),
             last_exit: self.last_exit_of_epoch(),
             notes: self.notes.clone(),
+            wants_restart: of_epoch && self.stuck().is_some(),
         }
     }
 
@@ -97,6 +99,19 @@ impl Supervisor {
         }
     }
 
+    fn stuck(&self) -> Option<&Stuck> {
+        match &self.state {
+            State::Running(running) => running.health.stuck.as_ref(),
+            State::Pending(_)
+            | State::Starting(_)
+            | State::BackingOff { .. }
+            | State::Stopping(_)
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => None,
+        }
+    }
+
     fn reason(&self) -> String {
         if let Some(sweep) = self.sweeps.values().find(|sweep| sweep.tries > 1) {
             return format!(
@@ -116,6 +131,10 @@ impl Supervisor {
                 })
             }
             (State::Pending(_), Goal::Run | Goal::Replace) => "waits for the keeper".to_owned(),
+            (State::Running(running), Goal::Run) if running.health.stuck.is_some() => {
+                let why = self.stuck().map_or("", |stuck| stuck.why.as_str());
+                format!("{why}; waits for its turn to be started again")
+            }
             (State::Running(running), Goal::Run) => match running.health.ready_since {
                 Some(_) => String::new(),
                 None => running.health.why_not.clone(),

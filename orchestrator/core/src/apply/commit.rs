@@ -15,7 +15,7 @@ use super::versions::Cause;
 use super::{Outcome, Tx};
 use crate::events::{Subject, called};
 use crate::limits::INSTANCES_MAX;
-use crate::plan::{Room, Standing, losses, may_conclude};
+use crate::plan::{Room, Standing, losses, may_conclude, may_restart};
 use crate::state::{ClusterState, InstanceEntry, Reservation};
 use crate::wants::{HostExt as _, InstanceExt as _, observed};
 
@@ -46,6 +46,10 @@ impl Tx<'_> {
                 Step::Revert(step) => {
                     standings.0.remove(&step.service);
                     self.revert(step);
+                }
+                Step::GrantRestart(step) => {
+                    standings.0.remove(&self.service_of(step.instance_id));
+                    self.grant_restart(&step);
                 }
                 Step::Resize(step) => self.resize(&mut standings, &step),
                 Step::Forget(step) => self.forget(&mut standings, &step),
@@ -158,6 +162,9 @@ impl Tx<'_> {
             host_id: step.host_id,
             epoch: before.epoch + 1,
             attempt: 0,
+            wants_restart: 0,
+            restart_granted: 0,
+            restart_granted_unix_ns: 0,
             restarts: 0,
             observed: observed(State::Pending(Pending {})),
             ports: Default::default(),
@@ -202,6 +209,24 @@ impl Tx<'_> {
         };
         standing.changes(self.state, Some(&before), &record);
         self.put_instance(record);
+    }
+
+    fn service_of(&self, instance_id: u64) -> String {
+        self.state.instance(InstanceId(instance_id)).map_or_else(String::new, |record| record.service.clone())
+    }
+
+    /// One whose liveness has failed may be restarted, while no more are down than the update rules allow.
+    fn grant_restart(&mut self, step: &pb::GrantRestart) {
+        let Some(before) = self.state.instance(InstanceId(step.instance_id)).cloned() else { return };
+        let is_it = before.epoch == step.epoch && before.wants_restart == step.attempt;
+        if !is_it || !may_restart(self.state, &before, self.now) {
+            return;
+        }
+        self.put_instance(pb::InstanceRecord {
+            restart_granted: step.attempt,
+            restart_granted_unix_ns: self.now,
+            ..before.as_ref().clone()
+        });
     }
 
     /// The process stays; what is set aside for it changes, if its host still has that.

@@ -143,6 +143,9 @@ impl Tx<'_> {
                 since_unix_ns: self.now,
                 ready_since_unix_ns: 0,
                 attempt: 0,
+                wants_restart: 0,
+                restart_granted: 0,
+                restart_granted_unix_ns: 0,
                 ..record.as_ref().clone()
             });
         }
@@ -166,6 +169,7 @@ fn merged(
         reason: report.reason,
         endpoint: endpoint.into(),
         note: before.note.max(newest_note),
+        wants_restart: if report.wants_restart { report.attempt } else { 0 },
         last_exit: report.last_exit.or_else(|| before.last_exit.clone()),
         ..before.clone()
     };

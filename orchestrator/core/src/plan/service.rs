@@ -126,6 +126,7 @@ impl<'a> Planner<'_, 'a> {
     /// deployment is judged by what is there now, not by what these steps will bring.
     fn converge(&mut self) {
         let rollout = self.rollout;
+        self.grant_restarts();
         if self.resize() {
             // Who is to be replaced is seen once that has taken effect.
             return;
@@ -137,6 +138,18 @@ impl<'a> Planner<'_, 'a> {
         let blocked = self.place_all(&excess);
         self.replace(blocked, &excess);
         self.judge();
+    }
+
+    fn grant_restarts(&mut self) {
+        for instance in self.rollout.restartable(self.now) {
+            let (instance_id, epoch, attempt) = (instance.id, instance.epoch, instance.attempt);
+            if !self.push(Step::GrantRestart(pb::GrantRestart { instance_id, epoch, attempt })) {
+                return;
+            }
+        }
+        if let Some(at) = self.rollout.restart_wake_at(self.now) {
+            self.wake_at(at);
+        }
     }
 
     /// Gives those that run the limits of the current version, where their hosts have the room. True: some got them.
@@ -527,6 +540,7 @@ fn placed_again(step: &Step) -> Option<u64> {
         | Step::Revert(_)
         | Step::Forget(_)
         | Step::Resize(_)
+        | Step::GrantRestart(_)
         | Step::ScheduleRun(_) => None,
     }
 }

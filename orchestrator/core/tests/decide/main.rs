@@ -13,6 +13,7 @@ mod model;
 mod placement;
 mod random;
 mod reports;
+mod restarts;
 mod rollout;
 mod services;
 mod sessions;

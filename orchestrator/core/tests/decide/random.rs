@@ -469,8 +469,9 @@ fn meant_and_ready(state: &ClusterState, service: &pb::ServiceRecord) -> usize {
     }
     let constraints = manifest.placement.as_ref().map_or(&[][..], |placement| &placement.constraints);
     let meant = |id: u64| {
-        let facts = state.host(HostId(id)).and_then(|host| host.facts.as_ref()).unwrap();
-        constraints.iter().all(|text| text.parse::<Constraint>().unwrap().holds(facts))
+        let host = state.host(HostId(id)).unwrap();
+        let facts = host.facts.as_ref().unwrap();
+        !host.draining && constraints.iter().all(|text| text.parse::<Constraint>().unwrap().holds(facts))
     };
     let ready = |i: &pb::InstanceRecord| {
         let state = i.observed.as_ref().and_then(|observed| observed.state.as_ref());

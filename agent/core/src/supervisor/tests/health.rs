@@ -198,3 +198,59 @@ fn another_main_process_is_refused_in_words() {
     );
     assert!(runs(&scene));
 }
+
+/// Of which the hub says who may be restarted, and whose liveness has just failed.
+fn stuck() -> (Scene, pb::WantedInstance) {
+    let health = pb::Health { live: Some(http_probe()), ..Default::default() };
+    let manifest = pb::Manifest { health: Some(health), ..with_port(0) };
+    let mut scene = Scene::running(manifest.clone());
+    let wanted = pb::WantedInstance { grants_restarts: true, ..wanted(manifest, 1, pb::Desired::Run) };
+    scene.give(Input::Wanted(Box::new(wanted.clone())));
+    scene.supervisor.note_lease(scene.now + seconds(9));
+    scene.pass(LIVE_GRACE);
+    for _ in 0..LIVE_FAILURES_MAX {
+        scene.supervisor.note_lease(scene.now + seconds(9));
+        scene.probe(ProbeKind::Live, Some("no answer"));
+        scene.pass(seconds(1));
+    }
+    scene.orders();
+    (scene, wanted)
+}
+
+#[test]
+fn a_process_that_is_not_live_waits_for_its_turn_and_says_so() {
+    let (mut scene, wanted) = stuck();
+    assert!(matches!(scene.seen(), Seen::Running(_)));
+    let report = scene.report();
+    assert!(report.wants_restart && report.reason.ends_with("waits for its turn to be started again"));
+    // A turn that another attempt was given is none.
+    scene.give(Input::Wanted(Box::new(pb::WantedInstance { restart_granted: 7, ..wanted.clone() })));
+    assert!(scene.signals().is_empty());
+    let attempt = scene.supervisor.key().attempt;
+    scene.give(Input::Wanted(Box::new(pb::WantedInstance { restart_granted: attempt, ..wanted })));
+    assert_eq!(scene.signals(), [(15, SignalScope::Process), (18, SignalScope::Process)]);
+    assert!(!scene.report().wants_restart);
+}
+
+#[test]
+fn one_that_answers_again_before_its_turn_is_left_alone() {
+    let (mut scene, wanted) = stuck();
+    scene.probe(ProbeKind::Live, None);
+    assert!(!scene.report().wants_restart);
+    let attempt = scene.supervisor.key().attempt;
+    scene.give(Input::Wanted(Box::new(pb::WantedInstance { restart_granted: attempt, ..wanted })));
+    assert!(scene.signals().is_empty());
+}
+
+#[test]
+fn nobody_waits_long_for_a_hub_that_is_away() {
+    let (mut scene, _) = stuck();
+    for _ in 0..30 {
+        scene.supervisor.note_lease(scene.now + seconds(9));
+        scene.pass(seconds(1));
+    }
+    assert!(scene.signals().is_empty(), "the hub is there: it will say when");
+    assert_eq!(scene.supervisor.next_wake(), Some(scene.now + seconds(8)));
+    scene.pass(seconds(8));
+    assert_eq!(scene.signals().len(), 2);
+}
