@@ -34,16 +34,36 @@ struct Shared {
     known: RwLock<Directory>,
     /// Newest revision taken, for whoever writes it down.
     revision: watch::Sender<u64>,
-    asked: Mutex<BTreeSet<Arc<str>>>,
-    asks: Notify,
+    asks: Asks,
+}
+
+/// Services that somebody here calls, beside those that manifests name. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Asks {
+    shared: Arc<Asked>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    names: Mutex<BTreeSet<Arc<str>>>,
+    added: Notify,
+}
+
+impl Asks {
+    /// Somebody is about to call this service; the endpoints come within a round trip to the hub, if it knows any.
+    pub(crate) fn ask(&self, name: &Arc<str>) {
+        let mut names = self.shared.names.lock();
+        if names.len() < ASKED_MAX && names.insert(Arc::clone(name)) {
+            self.shared.added.notify_one();
+        }
+    }
 }
 
 impl DirectoryHandle {
-    pub(crate) fn new(known: Directory) -> Self {
+    pub(crate) fn new(known: Directory, asks: Asks) -> Self {
         let revision = watch::Sender::new(known.revision());
         let known = RwLock::new(known);
-        let (asked, asks) = Default::default();
-        Self { shared: Arc::new(Shared { known, revision, asked, asks }) }
+        Self { shared: Arc::new(Shared { known, revision, asks }) }
     }
 
     /// Takes an update of the hub.
@@ -65,21 +85,14 @@ impl DirectoryHandle {
         let service = known.service(name)?;
         if !known.knows_endpoints_of(name) {
             drop(known);
-            self.ask(&service.name);
+            self.shared.asks.ask(&service.name);
         }
         Some(service)
     }
 
-    fn ask(&self, name: &Arc<str>) {
-        let mut asked = self.shared.asked.lock();
-        if asked.len() < ASKED_MAX && asked.insert(Arc::clone(name)) {
-            self.shared.asks.notify_one();
-        }
-    }
-
     /// Waits until somebody asks for a service that nobody has asked for. Cancel-safe; for one waiter.
     pub(crate) async fn asks(&self) {
-        self.shared.asks.notified().await;
+        self.shared.asks.shared.added.notified().await;
     }
 
     /// What this host has to know of: what its services are and need, and what was asked for. Drops the rest.
@@ -87,7 +100,7 @@ impl DirectoryHandle {
         &self,
         manifests: impl Iterator<Item = &'a pb::Manifest>,
     ) -> (pb::Interest, DirectoryChange) {
-        let mut names: BTreeSet<Arc<str>> = self.shared.asked.lock().clone();
+        let mut names: BTreeSet<Arc<str>> = self.shared.asks.shared.names.lock().clone();
         for manifest in manifests {
             names.extend(manifest.needs.iter().map(|name| Arc::from(name.as_str())));
             if !manifest.ports.is_empty() {
@@ -133,7 +146,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_large_fleet_has_not_told_is_asked_for_once() {
-        let directory = DirectoryHandle::new(Directory::default());
+        let directory = DirectoryHandle::new(Directory::default(), Asks::default());
         directory.take(update(false)).unwrap();
         assert!(directory.service("nobody").is_none());
         directory.service("web").unwrap();
@@ -148,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_small_fleet_is_known_without_asking() {
-        let directory = DirectoryHandle::new(Directory::default());
+        let directory = DirectoryHandle::new(Directory::default(), Asks::default());
         directory.take(update(true)).unwrap();
         directory.service("web").unwrap();
         assert_eq!(directory.interest([].into_iter()).0.services, [""; 0]);

@@ -39,6 +39,7 @@ use tracing::{debug, info, warn};
 pub(crate) use meter::Routes;
 pub(crate) use table::LocalWord;
 
+use crate::directory::Asks;
 use crate::keeper::{CallError, KeeperHandle};
 use identity::Attestor;
 use listeners::{Ends, Listeners};
@@ -275,6 +276,11 @@ impl Proxy {
         if let Some(service) = self.shared.table.service_of(key) {
             self.shared.table.local(&service, key, word);
         }
+    }
+
+    /// Services that are called and of which no endpoint is known.
+    pub(crate) fn asks(&self) -> Asks {
+        self.shared.table.asks()
     }
 
     /// Calls of this host under way to an instance.

@@ -234,7 +234,7 @@ async fn with_keeper(
         warn!(?error, "the keeper holds no more listening sockets");
         std::future::pending().await
     });
-    let directory = DirectoryHandle::new(Store::read(&data.directory()));
+    let directory = DirectoryHandle::new(Store::read(&data.directory()), proxy.asks());
     let ways = Ways::new(directory.clone(), proxy.clone());
     let resolv_conf = names(config, &data, ways.clone(), &mut tasks, shutdown).await;
     let runtime_name = format!("nave-{cluster}-{host}");

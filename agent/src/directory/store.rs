@@ -97,6 +97,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::directory::Asks;
 
     fn update(revision: u64) -> pb::DirectoryUpdate {
         let port = pb::Port { service_port: 80, ..Default::default() };
@@ -122,7 +123,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("directory");
         assert_eq!(Store::read(&path), Directory::default());
-        let directory = DirectoryHandle::new(Directory::default());
+        let directory = DirectoryHandle::new(Directory::default(), Asks::default());
         let shutdown = CancellationToken::new();
         let store = Store::new(path.clone(), directory.clone());
         let running = tokio::spawn(store.run(shutdown.clone()));

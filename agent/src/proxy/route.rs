@@ -19,6 +19,7 @@ use super::http1::Pool;
 use super::meter::{Refusal, RouteMeter};
 use super::peers::Peers;
 use crate::clock;
+use crate::directory::Asks;
 
 /// Callers that have a retry budget and series of their own; the others share one.
 pub(crate) const CALLERS_MAX: usize = 64;
@@ -74,6 +75,8 @@ pub(crate) struct Route {
     pub(crate) idle: Pool<EndpointKey>,
     /// The other hosts' agents.
     pub(crate) peers: Arc<Peers>,
+    /// Where a service is named of which no endpoint is known.
+    asks: Asks,
     rules: ArcSwap<PortRules>,
     /// Who may call; all, when there is none.
     allow: ArcSwapOption<Vec<String>>,
@@ -128,6 +131,7 @@ impl Route {
             meter: RouteMeter::default(),
             idle: Pool::default(),
             peers: Arc::default(),
+            asks: Asks::default(),
             rules: ArcSwap::from_pointee(rules),
             allow: ArcSwapOption::default(),
             budgets: Mutex::default(),
@@ -141,6 +145,11 @@ impl Route {
     /// With instances on other hosts.
     pub(crate) fn with_peers(self, peers: Arc<Peers>) -> Self {
         Self { peers, ..self }
+    }
+
+    /// With somebody who gets to know the endpoints of what is called.
+    pub(crate) fn with_asks(self, asks: Asks) -> Self {
+        Self { asks, ..self }
     }
 
     pub(crate) fn set_allow(&self, allow: Option<Vec<String>>) {
@@ -225,6 +234,9 @@ impl Route {
             Err(why) if why != NoPick::AllTried => why,
             picked => return picked,
         };
+        if why == NoPick::Empty {
+            self.asks.ask(&self.service);
+        }
         let rules = self.rules();
         let Some(_place) = Place::take(&self.pending, rules.pending_max) else {
             self.meter.refused(Refusal::PendingFull);

@@ -16,6 +16,7 @@ use super::meter::Routes;
 use super::peers::Peers;
 use super::route::Route;
 use crate::clock;
+use crate::directory::Asks;
 
 /// Words on instances that have ended, kept until the directory knows it too; beyond, the oldest epochs go.
 const WORDS_MAX: usize = 4096;
@@ -75,6 +76,7 @@ pub(crate) struct Table {
     settings: BalancerSettings,
     routes: Routes,
     pub(crate) peers: Arc<Peers>,
+    asks: Asks,
     inner: Mutex<Inner>,
 }
 
@@ -94,7 +96,13 @@ impl Table {
     pub(crate) fn new(prefix: [u8; 2], own_host: HostId, routes: Routes, peers: Arc<Peers>) -> Self {
         // The seed keeps agents from probing at the same moment.
         let settings = BalancerSettings { seed: own_host.0, ..BalancerSettings::default() };
-        Self { prefix, own_host, settings, routes, peers, inner: Mutex::default() }
+        let (asks, inner) = Default::default();
+        Self { prefix, own_host, settings, routes, peers, asks, inner }
+    }
+
+    /// Services that are called and of which no endpoint is known.
+    pub(crate) fn asks(&self) -> Asks {
+        self.asks.clone()
     }
 
     /// The service is now this; returns where its callers are to find its ports.
@@ -124,7 +132,7 @@ impl Table {
     fn route(&self, service: &Arc<str>, port: &Port) -> Arc<Route> {
         let (service, name, rules) = (service.clone(), port.name.clone(), port.rules.clone());
         let route = Route::new(service, name, port.protocol, rules, self.settings.clone());
-        Arc::new(route.with_peers(self.peers.clone()))
+        Arc::new(route.with_peers(self.peers.clone()).with_asks(self.asks.clone()))
     }
 
     /// A port by its service's name and its own.
@@ -264,7 +272,10 @@ fn local(port: u16) -> Reach {
 
 #[cfg(test)]
 mod tests {
+    use nave_agent_core::directory::Directory;
+
     use super::*;
+    use crate::directory::DirectoryHandle;
     use nave_agent_core::balancer::Ask;
     use nave_agent_core::directory::{Endpoint, PortRules};
 
@@ -348,5 +359,16 @@ mod tests {
         table.remove("web");
         assert!(routes.0.load().is_empty());
         drop(held);
+    }
+
+    #[tokio::test]
+    async fn the_first_call_asks_for_endpoints_that_nobody_has_told() {
+        let table = Table::new([127, 88], OWN, Routes::default(), Arc::default());
+        let directory = DirectoryHandle::new(Directory::default(), table.asks());
+        let route = table.put(service(Vec::new())).remove(0).route;
+        let deadline = Some(tokio::time::Instant::now());
+        route.pick(&Ask::default(), deadline).await.unwrap_err();
+        tokio::time::timeout(std::time::Duration::from_secs(5), directory.asks()).await.unwrap();
+        assert_eq!(directory.interest([].into_iter()).0.services, ["web"]);
     }
 }
