@@ -11,6 +11,7 @@ mod idle;
 mod load;
 mod output;
 mod plan;
+mod proxy;
 mod start;
 mod supervise;
 mod throughput;
@@ -25,10 +26,13 @@ fn main() -> anyhow::Result<()> {
     if what == output::WRITER {
         return output::write();
     }
+    if what == proxy::SOURCE {
+        return proxy::source();
+    }
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 12] = [
+    let rooms: [(&str, Measurement); 13] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -44,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         ("hosts", hosts::run),
         ("output", output::run),
         ("supervise", supervise::run),
+        ("proxy", proxy::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {
