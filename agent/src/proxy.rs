@@ -13,8 +13,12 @@ mod listeners;
 mod meter;
 mod peers;
 mod route;
+mod stream;
 mod table;
 mod tcp;
+mod to;
+#[cfg(test)]
+mod two_hosts;
 mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -127,7 +131,8 @@ impl Shared {
     ) {
         let mut incoming = std::pin::pin!(incoming);
         while let Some(Ok(connection)) = incoming.next().await {
-            if connection.protocol() != Some(peers::HTTP1) {
+            let protocol = connection.protocol().unwrap_or_default().to_vec();
+            if protocol != peers::HTTP1 && protocol != peers::STREAM {
                 if other.send(connection).await.is_err() {
                     return;
                 }
@@ -141,7 +146,11 @@ impl Shared {
             debug!(%host, "another agent is connected");
             let shared = self.clone();
             self.listeners.serve(move |ending| async move {
-                http1::serve_peer(connection, |service, port| shared.table.find(service, port), ending).await;
+                let find = |service: &str, port: &str| shared.table.find(service, port);
+                match protocol == peers::HTTP1 {
+                    true => Box::pin(http1::serve_peer(connection, find, ending)).await,
+                    false => Box::pin(stream::serve_peer(connection, find)).await,
+                }
             });
         }
     }
@@ -237,7 +246,11 @@ impl Proxy {
         credentials: &Credentials,
         shutdown: CancellationToken,
     ) -> std::io::Result<(mpsc::Receiver<TlsConnection>, JoinHandle<()>)> {
-        let config = nave_tls::server_config_of(credentials, ClientPolicy::default(), &[b"h2", peers::HTTP1]);
+        let config = nave_tls::server_config_of(
+            credentials,
+            ClientPolicy::default(),
+            &[b"h2", peers::HTTP1, peers::STREAM],
+        );
         let (other, handed_out) = mpsc::channel(HANDED_OUT);
         let (listener, shared) = (listener.into_std()?, self.shared.clone());
         let accepting = self.shared.listeners.spawn(async move {

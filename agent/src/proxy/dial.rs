@@ -5,18 +5,21 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nave_agent_core::balancer::{Ask, NoPick, Outcome, Pick, Reach};
+use nave_agent_core::balancer::{Ask, EndpointSpec, NoPick, Outcome, Pick, Reach};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-use super::route::{Route, Tries};
+use super::route::{Caller, Route, Tries};
+use super::stream::For;
+use super::to::To;
+use super::wire::Wire;
 use crate::clock;
 
 /// Connected, and nothing sent yet.
 #[derive(Debug)]
 pub(crate) struct Dialled {
     pub(crate) pick: Pick,
-    pub(crate) stream: TcpStream,
+    pub(crate) stream: Wire,
     /// How long the connect took.
     pub(crate) took: Duration,
 }
@@ -40,12 +43,34 @@ pub(crate) async fn connect(reach: &Reach, within: Duration) -> io::Result<TcpSt
     Ok(stream)
 }
 
+/// Connects to an endpoint, on whichever host it is. To another host that is a stream of the caller's own.
+///
+/// # Errors
+/// As connect; or the other host's agent refuses.
+pub(crate) async fn reach(
+    route: &Route,
+    endpoint: &EndpointSpec,
+    caller: For<'_>,
+    within: Duration,
+) -> io::Result<Wire> {
+    match endpoint.reach {
+        Reach::Local(_) => connect(&endpoint.reach, within).await.map(Wire::Local),
+        Reach::Remote { host, .. } => {
+            let (service, port) = (route.service.to_string(), route.port.to_string());
+            let to = To { service, port, endpoint: endpoint.key };
+            let stream = route.peers.stream(host, &to, caller).await?;
+            Ok(Wire::Peer(Box::new(stream)))
+        }
+    }
+}
+
 /// A connection to one of the endpoints. `tries` has those that failed, also from before.
 ///
 /// # Errors
 /// Nobody is left to try, or there was nobody within the wait.
 pub(crate) async fn dial(
     route: &Arc<Route>,
+    caller: &Caller,
     tries: &mut Tries,
     hash: Option<u64>,
     deadline: Option<Instant>,
@@ -55,7 +80,7 @@ pub(crate) async fn dial(
         let ask = Ask { tried: tries.keys(), hash };
         let mut pick = route.pick(&ask, deadline).await?;
         let begun = Instant::now();
-        match connect(&pick.endpoint().reach, rules.connect_timeout).await {
+        match reach(route, pick.endpoint(), For::Caller(caller), rules.connect_timeout).await {
             Ok(stream) => return Ok(Dialled { pick, stream, took: begun.elapsed() }),
             Err(error) => {
                 pick.finish(clock::monotonic(), Outcome::Unreached, begun.elapsed());

@@ -20,7 +20,6 @@ mod response;
 mod sender;
 #[cfg(test)]
 mod tests;
-mod to;
 mod trace;
 mod tunnel;
 mod upstream;

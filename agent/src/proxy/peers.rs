@@ -14,11 +14,16 @@ use arc_swap::ArcSwap;
 use nave_agent_core::directory::Host;
 use nave_proto::ids::HostId;
 use nave_tls::{ClientConnection, Credentials, Dialer, Expect};
+use tokio::time::timeout;
 
 use super::http1::Pool;
+use super::stream::{For, begin};
+use super::to::To;
 
 /// ALPN: requests of HTTP/1.1, each with a `Nave-To`.
 pub(crate) const HTTP1: &[u8] = b"nave-http1";
+/// ALPN: bytes both ways, after the words of [`stream`](super::stream).
+pub(crate) const STREAM: &[u8] = b"nave-stream";
 /// To connect to another host, TCP and TLS together. A site's round trip is a millisecond; what takes longer than this
 /// is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -36,6 +41,7 @@ pub(crate) struct Peers {
 struct Peer {
     address: String,
     http1: Dialer,
+    stream: Dialer,
 }
 
 impl Peers {
@@ -65,11 +71,33 @@ impl Peers {
     /// # Errors
     /// The host is not known, or its agent does not answer, or is another.
     pub(crate) async fn http1(&self, host: HostId) -> io::Result<ClientConnection> {
-        let peer = self.hosts.load().get(&host).cloned();
-        let peer =
-            peer.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{host} is not known")))?;
-        peer.http1.connect().await.map_err(|error| io::Error::new(io::ErrorKind::ConnectionRefused, error))
+        connect(&self.peer(host)?.http1).await
     }
+
+    /// A stream to an endpoint of this host.
+    ///
+    /// # Errors
+    /// As for [`http1`](Self::http1), or its agent refuses: nothing of the caller's was sent.
+    pub(crate) async fn stream(
+        &self,
+        host: HostId,
+        to: &To,
+        caller: For<'_>,
+    ) -> io::Result<ClientConnection> {
+        let mut connection = connect(&self.peer(host)?.stream).await?;
+        let begun = timeout(CONNECT_TIMEOUT, begin(&mut connection, to, caller)).await;
+        begun.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        Ok(connection)
+    }
+
+    fn peer(&self, host: HostId) -> io::Result<Arc<Peer>> {
+        let peer = self.hosts.load().get(&host).cloned();
+        peer.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{host} is not known")))
+    }
+}
+
+async fn connect(dialer: &Dialer) -> io::Result<ClientConnection> {
+    dialer.connect().await.map_err(|error| io::Error::new(io::ErrorKind::ConnectionRefused, error))
 }
 
 impl Peer {
@@ -77,6 +105,6 @@ impl Peer {
         let dialer = |protocol| {
             Dialer::new(&host.address, credentials, Expect::Agent(host.id), protocol, CONNECT_TIMEOUT)
         };
-        Self { address: host.address.clone(), http1: dialer(HTTP1) }
+        Self { address: host.address.clone(), http1: dialer(HTTP1), stream: dialer(STREAM) }
     }
 }

@@ -7,15 +7,16 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use nave_agent_core::balancer::Outcome;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use nave_tls::TlsConnection;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Instant, sleep};
 use tracing::{debug, warn};
 
 use super::dial::dial;
 use super::meter::{Class, Refusal};
 use super::route::{Caller, Route, Tries};
+use super::wire::Wire;
 use crate::clock;
 
 /// A buffer, and after how many bytes the next size pays.
@@ -37,7 +38,7 @@ pub(crate) async fn serve(route: Arc<Route>, caller_stream: TcpStream, caller: C
     let begun = Instant::now();
     let mut tries = Tries::default();
     let dialled = tokio::select! {
-        dialled = dial(&route, &mut tries, None, None) => dialled,
+        dialled = dial(&route, &caller, &mut tries, None, None) => dialled,
         () = gone(&caller_stream) => return meter.request(Class::Cut, begun.elapsed()),
     };
     let mut dialled = match dialled {
@@ -52,7 +53,11 @@ pub(crate) async fn serve(route: Arc<Route>, caller_stream: TcpStream, caller: C
     dialled.pick.first_byte(clock::monotonic(), dialled.took);
     let carried = Carried::default();
     let idle = route.rules().idle_timeout;
-    let end = carry(caller_stream, dialled.stream, &carried, idle).await;
+    let caller_ends = caller_stream.into_split();
+    let end = match dialled.stream {
+        Wire::Local(stream) => carry(caller_ends, stream.into_split(), &carried, idle).await,
+        Wire::Peer(stream) => carry(caller_ends, tokio::io::split(*stream), &carried, idle).await,
+    };
     let (outcome, class) = match end {
         End::Whole => (Outcome::Success, Class::Success),
         End::Endpoint => (Outcome::Failure, Class::Cut),
@@ -101,11 +106,24 @@ impl Carried {
     }
 }
 
-async fn carry(caller: TcpStream, endpoint: TcpStream, carried: &Carried, idle: Duration) -> End {
-    let (from_caller, to_caller) = caller.into_split();
-    let (from_endpoint, to_endpoint) = endpoint.into_split();
-    let there = one_way(from_caller, to_endpoint, &carried.to_endpoint, (End::Caller, End::Endpoint));
-    let back = one_way(from_endpoint, to_caller, &carried.to_caller, (End::Endpoint, End::Caller));
+/// A stream that another host's agent has sent here; it counts the bytes, and judges.
+pub(crate) async fn carry_for_peer(peer: TlsConnection, endpoint: TcpStream, idle: Duration) -> Outcome {
+    match carry(tokio::io::split(peer), endpoint.into_split(), &Carried::default(), idle).await {
+        End::Endpoint => Outcome::Failure,
+        End::Whole | End::Caller | End::Idle => Outcome::Cancelled,
+    }
+}
+
+/// `caller` and `endpoint`: where each is read and where it is written.
+async fn carry<CR, CW, ER, EW>(caller: (CR, CW), endpoint: (ER, EW), carried: &Carried, idle: Duration) -> End
+where
+    CR: AsyncRead + Unpin,
+    CW: AsyncWrite + Unpin,
+    ER: AsyncRead + Unpin,
+    EW: AsyncWrite + Unpin,
+{
+    let there = one_way(caller.0, endpoint.1, &carried.to_endpoint, (End::Caller, End::Endpoint));
+    let back = one_way(endpoint.0, caller.1, &carried.to_caller, (End::Endpoint, End::Caller));
     tokio::select! {
         ends = async { tokio::try_join!(there, back) } => match ends {
             Ok(_) => End::Whole,
@@ -117,8 +135,8 @@ async fn carry(caller: TcpStream, endpoint: TcpStream, carried: &Carried, idle: 
 
 /// `ends`: what an error of the reading and of the writing side means.
 async fn one_way(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
     count: &AtomicU64,
     ends: (End, End),
 ) -> Result<(), End> {
@@ -133,7 +151,12 @@ async fn one_way(
             Ok(length) => length,
             Err(error) => return said(&error, reading),
         };
-        if let Err(error) = to.write_all(&buffer[..length]).await {
+        let written = async {
+            to.write_all(&buffer[..length]).await?;
+            // Under TLS what was written may wait for the socket; otherwise this is nothing.
+            to.flush().await
+        };
+        if let Err(error) = written.await {
             return said(&error, writing);
         }
         total = total.saturating_add(length as u64);

@@ -17,10 +17,10 @@ use super::buffer::{FIRST_BYTES, fill, poll_fill};
 use super::exchange::Exchange;
 use super::refusal::Refusal;
 use super::request::{Outgoing, Request, request};
-use super::to::CALLER;
 use super::trace::Trace;
 use crate::proxy::meter::{CallerMeter, Refusal as Why};
 use crate::proxy::route::{Caller, Route};
+use crate::proxy::to::CALLER;
 
 /// How long a caller may be silent between two requests, whatever the port allows.
 const IDLE_TIMEOUT_MAX: Duration = Duration::from_secs(600);

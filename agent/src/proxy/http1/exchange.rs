@@ -25,11 +25,11 @@ use super::replay::Replay;
 use super::request::Request;
 use super::response::{Response, Returning, response};
 use super::sender::{SendError, Sender, Taken};
-use super::to::{TO, To};
 use super::tunnel::tunnel;
 use super::upstream::Upstream;
 use crate::proxy::meter::{Class, Refusal as Why};
 use crate::proxy::route::{Route, Tries};
+use crate::proxy::to::{TO, To};
 use crate::proxy::wire::Wire;
 
 /// How long an endpoint may take to begin its answer when the port sets no time of its own: an endpoint that takes a

@@ -13,9 +13,9 @@ use super::connection::{After, Calling, Client};
 use super::exchange::Exchange;
 use super::refusal::Refusal;
 use super::request::Request;
-use super::to::To;
 use crate::proxy::meter::Refusal as Why;
 use crate::proxy::route::{Caller, Route};
+use crate::proxy::to::To;
 
 /// How a head is read before it is known whom it is for.
 const RULES: nave_agent_core::directory::PortRules = nave_agent_core::directory::PortRules::DEFAULT;

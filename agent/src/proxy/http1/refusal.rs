@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 
 use super::framing::BadBody;
 use super::lines::BadHead;
-use super::to::NOT_PROCESSED;
 use crate::proxy::meter::Refusal as Why;
+use crate::proxy::to::NOT_PROCESSED;
 
 /// An answer of ours, after which the caller's connection is closed unless the request was read to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,8 +9,8 @@ use std::mem::MaybeUninit;
 
 use super::framing::Framing;
 use super::lines::{BadHead, Connection, Copier, HEADERS_MAX, Lengths, is_ours, line_starts};
-use super::to::{CALLER, TO, To};
 use super::trace::Trace;
+use crate::proxy::to::{CALLER, TO, To};
 
 /// What a request says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 
 use super::framing::Framing;
 use super::lines::{BadHead, Connection, Copier, HEADERS_MAX, Lengths, is_ours, line_starts};
-use super::to::NOT_PROCESSED;
+use crate::proxy::to::NOT_PROCESSED;
 
 /// What a response says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,90 +1,37 @@
-//! From one host to another: two agents with certificates of one cluster, and TLS between them.
+//! Requests from one host to another.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
-
-use nave_agent_core::balancer::{BalancerSettings, EndpointKey, EndpointSpec, Reach};
-use nave_agent_core::directory::{EndpointState, Host, PortRules, Protocol};
-use nave_proto::ids::{ClusterId, HostId, InstanceId};
-use nave_tls::{AGENT_VALIDITY, Authority, ClientPolicy, Credentials, IncomingLimits, Role};
+use nave_agent_core::balancer::Reach;
+use nave_agent_core::directory::{EndpointState, Protocol};
+use nave_proto::ids::{HostId, InstanceId};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 use super::harness::{Caller, Stage, read_head};
-use crate::clock;
-use crate::proxy::http1::serve_peer;
-use crate::proxy::peers::{HTTP1, Peers};
-use crate::proxy::route::Route;
+use crate::proxy::two_hosts::{FAR, TwoHosts, endpoint, local, remote};
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 const GET: &str = "GET / HTTP/1.1\r\nHost: web\r\n\r\n";
 const POST: &str = "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 4\r\n\r\nbody";
-const NEAR: HostId = HostId(1);
-const FAR: HostId = HostId(2);
-
-fn agent(authority: &Authority, host: HostId) -> Credentials {
-    let now = clock::wall_unix_ns() / 1_000_000_000;
-    authority.issue_new(Role::Agent(host), AGENT_VALIDITY, now).unwrap()
-}
-
-fn route() -> Route {
-    let (rules, settings) = (PortRules::default(), BalancerSettings::default());
-    Route::new("web".into(), "http".into(), Protocol::Http, rules, settings)
-}
-
-fn endpoint(instance: u64, reach: Reach, state: EndpointState) -> EndpointSpec {
-    let key = EndpointKey { instance: InstanceId(instance), epoch: 1 };
-    EndpointSpec { key, reach, state, weight: 1 }
-}
-
-fn remote(instance: u64) -> EndpointSpec {
-    endpoint(instance, Reach::Remote { host: FAR, port: 1 }, EndpointState::Ready)
-}
-
-fn local(instance: u64, address: SocketAddr) -> EndpointSpec {
-    endpoint(instance, Reach::Local(address), EndpointState::Ready)
-}
-
-/// Two hosts: what the near one knows, and what is there on the far one.
 struct Hosts {
     stage: Stage,
-    near: Arc<Route>,
-    far: Arc<Route>,
+    hosts: TwoHosts,
 }
 
 impl Hosts {
     /// `shown`: which host the far agent's certificate is of.
     async fn new(shown: HostId) -> Self {
-        let authority = Authority::generate(ClusterId(7));
-        let mut stage = Stage::default();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let host = Host { id: FAR, name: "far".into(), address: listener.local_addr().unwrap().to_string() };
-        let far = Arc::new(route());
-        let (known, credentials) = (far.clone(), agent(&authority, shown));
-        stage.play(async move {
-            use futures::StreamExt as _;
-            let config = nave_tls::server_config_of(&credentials, ClientPolicy::default(), &[b"h2", HTTP1]);
-            let never = CancellationToken::new();
-            let limits = IncomingLimits::default();
-            let mut incoming = std::pin::pin!(nave_tls::incoming(listener, config, limits, never.clone()));
-            let mut connections = tokio::task::JoinSet::new();
-            while let Some(connection) = incoming.next().await {
-                let known = known.clone();
-                let find = move |service: &str, port: &str| {
-                    (service == "web" && port == "http").then(|| known.clone())
-                };
-                connections.spawn(serve_peer(connection.unwrap(), find, never.clone()));
-            }
-        });
-        let peers = Peers::new(agent(&authority, NEAR));
-        peers.set(&[host]);
-        let near = Arc::new(route().with_peers(Arc::new(peers)));
-        Self { stage, near, far }
+        Self { stage: Stage::default(), hosts: TwoHosts::new(shown, Protocol::Http).await }
     }
 
     async fn call(&mut self) -> Caller {
-        self.stage.call_route(&self.near).await
+        self.stage.call_route(&self.hosts.near).await
+    }
+}
+
+impl std::ops::Deref for Hosts {
+    type Target = TwoHosts;
+
+    fn deref(&self) -> &TwoHosts {
+        &self.hosts
     }
 }
 

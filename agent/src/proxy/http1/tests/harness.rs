@@ -56,11 +56,6 @@ impl Stage {
         .await
     }
 
-    /// Something that goes on until the test ends.
-    pub(super) fn play(&mut self, act: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.spawn(act);
-    }
-
     /// Nobody listens there.
     pub(super) async fn nobody(&self) -> SocketAddr {
         TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()

@@ -1,4 +1,4 @@
-//! What agents say to each other beside a request. Only agents get to say it: these headers are believed on connections
+//! What agents say to each other beside a call. Only agents get to say it: these headers are believed on connections
 //! whose other end has shown an agent's certificate, and left out of everybody else's requests.
 
 use std::fmt;
@@ -22,7 +22,7 @@ pub(crate) struct To {
 }
 
 impl To {
-    pub(super) fn parse(value: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(value: &[u8]) -> Option<Self> {
         let mut words = std::str::from_utf8(value).ok()?.split(' ');
         let (service, port) = (words.next()?.to_owned(), words.next()?.to_owned());
         let (instance, epoch) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
