@@ -8,6 +8,7 @@
 
 mod dial;
 mod http1;
+mod http2;
 mod identity;
 mod listeners;
 mod meter;
@@ -59,6 +60,8 @@ const STREAMS_MAY_END: Duration = Duration::from_secs(3);
 const REQUESTS_MAY_END: Duration = Duration::from_secs(5);
 /// Of no request at all before connections without one are closed: callers close theirs first, once they were told.
 const QUIET: Duration = Duration::from_millis(100);
+/// Between two looks for connections to endpoints that nobody uses.
+const SWEEP: Duration = Duration::from_secs(1);
 /// Between two looks at what is under way.
 const LOOK: Duration = Duration::from_millis(10);
 /// For what was cut to let go of its sockets.
@@ -198,6 +201,13 @@ impl Proxy {
         let peers = Arc::new(config.credentials.map(Peers::new).unwrap_or_default());
         let table = Table::new(config.prefix, config.own_host, config.routes, peers);
         let shared = Arc::new(Shared { table, listeners, attestor, ended });
+        let (swept, until) = (shared.clone(), ends.force.clone());
+        runtime.spawn(async move {
+            let mut tick = tokio::time::interval(SWEEP);
+            while until.run_until_cancelled(tick.tick()).await.is_some() {
+                swept.table.sweep();
+            }
+        });
         let watched = shared.clone();
         let end = async move {
             ends.drain.cancelled().await;

@@ -20,7 +20,7 @@ mod response;
 mod sender;
 #[cfg(test)]
 mod tests;
-mod trace;
+pub(super) mod trace;
 mod tunnel;
 mod upstream;
 

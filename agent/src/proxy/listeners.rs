@@ -28,7 +28,7 @@ use super::identity::Attestor;
 use super::meter::Refusal;
 use super::route::{Caller, Route};
 use super::table::Wanted;
-use super::{http1, tcp};
+use super::{http1, http2, tcp};
 use crate::executor::ports::holder;
 
 /// Callers that wait while no agent takes them.
@@ -377,9 +377,9 @@ fn begin(route: Arc<Route>, stream: TcpStream, ends: &Ends, attestor: &Attestor)
 async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, drain: CancellationToken) {
     match route.protocol {
         Protocol::Http => Box::pin(http1::serve(route, stream, caller, drain)).await,
-        Protocol::Tcp | Protocol::Http2 | Protocol::Grpc => {
-            Box::pin(tcp::serve(route, stream, caller)).await;
-        }
+        Protocol::Http2 | Protocol::Grpc => Box::pin(http2::serve(route, stream, caller, drain)).await,
+        // Its streams have no end that could be waited for: they go on until they are cut.
+        Protocol::Tcp => Box::pin(tcp::serve(route, stream, caller)).await,
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use super::http1::Pool;
+use super::http2;
 use super::meter::{Refusal, RouteMeter};
 use super::peers::Peers;
 use crate::clock;
@@ -77,6 +78,8 @@ pub(crate) struct Route {
     pub(crate) peers: Arc<Peers>,
     /// Where a service is named of which no endpoint is known.
     asks: Asks,
+    /// Connections of HTTP/2, which calls share.
+    pub(crate) http2: http2::Pool,
     rules: ArcSwap<PortRules>,
     /// Who may call; all, when there is none.
     allow: ArcSwapOption<Vec<String>>,
@@ -132,6 +135,7 @@ impl Route {
             idle: Pool::default(),
             peers: Arc::default(),
             asks: Asks::default(),
+            http2: http2::Pool::default(),
             rules: ArcSwap::from_pointee(rules),
             allow: ArcSwapOption::default(),
             budgets: Mutex::default(),
@@ -185,8 +189,15 @@ impl Route {
         let there = |key| specs.iter().any(|spec| spec.key == key);
         self.meter.keep(there);
         self.idle.keep(there);
+        self.http2.keep(there);
         self.balancer.update(clock::monotonic(), specs);
         self.changed.notify_waiters();
+    }
+
+    /// Closes connections to endpoints that nobody uses. To be called every second or so.
+    pub(crate) fn sweep(&self) {
+        self.idle.sweep();
+        self.http2.sweep();
     }
 
     /// Those who wait look again, since an endpoint has changed its state.

@@ -204,6 +204,11 @@ impl Table {
         })
     }
 
+    /// Closes connections to endpoints that nobody uses.
+    pub(crate) fn sweep(&self) {
+        self.routes.0.load().iter().for_each(|route| route.sweep());
+    }
+
     /// Calls under way on ports of these protocols.
     pub(crate) fn under_way(&self, of: impl Fn(Protocol) -> bool) -> u64 {
         let routes = self.routes.0.load();

@@ -45,13 +45,25 @@ impl Trace {
 
     /// The header line for the callee.
     pub(crate) fn write_header(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(b"traceparent: 00-");
+        out.extend_from_slice(b"traceparent: ");
+        self.write_value(out);
+        out.extend_from_slice(b"\r\n");
+    }
+
+    /// The header's value alone.
+    pub(crate) fn value(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(55);
+        self.write_value(&mut out);
+        out
+    }
+
+    fn write_value(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"00-");
         write_hex(&self.id, out);
         out.push(b'-');
         write_hex(&self.span, out);
         out.push(b'-');
         write_hex(&[self.flags], out);
-        out.extend_from_slice(b"\r\n");
     }
 }
 
