@@ -29,6 +29,7 @@ mod manifests;
 mod members;
 mod never_twice;
 mod partitions;
+mod proxy_deaths;
 mod quorum_lost;
 mod rolling;
 mod snapshots;
