@@ -7,6 +7,7 @@ mod all_members_killed;
 mod bad_input;
 mod bad_manifests;
 mod beside;
+mod between_hosts;
 mod brake;
 mod cloned_host;
 mod deploy_and_serve;
