@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nave_orchestrator_core::ClusterState;
-use nave_proto::ids::HostId;
+use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::lease::HOLD;
 use nave_proto::pb;
 use nave_tls::PeerIdentity;
@@ -435,6 +435,8 @@ impl Session {
         if self.generation.is_some() {
             if let Some(revision) = self.callers_have_left() {
                 self.drains = None;
+                // It holds for all that the agent has been told to stop by now.
+                let revision = self.generation.map_or(revision, |told| told.max(revision));
                 return Some(ToAgent::CallersLeft(pb::CallersLeft { revision }));
             }
             if self.directory_at.take_if(|at| *at <= Instant::now()).is_some() {
@@ -482,7 +484,7 @@ impl Session {
             (Some(generation), Touched::Instances(touched)) => {
                 let delta = self.told.delta(&state, incarnation, generation, touched)?;
                 self.generation = Some(delta.to_generation);
-                self.note_drains(&delta.put, delta.to_generation);
+                self.note_drains(&state, &delta.put);
                 Some(ToAgent::Delta(delta))
             }
             (None, _) | (_, Touched::All) => Some(self.whole(&state, incarnation)),
@@ -492,18 +494,21 @@ impl Session {
     fn whole(&mut self, state: &ClusterState, incarnation: u64) -> ToAgent {
         self.generation = Some(state.revision());
         let set = self.told.whole(state, incarnation);
-        self.note_drains(&set.instances, set.generation);
+        self.note_drains(state, &set.instances);
         ToAgent::Wanted(set)
     }
 
-    /// An instance that is to stop waits for its callers' agents, if it has ports.
-    fn note_drains(&mut self, told: &[pb::WantedInstance], revision: u64) {
-        let drains = |wanted: &pb::WantedInstance| {
+    /// An instance that is to stop waits for its callers' agents, if it has ports: to have taken the directory as it was
+    /// when the instance began to drain, which may be long before it is told here.
+    fn note_drains(&mut self, state: &ClusterState, told: &[pb::WantedInstance]) {
+        let drains = |wanted: &&pb::WantedInstance| {
             wanted.desired() == pb::Desired::Stop
                 && wanted.manifest.as_ref().is_some_and(|manifest| !manifest.ports.is_empty())
         };
-        if told.iter().any(drains) {
-            self.drains = Some(revision);
+        let began = |wanted: &pb::WantedInstance| state.instance(InstanceId(wanted.instance_id));
+        let newest = told.iter().filter(drains).filter_map(began).map(|record| record.revision).max();
+        if let Some(revision) = newest {
+            self.drains = self.drains.max(Some(revision));
             self.hub.beats.ask_callers(revision);
         }
     }

@@ -312,7 +312,8 @@ impl Index {
                 Change::Service(record) => self.put_service(record),
                 Change::Host(record) => self.put_host(record),
                 Change::Instance(record) => {
-                    if self.put_endpoint(record) && is_draining(record) {
+                    let is_news = self.put_endpoint(record);
+                    if is_news && is_draining(record) {
                         draining.insert(self.name(&record.service));
                     }
                 }
