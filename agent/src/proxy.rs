@@ -202,12 +202,14 @@ impl Proxy {
         let table = Table::new(config.prefix, config.own_host, config.routes, peers);
         let shared = Arc::new(Shared { table, listeners, attestor, ended });
         let (swept, until) = (shared.clone(), ends.force.clone());
-        runtime.spawn(async move {
+        let sweep = async move {
             let mut tick = tokio::time::interval(SWEEP);
             while until.run_until_cancelled(tick.tick()).await.is_some() {
                 swept.table.sweep();
             }
-        });
+        };
+        // It holds the sockets too, so its end is waited for like the connections'.
+        ends.tasks.spawn_on(sweep, runtime.handle());
         let watched = shared.clone();
         let end = async move {
             ends.drain.cancelled().await;

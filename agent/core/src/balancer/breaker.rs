@@ -116,7 +116,7 @@ impl Breaker {
         now: Monotonic,
         outcome: Outcome,
         settings: &BreakerSettings,
-        jitter: f32,
+        jitter: f64,
     ) -> bool {
         let streak = match outcome {
             Outcome::Cancelled => return false,
@@ -151,7 +151,7 @@ impl Breaker {
         now: Monotonic,
         outcome: Outcome,
         settings: &BreakerSettings,
-        jitter: f32,
+        jitter: f64,
     ) -> bool {
         let probing = PROBING | (probe.open & UNREACHED);
         match outcome {
@@ -185,7 +185,7 @@ impl Breaker {
         now: Monotonic,
         outcome: Outcome,
         settings: &BreakerSettings,
-        jitter: f32,
+        jitter: f64,
     ) -> bool {
         let unreached = outcome == Outcome::Unreached;
         let was_good_for = now.since(Monotonic(self.closed_at.load(Relaxed)));
@@ -195,7 +195,7 @@ impl Breaker {
         };
         let longest = if unreached { settings.unreached_backoff_max } else { settings.backoff_max };
         let wait = settings.backoff_min.saturating_mul(1 << trips.min(16)).min(longest);
-        let until = now + wait.mul_f32(0.5 + 0.5 * jitter.clamp(0.0, 1.0));
+        let until = now + wait.mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0));
         let gate = (until.0 & !UNREACHED).clamp(CLOSED + 2, PROBING - 2) | i64::from(unreached);
         let opened = self.gate.compare_exchange(from, gate, Relaxed, Relaxed).is_ok();
         if opened {

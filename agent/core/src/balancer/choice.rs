@@ -135,7 +135,7 @@ impl<'a> Scene<'a> {
         of: &'a [Arc<Member>],
         ask: &Ask<'_>,
     ) -> Option<Candidate<'a>> {
-        let largest = f64::from(self.snapshot.weight_max) as f32;
+        let largest = self.snapshot.weight_max as f32;
         let mut first: Option<Candidate<'a>> = None;
         for _ in 0..DRAWS {
             let member = &of[rng.random_range(0..of.len())];
@@ -269,7 +269,7 @@ impl<'a> Scene<'a> {
 
 /// How many times longer a call takes because of those that are there already.
 fn busy(one: Candidate<'_>) -> f32 {
-    1.0 + f64::from(one.member.shared.in_flight()) as f32 / one.share
+    1.0 + one.member.shared.in_flight() as f32 / one.share
 }
 
 fn was_tried(member: &Member, ask: &Ask<'_>) -> bool {

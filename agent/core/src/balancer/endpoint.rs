@@ -131,7 +131,7 @@ impl Member {
 
     /// Its share by weight and newness, 1 being normal.
     pub(super) fn share(&self, now: Monotonic, settings: &BalancerSettings) -> f32 {
-        let weight = f64::from(self.spec.weight.max(1)) as f32;
+        let weight = self.spec.weight.max(1) as f32;
         let since = Monotonic(self.shared.ready_since.load(Relaxed));
         let grown = now.since(since).as_secs_f32() / settings.slow_start.as_secs_f32().max(1e-3);
         weight * grown.clamp(0.1, 1.0)

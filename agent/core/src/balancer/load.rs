@@ -76,7 +76,7 @@ fn tick(now: Monotonic) -> u32 {
 /// Seconds since then; 0 when another worker's clock reading was a little ahead.
 fn age(now: Monotonic, made_at: u32) -> f32 {
     let ticks = tick(now).wrapping_sub(made_at);
-    if ticks > u32::MAX / 2 { 0.0 } else { f64::from(ticks) as f32 * TICK_SECONDS }
+    if ticks > u32::MAX / 2 { 0.0 } else { ticks as f32 * TICK_SECONDS }
 }
 
 /// What is left after `age` seconds of something that fades with the time constant.

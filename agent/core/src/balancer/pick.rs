@@ -96,10 +96,10 @@ impl Pick {
     }
 
     /// From 0 to 1, another for each endpoint, agent and time.
-    fn jitter(&self, seed: u64, now: Monotonic) -> f32 {
+    fn jitter(&self, seed: u64, now: Monotonic) -> f64 {
         let key = self.member.spec.key;
         let mixed = mix(seed ^ mix(key.instance.0 ^ mix(key.epoch ^ now.0.cast_unsigned())));
-        unit(mixed) as f32
+        unit(mixed)
     }
 }
 

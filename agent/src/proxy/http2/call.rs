@@ -210,7 +210,7 @@ impl Call {
         };
         let repeatable = self.body.repeatable();
         let (body, respond, on) = (&mut self.body, &mut self.respond, &lease);
-        let mut upload: Option<Pin<Box<dyn Future<Output = Result<(), BodyError>> + Send + '_>>> = None;
+        let mut upload: Option<Upload<'_>> = None;
         if has_body {
             upload = Some(Box::pin(async move { body.send(&mut sink, on).await }));
         }
