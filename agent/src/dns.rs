@@ -92,7 +92,7 @@ impl DnsServer {
                         let (names, shutdown) = (self.names.clone(), shutdown.clone());
                         connections.spawn(async move {
                             tokio::select! {
-                                _ = converse(stream, &*names) => {}
+                                _ = converse(stream, &names) => {}
                                 () = shutdown.cancelled() => {}
                             }
                             drop(permit);

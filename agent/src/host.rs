@@ -58,6 +58,14 @@ pub(crate) struct Inbox {
     pub(crate) inputs: mpsc::Receiver<(InstanceId, Input)>,
 }
 
+/// Who is told: the hub, a scrape, and who asks the agent itself.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    pub(crate) uplink: Uplink,
+    pub(crate) metrics: Metrics,
+    pub(crate) shown: Shown,
+}
+
 #[derive(Debug)]
 enum Event {
     Keeper(KeeperEvent),
@@ -125,13 +133,12 @@ impl HostTask {
         reconciler: Reconciler,
         ledger: Ledger,
         executor: Executor,
-        uplink: Uplink,
         inbox: Inbox,
-        metrics: Metrics,
-        shown: Shown,
+        outbox: Outbox,
         directory: DirectoryHandle,
     ) -> Self {
         let (ledger, sequencer) = (Some(ledger), Sequencer::default());
+        let Outbox { uplink, metrics, shown } = outbox;
         Self {
             reconciler,
             ledger,

@@ -31,7 +31,7 @@ use crate::executor::directories::Directories;
 use crate::executor::spawn::SpawnContext;
 use crate::executor::users;
 use crate::facts;
-use crate::host::{HostTask, Inbox};
+use crate::host::{HostTask, Inbox, Outbox};
 use crate::hub::{HubTask, Members};
 use crate::identity::{Identity, IdentityError, RenewTask, enrol};
 use crate::keeper::{self, KeeperError};
@@ -295,7 +295,8 @@ async fn with_keeper(
     let executor = Executor::new(context.into(), keeper, config.port_min..=config.port_max, inputs);
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
-    let main = HostTask::new(reconciler, ledger, executor, uplink, inbox, metrics, shown, directory);
+    let outbox = Outbox { uplink, metrics, shown };
+    let main = HostTask::new(reconciler, ledger, executor, inbox, outbox, directory);
     let main = main.witnessed_by(witness.clone()).with_proxy(proxy);
     tasks.spawn(main.run(shutdown.clone()));
 

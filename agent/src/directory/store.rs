@@ -126,7 +126,8 @@ mod tests {
         let directory = DirectoryHandle::new(Directory::default(), Asks::default());
         let shutdown = CancellationToken::new();
         let store = Store::new(path.clone(), directory.clone());
-        let running = tokio::spawn(store.run(shutdown.clone()));
+        let mut running = tokio::task::JoinSet::new();
+        running.spawn(store.run(shutdown.clone()));
         directory.take(update(3)).unwrap();
         let written = async {
             while Store::read(&path).revision() != 3 {
@@ -136,7 +137,7 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(20), written).await.unwrap();
         directory.take(update(4)).unwrap();
         shutdown.cancel();
-        running.await.unwrap();
+        running.join_next().await.unwrap().unwrap();
         let read = Store::read(&path);
         assert_eq!((read.revision(), read.service("web").unwrap().suffix), (4, 5));
         std::fs::write(&path, b"not a directory").unwrap();

@@ -30,10 +30,7 @@ pub(crate) trait Names {
 
 /// The answer to a packet; `None`: it is no question, so nobody waits for one.
 pub(crate) fn answer(names: &impl Names, packet: &[u8]) -> Option<Vec<u8>> {
-    let query = match Packet::parse(packet) {
-        Ok(query) => query,
-        Err(_) => return malformed(packet),
-    };
+    let Ok(query) = Packet::parse(packet) else { return malformed(packet) };
     if query.has_flags(PacketFlag::RESPONSE) {
         return None;
     }

@@ -170,7 +170,7 @@ impl Route {
             Caller::Service(name) => allow.iter().any(|one| **one == **name),
             Caller::User { .. } => {
                 let name = caller.to_string();
-                allow.iter().any(|one| *one == name)
+                allow.contains(&name)
             }
         }
     }

@@ -3,9 +3,10 @@
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use tokio::time::Instant;
 
 /// How long each is measured.
 pub(super) const LASTS: Duration = Duration::from_secs(8);

@@ -139,7 +139,7 @@ impl Session {
                 },
                 _ = beats.tick() => {
                     beat += 1;
-                    self.send(ToHub::Beat(pb::Beat { sequence: beat, ..Default::default() }));
+                    self.send(ToHub::Beat(pb::Beat { sequence: beat }));
                 }
             }
         }

@@ -32,7 +32,8 @@ impl Reconciler {
                 }
                 Some(Record::Delta(delta)) if reconciler.continues(&delta) => {
                     reconciler.generation = delta.to_generation;
-                    before.extend(wanted.extract_if(.., |id, _| delta.removed.contains(&id.0)));
+                    let removed = delta.removed.iter().map(|id| InstanceId(*id));
+                    before.extend(removed.filter_map(|id| wanted.remove_entry(&id)));
                     wanted.extend(delta.put.into_iter().map(|one| (InstanceId(one.instance_id), one)));
                 }
                 Some(Record::Delta(_)) | None => {}

@@ -9,9 +9,9 @@ fn with(cpu_millicores: u64, nice: i32) -> pb::Manifest {
 
 impl Scene {
     fn given(&mut self) -> Vec<u64> {
-        let cpu = |action: Action| match action {
-            Action::SetLimits { resources, .. } => Some(resources.cpu_millicores),
-            _ => None,
+        let cpu = |action: Action| {
+            let Action::SetLimits { resources, .. } = action else { return None };
+            Some(resources.cpu_millicores)
         };
         self.orders().into_iter().filter_map(cpu).collect()
     }
