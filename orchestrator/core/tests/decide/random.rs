@@ -364,12 +364,25 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
             );
         }
         let canary = manifest.update.as_ref().map_or(0, |update| update.canary as usize);
-        let ceiling = slots + if stop_first { 0 } else { parallel.max(canary) };
+        let beside = if stop_first { 0 } else { parallel.max(canary) };
+        // While a canary waits for its promotion, what is drained of the version before is moved all the same.
+        let drained = canary > 0 && !stop_first && after.hosts().any(|host| host.draining);
+        let ceiling = slots + beside + if drained { parallel } else { 0 };
+        // Of several on one host, since the service was not of `per_host` then, all but one stand in nobody's place, and
+        // go as the others become ready.
+        let ceiling = ceiling + if manifest.per_host { doubled(before, name) } else { 0 };
         // One of `per_host` on a lost host waits there for its return and stands for nothing.
         let count = if manifest.per_host { wanted_here } else { wanted };
         let (had, has) = (count(before, name), count(after, name));
         assert!(has <= ceiling.max(had), "{name}: {has} wanted, {ceiling} is the most");
     }
+}
+
+/// Wanted instances beyond the first on each host.
+fn doubled(state: &ClusterState, name: &str) -> usize {
+    let wanted = state.instances().filter(|one| one.service == name && one.desired() == pb::Desired::Run);
+    let hosts: Vec<u64> = wanted.map(|one| one.host_id).collect();
+    hosts.len() - hosts.iter().collect::<std::collections::BTreeSet<_>>().len()
 }
 
 /// A plan stops nothing and places nothing anew that could have stayed as it was.
