@@ -173,6 +173,7 @@ impl HostTask {
     /// Runs until `shutdown`, at the end of a turn; processes are left alone.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) -> Result<(), RunError> {
         self.say_interest();
+        self.tell_users();
         self.executor.list();
         // What was known when the last agent ended is what there is until the hub says more.
         self.feed_proxy(&self.directory.everything());
@@ -388,6 +389,7 @@ impl HostTask {
                     work.records.push(Record::Wanted(set));
                 }
                 work.orders.extend(orders);
+                self.tell_users();
             }
             Err(stale) => {
                 warn!(%stale, "this member is behind; looking for another");
@@ -401,6 +403,7 @@ impl HostTask {
             Ok(orders) => {
                 work.records.push(Record::Delta(delta));
                 work.orders.extend(orders);
+                self.tell_users();
             }
             Err(gap) => {
                 // Every session begins with the whole set.
@@ -426,6 +429,15 @@ impl HostTask {
                 self.uplink.leave();
             }
         }
+    }
+
+    /// Which service each user of this host's services is: without cgroup2, callers are told by that.
+    fn tell_users(&self) {
+        let Some(proxy) = &self.proxy else { return };
+        let wanted = self.reconciler.supervisors().map(Supervisor::wanted).filter(|wanted| wanted.uid != 0);
+        let users =
+            wanted.filter_map(|wanted| Some((wanted.uid, wanted.manifest.as_ref()?.name.as_str().into())));
+        proxy.users(users.collect());
     }
 
     /// Whom the services of this host, and what else runs here, can call from now on.

@@ -4,8 +4,6 @@
 //! outlives the connection to a keeper. The directory says which services there are; the main loop says at once what
 //! becomes of this host's own endpoints; `run` lets the keeper hold the listening sockets.
 
-#![expect(dead_code, reason = "the directory, which says what to serve, comes next")]
-
 mod dial;
 mod http1;
 mod http2;
@@ -288,18 +286,9 @@ impl Proxy {
 
     /// Its process has ended: nobody gets it any more.
     pub(crate) fn local_gone(&self, instance: InstanceId, epoch: u64) {
-        self.local_word(instance, epoch, LocalWord::Gone);
-    }
-
-    /// It is about to be stopped: it is given nothing new while there is another.
-    pub(crate) fn local_draining(&self, instance: InstanceId, epoch: u64) {
-        self.local_word(instance, epoch, LocalWord::Draining);
-    }
-
-    fn local_word(&self, instance: InstanceId, epoch: u64, word: LocalWord) {
         let key = EndpointKey { instance, epoch };
         if let Some(service) = self.shared.table.service_of(key) {
-            self.shared.table.local(&service, key, word);
+            self.shared.table.local(&service, key, LocalWord::Gone);
         }
     }
 

@@ -230,10 +230,6 @@ impl Route {
         Place::take(&self.requests, self.rules.load().requests_max)
     }
 
-    pub(crate) fn connections(&self) -> usize {
-        self.connections.load(Relaxed)
-    }
-
     /// An endpoint for one try. While there is none at all, it is waited for, by a bounded number of callers for a
     /// bounded time and not beyond `deadline`: a service that is being restarted is back within that.
     ///
@@ -407,6 +403,6 @@ mod tests {
         assert!(route.connection().is_none());
         drop(first);
         assert!(route.connection().is_some());
-        assert_eq!(route.connections(), 0);
+        assert_eq!(route.connections.load(Relaxed), 0);
     }
 }

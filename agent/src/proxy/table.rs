@@ -204,8 +204,9 @@ impl Table {
         })
     }
 
-    /// Closes connections to endpoints that nobody uses.
+    /// Closes connections to endpoints and other hosts that nobody uses.
     pub(crate) fn sweep(&self) {
+        self.peers.idle.sweep();
         self.routes.0.load().iter().for_each(|route| route.sweep());
     }
 

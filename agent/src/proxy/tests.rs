@@ -81,7 +81,7 @@ async fn one_that_is_gone_gets_nothing_from_the_moment_it_is_said() {
     assert_eq!(answers, [Some(1), Some(2)].into());
     proxy.local_gone(InstanceId(1), 1);
     assert!((0..100).all(|_| ask(address) == Some(2)));
-    proxy.local_draining(InstanceId(2), 1);
+    proxy.local("db", InstanceId(2), 1, LocalWord::Draining);
     assert_eq!(ask(address), Some(2), "there is no other");
     proxy.local_gone(InstanceId(2), 1);
     assert_eq!(ask(address), None, "in bounded time");
