@@ -2,6 +2,7 @@
 //! whatever the protocol.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,20 +25,14 @@ pub(crate) struct Dialled {
     pub(crate) took: Duration,
 }
 
-/// Connects to where the pick says, within the port's time-out.
+/// Connects to an endpoint of this host, within the port's time-out.
 ///
 /// # Errors
 /// As connect; `TimedOut`.
-pub(crate) async fn connect(reach: &Reach, within: Duration) -> io::Result<TcpStream> {
-    let stream = match reach {
-        Reach::Local(address) => match timeout(within, TcpStream::connect(*address)).await {
-            Ok(connected) => connected?,
-            Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "connect timed out")),
-        },
-        Reach::Remote { host, .. } => {
-            let why = format!("{host} cannot be reached by this agent");
-            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
-        }
+pub(crate) async fn connect(address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+    let stream = match timeout(within, TcpStream::connect(address)).await {
+        Ok(connected) => connected?,
+        Err(_) => return Err(io::Error::new(io::ErrorKind::TimedOut, "connect timed out")),
     };
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -54,7 +49,7 @@ pub(crate) async fn reach(
     within: Duration,
 ) -> io::Result<Wire> {
     match endpoint.reach {
-        Reach::Local(_) => connect(&endpoint.reach, within).await.map(Wire::Local),
+        Reach::Local(address) => connect(address, within).await.map(Wire::Local),
         Reach::Remote { host, .. } => {
             let (service, port) = (route.service.to_string(), route.port.to_string());
             let to = To { service, port, endpoint: endpoint.key };

@@ -18,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
+use super::dial::connect;
 use super::route::{Caller, Route};
 use super::tcp;
 use super::to::To;
@@ -107,9 +108,7 @@ where
         return Err(format!("{} is not on this host", to.endpoint.instance));
     };
     let began = Instant::now();
-    let connected = timeout(route.rules().connect_timeout, TcpStream::connect(address)).await;
-    let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-    match connected.and_then(|stream| stream.set_nodelay(true).map(|()| stream)) {
+    match connect(address, route.rules().connect_timeout).await {
         Ok(stream) => Ok((route, pick, stream)),
         Err(error) => {
             pick.finish(clock::monotonic(), Outcome::Unreached, began.elapsed());

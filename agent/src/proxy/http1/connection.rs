@@ -80,8 +80,6 @@ pub(super) struct Client<S> {
 /// Once `ending` is set its answers say that they are the last; it is for the owner to wait for these, and to close what
 /// stays idle.
 pub(crate) async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, ending: CancellationToken) {
-    // A failure would only make it slower.
-    stream.set_nodelay(true).ok();
     let mut client = Client::new(stream, route.rules().header_bytes_max);
     let (name, caller) = (&caller, Calling::new(&route, &caller));
     let mut outgoing = Vec::with_capacity(1024);

@@ -27,6 +27,7 @@ use super::response::{Response, Returning, response};
 use super::sender::{SendError, Sender, Taken};
 use super::tunnel::tunnel;
 use super::upstream::Upstream;
+use crate::proxy::dial::connect;
 use crate::proxy::meter::{Class, Refusal as Why};
 use crate::proxy::route::{Route, Tries};
 use crate::proxy::to::{TO, To};
@@ -305,13 +306,11 @@ impl<'a> Exchange<'a> {
         if let Some(waiting) = waiting {
             return Ok(waiting);
         }
-        match pick.endpoint().reach {
-            Reach::Local(address) => Upstream::connect(address, self.rules.connect_timeout).await,
-            Reach::Remote { host, .. } => {
-                let peer = self.route.peers.http1(host).await?;
-                Ok(Upstream::new(Wire::Peer(Box::new(peer))))
-            }
-        }
+        let stream = match pick.endpoint().reach {
+            Reach::Local(address) => Wire::Local(connect(address, self.rules.connect_timeout).await?),
+            Reach::Remote { host, .. } => Wire::Peer(Box::new(self.route.peers.http1(host).await?)),
+        };
+        Ok(Upstream::new(stream))
     }
 
     async fn pass<S: Stream>(&self, passing: &mut Passing<'_, '_, S>, pick: &mut Pick) -> Tried {

@@ -4,14 +4,11 @@
 //! when it may not be repeated, failed.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use crate::proxy::wire::Wire;
 
@@ -35,15 +32,6 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    /// # Errors
-    /// When nobody answers there within `patience`.
-    pub(super) async fn connect(address: SocketAddr, patience: Duration) -> io::Result<Self> {
-        let stream =
-            timeout(patience, TcpStream::connect(address)).await.map_err(|_| io::ErrorKind::TimedOut)??;
-        stream.set_nodelay(true)?;
-        Ok(Self::new(Wire::Local(stream)))
-    }
-
     pub(super) fn new(stream: Wire) -> Self {
         Self { stream, buffer: BytesMut::with_capacity(BUFFER_BYTES), used: false }
     }
