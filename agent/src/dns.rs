@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use crate::directory::Ways;
+use crate::sockets::Sockets;
 use answer::Names;
 
 const PORT: u16 = 53;
@@ -59,13 +60,13 @@ impl Names for HostNames {
 impl DnsServer {
     /// # Errors
     /// Another program has the port, or this agent may not listen there.
-    pub(crate) async fn bind(prefix: [u8; 2], ways: Ways) -> std::io::Result<Self> {
-        Self::bind_at(SocketAddr::from((address(prefix), PORT)), prefix, ways).await
+    pub(crate) fn bind(sockets: &mut Sockets, prefix: [u8; 2], ways: Ways) -> std::io::Result<Self> {
+        Self::bind_at(SocketAddr::from((address(prefix), PORT)), sockets, prefix, ways)
     }
 
-    async fn bind_at(at: SocketAddr, prefix: [u8; 2], ways: Ways) -> std::io::Result<Self> {
-        let udp = UdpSocket::bind(at).await?;
-        let tcp = TcpListener::bind(udp.local_addr()?).await?;
+    fn bind_at(at: SocketAddr, sockets: &mut Sockets, prefix: [u8; 2], ways: Ways) -> std::io::Result<Self> {
+        let udp = sockets.udp("dns", at)?;
+        let tcp = sockets.tcp("dns", udp.local_addr()?)?;
         Ok(Self { udp, tcp, names: Arc::new(HostNames { prefix, ways }) })
     }
 

@@ -160,9 +160,12 @@ impl HostTask {
         }
     }
 
-    /// With one that is to hear at once what becomes of this host's endpoints.
+    /// With one that is to hear at once what becomes of this host's endpoints. It is told before this returns what was
+    /// known when the last agent ended: that is what there is until the hub says more.
     pub(crate) fn with_proxy(self, proxy: Proxy) -> Self {
-        Self { proxy: Some(proxy), ..self }
+        let this = Self { proxy: Some(proxy), ..self };
+        this.feed_proxy(&this.directory.everything());
+        this
     }
 
     /// With one that has watched the processes already.
@@ -175,8 +178,6 @@ impl HostTask {
         self.say_interest();
         self.tell_users();
         self.executor.list();
-        // What was known when the last agent ended is what there is until the hub says more.
-        self.feed_proxy(&self.directory.everything());
         loop {
             let sleep = self.until_wake();
             let event = tokio::select! {

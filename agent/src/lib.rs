@@ -30,6 +30,7 @@ mod provision;
 mod proxy;
 mod run;
 mod sequence;
+mod sockets;
 mod uplink;
 
 pub use config::{AgentConfig, ConfigError};

@@ -24,8 +24,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use futures::{Stream, StreamExt as _};
 use nave_agent_core::balancer::EndpointKey;
 use nave_agent_core::directory::{Host, Protocol, Service};
@@ -33,7 +35,6 @@ use nave_proto::ids::{HostId, InstanceId};
 use nave_tls::{ClientPolicy, Credentials, IncomingLimits, PeerIdentity, TlsConnection};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -67,7 +68,7 @@ const CUT: Duration = Duration::from_millis(200);
 /// Sockets of the agent before that nobody has asked for since belong to services that are gone.
 const INHERITED_FOR: Duration = Duration::from_secs(30);
 /// Connections that were taken on the proxy's threads and are for the agent's API: taken up at once, or it is too busy.
-const HANDED_OUT: usize = 16;
+const HANDED_OUT: usize = 64;
 /// Of the agent's own port. Other hosts' calls of HTTP/1.1 hold a connection each while they last.
 const LIMITS: IncomingLimits =
     IncomingLimits { handshakes: 64, handshake_timeout: Duration::from_secs(5), connections: 8192 };
@@ -103,6 +104,9 @@ struct Shared {
     table: Table,
     listeners: Listeners,
     attestor: Arc<Attestor>,
+    /// The agent's own port is served.
+    accepts: AtomicBool,
+    handed_out: ArcSwapOption<mpsc::Sender<TlsConnection>>,
     ended: watch::Receiver<bool>,
 }
 
@@ -124,19 +128,13 @@ impl Shared {
         let _cut = tokio::time::timeout(CUT, ends.tasks.wait()).await;
     }
 
-    /// Until the stream ends, or nobody takes what is not for us.
-    async fn take(
-        self: Arc<Self>,
-        incoming: impl Stream<Item = std::io::Result<TlsConnection>>,
-        other: mpsc::Sender<TlsConnection>,
-    ) {
+    /// Until the stream ends. What nobody takes is closed.
+    async fn take(self: Arc<Self>, incoming: impl Stream<Item = std::io::Result<TlsConnection>>) {
         let mut incoming = std::pin::pin!(incoming);
         while let Some(Ok(connection)) = incoming.next().await {
             let protocol = connection.protocol().unwrap_or_default().to_vec();
             if protocol != peers::HTTP1 && protocol != peers::STREAM {
-                if other.send(connection).await.is_err() {
-                    return;
-                }
+                self.hand_out(connection);
                 continue;
             }
             let identity = connection.info().identity.as_ref().and_then(PeerIdentity::valid);
@@ -153,6 +151,14 @@ impl Shared {
                     false => Box::pin(stream::serve_peer(connection, find)).await,
                 }
             });
+        }
+    }
+
+    /// To whoever serves the agent's API, unless there is nobody or it is too busy.
+    fn hand_out(&self, connection: TlsConnection) {
+        let taker = self.handed_out.load();
+        if taker.as_ref().is_none_or(|taker| taker.try_send(connection).is_err()) {
+            debug!("nobody takes a connection for the agent's API: closed");
         }
     }
 
@@ -198,7 +204,14 @@ impl Proxy {
         let listeners = Listeners::new(handle, ends.clone(), config.ports_file, attestor.clone());
         let peers = Arc::new(config.credentials.map(Peers::new).unwrap_or_default());
         let table = Table::new(config.prefix, config.own_host, config.routes, peers);
-        let shared = Arc::new(Shared { table, listeners, attestor, ended });
+        let shared = Arc::new(Shared {
+            table,
+            listeners,
+            attestor,
+            accepts: AtomicBool::default(),
+            handed_out: ArcSwapOption::default(),
+            ended,
+        });
         let (swept, until) = (shared.clone(), ends.force.clone());
         let sweep = async move {
             let mut tick = tokio::time::interval(SWEEP);
@@ -245,33 +258,39 @@ impl Proxy {
         self.shared.attestor.set_users(users);
     }
 
-    /// Takes the connections of the agent's own port on the proxy's threads: calls from other hosts are served there,
-    /// every other connection is handed out. Ends with `shutdown`, or when nobody takes what is handed out.
+    /// Takes the connections of the agent's own port on the proxy's threads, from now on until no new connection is
+    /// taken: calls from other hosts are served there, every other connection is handed out. Once is enough.
     ///
     /// # Errors
     /// The listener cannot change its runtime.
-    pub(crate) fn accept(
-        &self,
-        listener: TcpListener,
-        credentials: &Credentials,
-        shutdown: CancellationToken,
-    ) -> std::io::Result<(mpsc::Receiver<TlsConnection>, JoinHandle<()>)> {
+    pub(crate) fn accept(&self, listener: TcpListener, credentials: &Credentials) -> std::io::Result<()> {
+        if self.shared.accepts.swap(true, Relaxed) {
+            return Ok(());
+        }
         let config = nave_tls::server_config_of(
             credentials,
             ClientPolicy::default(),
             &[b"h2", peers::HTTP1, peers::STREAM],
         );
-        let (other, handed_out) = mpsc::channel(HANDED_OUT);
         let (listener, shared) = (listener.into_std()?, self.shared.clone());
-        let accepting = self.shared.listeners.spawn(async move {
+        // Owned by the tracker of everything that is served.
+        drop(self.shared.listeners.spawn(async move {
             match TcpListener::from_std(listener) {
                 Ok(listener) => {
-                    shared.take(nave_tls::incoming(listener, config, LIMITS, shutdown), other).await
+                    let deaf = shared.listeners.deaf();
+                    shared.take(nave_tls::incoming(listener, config, LIMITS, deaf)).await
                 }
                 Err(error) => warn!(%error, "the agent's own port cannot be served"),
             }
-        });
-        Ok((handed_out, accepting))
+        }));
+        Ok(())
+    }
+
+    /// Connections of the agent's own port that are no calls, from now on; nobody else gets them any more.
+    pub(crate) fn handed_out(&self) -> mpsc::Receiver<TlsConnection> {
+        let (taker, handed_out) = mpsc::channel(HANDED_OUT);
+        self.shared.handed_out.store(Some(Arc::new(taker)));
+        handed_out
     }
 
     /// Where callers on this host find the service's ports, by name; empty while that is not known.

@@ -39,6 +39,7 @@ use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, Metrics};
 use crate::notify::NotifySockets;
 use crate::proxy::{Proxy, ProxyConfig, Routes};
+use crate::sockets::Sockets;
 use crate::uplink::{Hello, Uplink};
 
 /// Exits after a hello and answers under way: a burst of every instance on a full host.
@@ -123,9 +124,9 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     let witness = Arc::<Mutex<Witness>>::default();
     let mut patience = Duration::ZERO;
     // Traffic goes on while there is no keeper.
-    let mut proxying = Proxying::default();
+    let mut lasting = Lasting::default();
     let ended = loop {
-        match with_keeper(&config, &shutdown, &witness, &mut proxying, patience).await {
+        match with_keeper(&config, &shutdown, &witness, &mut lasting, patience).await {
             Err(RunError::KeeperLost) if !shutdown.is_cancelled() => {
                 let processes = witness.lock().watched();
                 warn!(processes, "the keeper has ended; services go on, waiting for the next keeper");
@@ -134,21 +135,41 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
             ended => break ended,
         }
     };
-    if let Some(proxy) = proxying.proxy.filter(|_| shutdown.is_cancelled()) {
+    if let Some(proxy) = lasting.proxy.filter(|_| shutdown.is_cancelled()) {
         proxy.ended().await;
     }
     ended
 }
 
-/// The proxy, once this host is known.
+/// What goes on from one keeper to the next: sockets, and, once this host is known, who it is and its proxy.
 #[derive(Debug, Default)]
-struct Proxying {
+struct Lasting {
+    sockets: Sockets,
+    /// One for all: the proxy's certificate is the one that is renewed.
+    identity: Option<Arc<Identity>>,
     routes: Routes,
     proxy: Option<Proxy>,
 }
 
-impl Proxying {
-    fn start(
+impl Lasting {
+    async fn identity(
+        &mut self,
+        data: &DataDir,
+        config: &AgentConfig,
+        facts: &pb::HostFacts,
+        shutdown: &CancellationToken,
+    ) -> Result<Arc<Identity>, IdentityError> {
+        if let Some(identity) = &self.identity {
+            return Ok(identity.clone());
+        }
+        let identity = match Identity::load(data.path(), config)? {
+            Some(identity) => identity,
+            None => enrol(data.path(), config, facts, shutdown).await?,
+        };
+        Ok(self.identity.insert(identity).clone())
+    }
+
+    fn proxy(
         &mut self,
         config: &AgentConfig,
         data: &DataDir,
@@ -179,16 +200,17 @@ async fn with_keeper(
     config: &AgentConfig,
     shutdown: &CancellationToken,
     witness: &Arc<Mutex<Witness>>,
-    proxying: &mut Proxying,
+    lasting: &mut Lasting,
     patience: Duration,
 ) -> Result<(), RunError> {
     let data = DataDir::open(&config.data_dir)?;
     let boot_id = clock::boot_id().map_err(RunError::BootId)?;
     info!(?config, "agent begins");
-    let listener = listen("listen", config.listen).await?;
-    let metrics_listener = listen("metrics_listen", config.metrics_listen).await?;
+    let address = config.metrics_listen;
+    let metrics_listener = TcpListener::bind(address).await;
+    let metrics_listener = metrics_listener.map_err(|why| cannot_listen("metrics_listen", address, why))?;
 
-    let metrics = Metrics { routes: proxying.routes.clone(), ..Metrics::default() };
+    let metrics = Metrics { routes: lasting.routes.clone(), ..Metrics::default() };
     let mut tasks: JoinSet<Result<(), RunError>> = JoinSet::new();
     let serving = metrics::serve(metrics_listener, metrics.clone(), shutdown.clone());
     tasks.spawn(async move { serving.await.map_err(RunError::Metrics) });
@@ -206,6 +228,9 @@ async fn with_keeper(
         std::future::pending().await
     });
     metrics.keeper_up.set(1);
+    lasting.sockets.inherit(&keeper).await.map_err(|_| RunError::KeeperLost)?;
+    let listener = lasting.sockets.tcp("listen", config.listen);
+    let listener = listener.map_err(|why| cannot_listen("listen", config.listen, why))?;
 
     let cgroups = Cgroups::detect(&[welcome.keeper_pid, std::process::id()]);
     let mut facts = facts::facts(config, &cgroups, advertised(config, &listener).await);
@@ -219,7 +244,7 @@ async fn with_keeper(
     }));
 
     let identity = tokio::select! {
-        identity = identify(&data, config, &facts, shutdown) => match identity {
+        identity = lasting.identity(&data, config, &facts, shutdown) => match identity {
             Err(IdentityError::Stopped) => return Ok(()),
             identity => identity?,
         },
@@ -227,7 +252,7 @@ async fn with_keeper(
     };
     let (cluster, host) = (identity.cluster, identity.host);
     let cgroups = cgroups.named(cluster, host);
-    let proxy = proxying.start(config, &data, &identity, &facts.name, &cgroups, shutdown)?;
+    let proxy = lasting.proxy(config, &data, &identity, &facts.name, &cgroups, shutdown)?;
     let (keeping, keeper_of_sockets) = (proxy.clone(), keeper.clone());
     tasks.spawn(async move {
         let error = keeping.keep_with(keeper_of_sockets).await;
@@ -236,7 +261,8 @@ async fn with_keeper(
     });
     let directory = DirectoryHandle::new(Store::read(&data.directory()), proxy.asks());
     let ways = Ways::new(directory.clone(), proxy.clone());
-    let resolv_conf = names(config, &data, ways.clone(), &mut tasks, shutdown).await;
+    let resolv_conf = names(config, &data, ways.clone(), &mut lasting.sockets, &mut tasks, shutdown).await;
+    lasting.sockets.keep(&keeper).await.map_err(|_| RunError::KeeperLost)?;
     let runtime_name = format!("nave-{cluster}-{host}");
     let directories = Directories::new(data.path());
     let notify = NotifySockets::for_host(data.path(), &runtime_name, closed.is_some());
@@ -267,12 +293,9 @@ async fn with_keeper(
         shown.clone(),
     )
     .with_ways(ways);
-    let api_shutdown = shutdown.clone();
-    let stop_accepting = shutdown.child_token();
-    let (connections, accepting) = proxy
-        .accept(listener, &identity.credentials, stop_accepting.clone())
-        .map_err(|source| RunError::Listen { key: "listen", address: config.listen, source })?;
+    let (api_shutdown, connections) = (shutdown.clone(), proxy.handed_out());
     tasks.spawn(async move { api.serve(connections, api_shutdown).await.map_err(RunError::Api) });
+    let credentials = identity.credentials.clone();
     let renew = RenewTask { identity, members: members.clone(), metrics: metrics.clone() };
     tasks.spawn(async move {
         renew.run().await;
@@ -297,7 +320,13 @@ async fn with_keeper(
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
     let outbox = Outbox { uplink, metrics, shown };
     let main = HostTask::new(reconciler, ledger, executor, inbox, outbox, directory);
-    let main = main.witnessed_by(witness.clone()).with_proxy(proxy);
+    let main = main.witnessed_by(witness.clone()).with_proxy(proxy.clone());
+    // Not before the proxy knows the services: a call to one that it does not know yet would be turned away.
+    proxy.accept(listener, &credentials).map_err(|source| RunError::Listen {
+        key: "listen",
+        address: config.listen,
+        source,
+    })?;
     tasks.spawn(main.run(shutdown.clone()));
 
     // The main task ends at the end of a turn, so that what it began to write is whole; the others hold nothing.
@@ -312,9 +341,6 @@ async fn with_keeper(
         }
     }
     tasks.shutdown().await;
-    // The port must be free for whoever begins next.
-    stop_accepting.cancel();
-    accepting.await.ok();
     info!("agent ends; services go on");
     result
 }
@@ -324,6 +350,7 @@ async fn names(
     config: &AgentConfig,
     data: &DataDir,
     ways: Ways,
+    sockets: &mut Sockets,
     tasks: &mut JoinSet<Result<(), RunError>>,
     shutdown: &CancellationToken,
 ) -> Option<PathBuf> {
@@ -332,7 +359,7 @@ async fn names(
     }
     let prefix = parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX);
     let address = dns::address(prefix);
-    let server = match DnsServer::bind(prefix, ways).await {
+    let server = match DnsServer::bind(sockets, prefix, ways) {
         Ok(server) => server,
         Err(error) => {
             warn!(%address, %error, "names such as web.nave.internal are not answered: port 53 cannot be used");
@@ -392,23 +419,11 @@ fn why(ended: Option<Result<Result<(), RunError>, tokio::task::JoinError>>) -> R
     }
 }
 
-async fn identify(
-    data: &DataDir,
-    config: &AgentConfig,
-    facts: &pb::HostFacts,
-    shutdown: &CancellationToken,
-) -> Result<std::sync::Arc<Identity>, IdentityError> {
-    match Identity::load(data.path(), config)? {
-        Some(identity) => Ok(identity),
-        None => enrol(data.path(), config, facts, shutdown).await,
-    }
-}
-
-async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
-    TcpListener::bind(address).await.map_err(|source| match source.kind() {
+fn cannot_listen(key: &'static str, address: SocketAddr, source: std::io::Error) -> RunError {
+    match source.kind() {
         std::io::ErrorKind::AddrInUse => RunError::PortTaken { key, address },
         _ => RunError::Listen { key, address, source },
-    })
+    }
 }
 
 /// How others reach `listen`: as configured, else its own address, else this machine's address towards the hub.

@@ -4,11 +4,16 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nave_tests::cluster::SOON;
-use nave_tests::{Cluster, Setup, eventually_some};
+use nave_tests::process::{alive, send};
+use nave_tests::{Cluster, Setup, eventually, eventually_some};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::deploy_and_serve::get;
 use crate::manifests::web_with;
+
+/// Of each kind, each with one call under way at a time.
+const CALLERS: usize = 2;
 
 /// Answers with the caller's name as its agent gives it.
 const CALLED: &str = r#"
@@ -103,6 +108,59 @@ fn a_call_finds_its_service_on_another_host_and_says_who_calls() {
     let said = look(&cluster, "stranger").expect("it answers");
     assert_eq!(said["page"], "403", "it is not on the list: {said}");
     assert_eq!(said["echo"], 300_000, "who has no list may be called by all: {said}");
+
+    let web = web_with("web", 1, "", "[placement]\nconstraints = ['host = \"agent-2\"']");
+    cluster.apply(&web, &["--wait"]).expect(0);
+    callers_outlive_the_agent_of_the_other_host(&cluster);
+}
+
+/// The agent's port is the only way to its host's instances, so it is there while the agent is not.
+fn callers_outlive_the_agent_of_the_other_host(cluster: &Cluster) {
+    let [web, stream] = ["web", "stream"].map(|name| {
+        let url = cluster.nave(&["url", name]).expect(0).stdout;
+        url.trim().rsplit('/').next().expect("an address in a URL").to_owned()
+    });
+    eventually_some("both answer", SOON, || ask(&web).and_then(|_| echo(&stream)).ok());
+    let calls = [AtomicUsize::new(0), AtomicUsize::new(0)];
+    let more = |cluster: &Cluster| {
+        let before = calls.each_ref().map(|calls| calls.load(Ordering::SeqCst));
+        eventually("calls are answered", SOON, || {
+            before.iter().zip(&calls).all(|(before, calls)| calls.load(Ordering::SeqCst) >= before + 20)
+        });
+        cluster.agents[1].agent_pid()
+    };
+    for (signal, cut_max) in [(Signal::SIGTERM, 0), (Signal::SIGKILL, CALLERS)] {
+        let over = AtomicBool::new(false);
+        let keep_on = |call: &(dyn Fn() -> Result<String, String> + Sync), calls: &AtomicUsize| {
+            let mut failures = Vec::new();
+            while !over.load(Ordering::SeqCst) {
+                failures.extend(call().err());
+                calls.fetch_add(1, Ordering::SeqCst);
+            }
+            failures
+        };
+        let [pages, streams] = std::thread::scope(|scope| {
+            let callers: [Vec<_>; 2] = [
+                (0..CALLERS).map(|_| scope.spawn(|| keep_on(&|| ask(&web), &calls[0]))).collect(),
+                (0..CALLERS).map(|_| scope.spawn(|| keep_on(&|| echo(&stream), &calls[1]))).collect(),
+            ];
+            let agent = more(cluster);
+            send(agent, signal);
+            let changed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                eventually("another agent", SOON, || {
+                    cluster.agents[1].pid_file("nave.pid").is_some_and(|now| now != agent && alive(now))
+                });
+                more(cluster)
+            }));
+            over.store(true, Ordering::SeqCst);
+            changed.expect("the agent is back and calls are answered");
+            callers.map(|callers| {
+                callers.into_iter().flat_map(|one| one.join().expect("no panic")).collect::<Vec<_>>()
+            })
+        });
+        assert!(pages.is_empty(), "{signal}: a GET may be asked twice: {pages:?}");
+        assert!(streams.len() <= cut_max, "{signal}: only what was under way is cut: {streams:?}");
+    }
 }
 
 #[test]
@@ -144,6 +202,25 @@ fn a_planned_change_fails_no_call() {
     let calls = calls.load(Ordering::Relaxed);
     assert!(failures.is_empty(), "{} of {calls} calls failed, the first: {}", failures.len(), failures[0]);
     assert!(calls > 100, "only {calls} calls were made");
+}
+
+/// A stream of its own, there and back.
+fn echo(address: &str) -> Result<String, String> {
+    use std::io::{Read as _, Write as _};
+    let echo = || {
+        let mut stream = std::net::TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(SOON))?;
+        stream.write_all(b"there and back")?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard)?;
+        Ok::<_, std::io::Error>(heard)
+    };
+    match echo() {
+        Ok(heard) if heard == "there and back" => Ok(heard),
+        Ok(heard) => Err(format!("heard {heard:?}")),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// One call on a connection of its own; `Err`: what came instead of an answer.

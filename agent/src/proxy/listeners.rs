@@ -108,7 +108,12 @@ impl Listeners {
         self.ends.tasks.spawn_on(task, &self.runtime)
     }
 
-    /// The same for something that is told when no answer may leave its connection open.
+    /// When no new connection is taken any more: callers wait for the next agent.
+    pub(crate) fn deaf(&self) -> CancellationToken {
+        self.ends.deaf.clone()
+    }
+
+    /// The same as [`spawn`](Self::spawn) for something that is told when no answer may leave its connection open.
     pub(crate) fn serve<F, T>(&self, task: F)
     where
         F: FnOnce(CancellationToken) -> T,
