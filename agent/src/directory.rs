@@ -131,7 +131,7 @@ mod tests {
         let service = |name: &str| pb::DirectoryService {
             name: name.to_owned(),
             address_suffix: 5,
-            ports: [("http".to_owned(), port)].into(),
+            ports: [("http".to_owned(), port.clone())].into(),
             allow: None,
         };
         pb::DirectoryUpdate {

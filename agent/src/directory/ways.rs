@@ -79,7 +79,7 @@ mod tests {
         let service = |number| pb::DirectoryService {
             name: format!("s{number}"),
             address_suffix: 5,
-            ports: [("http".to_owned(), port)].into(),
+            ports: [("http".to_owned(), port.clone())].into(),
             allow: (number == 1).then(|| pb::AllowedCallers { callers: vec!["jobs".to_owned()] }),
         };
         let services = (0..services).map(service).collect();

@@ -249,6 +249,8 @@ async fn a_taken_port_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut config = config(dir.path(), "127.0.0.1:1", "x");
     config.listen = taken.local_addr().unwrap();
+    // It is asked first: it may hold the port for the agent.
+    let _keeper = FakeKeeper::start(&config.data_dir);
     let error = Agent::start(&config).end().await.unwrap_err();
     assert_eq!(
         error.to_string(),

@@ -145,7 +145,7 @@ mod tests {
         let port = |protocol: pb::Protocol, service_port| pb::Port {
             protocol: protocol.into(),
             service_port,
-            port: 0,
+            ..Default::default()
         };
         let at = |port| SocketAddr::from(([127, 88, 0, 5], port));
         assert_eq!(text(&port(pb::Protocol::Http, 80), at(80)), "http://127.88.0.5:80");

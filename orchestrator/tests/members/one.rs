@@ -269,7 +269,7 @@ async fn agents_are_told_whom_they_may_call_and_say_when_nobody_calls_what_drain
     agent.say(taken(whole.revision)).await;
 
     let mut services = cluster.services(0);
-    let port = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: 0 };
+    let port = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: 0, calls: None };
     let web = pb::Manifest { ports: [("http".to_owned(), port)].into(), ..manifest("web", 1) };
     services.apply_service(apply(web)).await.unwrap();
     let told = agent.expect_directory().await;

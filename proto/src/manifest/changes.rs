@@ -22,6 +22,12 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         manifest.placement.as_ref().is_some_and(|place| place.on_disconnect() == pb::OnDisconnect::Stop)
     };
     let is_job = |manifest: &pb::Manifest| manifest.kind() == pb::Kind::Job;
+    // How calls are carried is the agents' affair: no process hears of it.
+    let bound = |manifest: &pb::Manifest| {
+        let mut ports = manifest.ports.clone();
+        ports.values_mut().for_each(|port| port.calls = None);
+        ports
+    };
     // The other two hooks find a process as it was started.
     let starts = |manifest: &pb::Manifest| {
         manifest.hooks.clone().map(|hooks| (hooks.pre_start, hooks.post_start)).unwrap_or_default()
@@ -36,7 +42,7 @@ pub fn same_template(a: &pb::Manifest, b: &pb::Manifest) -> bool {
         && a.env_files == b.env_files
         && a.secrets == b.secrets
         && a.data == b.data
-        && a.ports == b.ports
+        && bound(a) == bound(b)
         && begun(a) == begun(b)
         && a.rlimits == b.rlimits
         && a.isolation.clone().unwrap_or_default() == b.isolation.clone().unwrap_or_default()

@@ -43,7 +43,18 @@ pub(super) const ROOT: Keys = &[
     "job",
     "hooks",
 ];
-pub(super) const PORT: Keys = &["protocol", "service_port", "port"];
+pub(super) const PORT: Keys = &["protocol", "service_port", "port", "calls"];
+pub(super) const CALLS: Keys = &[
+    "timeout",
+    "try_timeout",
+    "idle_timeout",
+    "max_connections",
+    "max_requests",
+    "max_pending",
+    "retries",
+    "hash_header",
+    "access_log",
+];
 pub(super) const PROBE: Keys = &["http", "tcp", "grpc", "exec", "notify", "port", "interval", "timeout"];
 pub(super) const HEALTH: Keys = &[
     "http",
@@ -85,9 +96,10 @@ pub(super) const ISOLATION: Keys = &[
 ];
 
 /// Every table with its name, to say where a key belongs.
-pub(super) const TABLES: [(&str, Keys); 17] = [
+pub(super) const TABLES: [(&str, Keys); 18] = [
     ("the top of the file", ROOT),
     ("[ports.NAME]", PORT),
+    ("[ports.NAME.calls]", CALLS),
     ("[health]", HEALTH),
     ("[health.live]", PROBE),
     ("[restart]", RESTART),
@@ -292,6 +304,28 @@ fn port(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Port> {
                 Some(port)
             })
             .unwrap_or(0),
+        calls: table.field("calls").and_then(|field| calls(&field, problems)),
+    })
+}
+
+fn calls(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Calls> {
+    let table = field.table("such as { timeout = \"5s\" }", problems)?;
+    unknown_keys(&table, CALLS, problems);
+    let duration = |key, problems: &mut Problems| {
+        table.field(key).and_then(|field| field.duration(problems)).map(to_proto)
+    };
+    let number = |key, problems: &mut Problems| table.field(key).and_then(|field| field.whole(problems));
+    let hash_header = table.field("hash_header").and_then(|field| field.text(problems));
+    Some(pb::Calls {
+        timeout: duration("timeout", problems),
+        try_timeout: duration("try_timeout", problems),
+        idle_timeout: duration("idle_timeout", problems),
+        max_connections: number("max_connections", problems),
+        max_requests: number("max_requests", problems),
+        max_pending: number("max_pending", problems),
+        retries: number("retries", problems),
+        hash_header: hash_header.unwrap_or_default().to_owned(),
+        access_log: table.field("access_log").and_then(|field| field.flag(problems)).unwrap_or(false),
     })
 }
 

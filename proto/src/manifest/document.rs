@@ -140,6 +140,46 @@ struct PortDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65_535))]
     port: Option<u32>,
+    /// How the agents carry calls to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    calls: Option<CallsDocument>,
+}
+
+/// How agents carry calls to a port. Numbers are of each calling host by itself. A change replaces no process.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct CallsDocument {
+    /// Of a whole call, with all its tries and its answer; none by default. Not of tcp.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout: Option<DurationText>,
+    /// Of one try, up to the head of its answer; 60s of http by default, else none. Not of tcp.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    try_timeout: Option<DurationText>,
+    /// Of a connection on which nothing happens; 10m by default and at most, of tcp 1h by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    idle_timeout: Option<DurationText>,
+    /// Callers' connections at a time; 4096 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    max_connections: Option<u32>,
+    /// Calls under way at a time; 4096 by default. Not of tcp.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    max_requests: Option<u32>,
+    /// Calls that wait while there is no instance; 1024 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1_000_000))]
+    max_pending: Option<u32>,
+    /// Most tries after the first, on other instances; 3 by default, 0 for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 10))]
+    retries: Option<u32>,
+    /// Calls with the same value of this header go to the same instance while it is there. Not of tcp.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hash_header: Option<String>,
+    /// A line for each call, in `nave logs SERVICE --access`; false by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    access_log: Option<bool>,
 }
 
 /// A choice of words, written as itself and described as an enumeration.

@@ -2,6 +2,7 @@
 //! message with its defaults filled in, in the command line to point at the text and in the hub to trust nobody.
 //! What needs the rest of the cluster (a cycle in `needs`, capacity) is not known here.
 
+mod calls;
 mod files;
 mod health;
 mod hooks;
@@ -282,6 +283,9 @@ impl Rules {
             if number > 65_535 {
                 self.at(&["ports", name, key], format!("must be 1 to 65535, not {number}"));
             }
+        }
+        if let Some(calls) = &port.calls {
+            self.calls(name, port.protocol(), calls);
         }
     }
 

@@ -75,7 +75,7 @@ fn the_manifest_of_the_design_is_read_as_meant() {
     assert_eq!(manifest.needs, ["db"]);
     assert_eq!(
         manifest.ports["http"],
-        pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: 0 }
+        pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: 0, calls: None }
     );
     let probe = manifest.health.unwrap().ready.unwrap();
     assert_eq!(probe.check, Some(Check::Http("/".into())));
@@ -297,6 +297,10 @@ fn a_template_is_what_a_process_is_started_with() {
     assert!(changed(|m| m.command.push("x".into())));
     assert!(changed(|m| m.env.clear()));
     assert!(changed(|m| m.ports.get_mut("http").unwrap().port = 8080));
+    assert!(
+        !changed(|m| m.ports.get_mut("http").unwrap().calls = Some(pb::Calls::default())),
+        "no process hears how calls are carried"
+    );
     assert!(!changed(|m| m.resources = None), "limits are changed while it runs");
     assert!(changed(|m| m.resources.as_mut().unwrap().nice = 5));
     assert!(changed(|m| m.resources.as_mut().unwrap().oom_score_adj = 5));

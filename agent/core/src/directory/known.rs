@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
+use nave_proto::time::from_proto;
 
 use super::{Endpoint, EndpointState, Host, Port, PortRules, Protocol, Service};
 
@@ -240,7 +241,27 @@ fn port(name: &str, port: &pb::Port) -> Port {
             pb::Protocol::Tcp | pb::Protocol::Unspecified => Protocol::Tcp,
         },
         service_port: u16::try_from(port.service_port).unwrap_or(0),
-        rules: PortRules::default(),
+        rules: port.calls.as_ref().map(rules).unwrap_or_default(),
+    }
+}
+
+/// What is not said is as for a service that says nothing.
+fn rules(calls: &pb::Calls) -> PortRules {
+    let usual = PortRules::DEFAULT;
+    let time = |said: &Option<_>| said.as_ref().and_then(from_proto);
+    let number =
+        |said: Option<u32>, usual| said.map_or(usual, |number| usize::try_from(number).unwrap_or(usize::MAX));
+    PortRules {
+        request_timeout: time(&calls.timeout),
+        try_timeout: time(&calls.try_timeout),
+        idle_timeout: time(&calls.idle_timeout).unwrap_or(usual.idle_timeout),
+        connections_max: number(calls.max_connections, usual.connections_max),
+        requests_max: number(calls.max_requests, usual.requests_max),
+        pending_max: number(calls.max_pending, usual.pending_max),
+        retries_max: calls.retries.unwrap_or(usual.retries_max),
+        hash_header: (!calls.hash_header.is_empty()).then(|| calls.hash_header.as_str().into()),
+        access_log: calls.access_log,
+        ..usual
     }
 }
 
@@ -266,12 +287,49 @@ fn host(host: &pb::DirectoryHost) -> Host {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use nave_proto::time::to_proto;
+
     use super::*;
 
     fn service(name: &str, suffix: u32) -> pb::DirectoryService {
         let port = pb::Port { service_port: 80, ..Default::default() };
         let ports = [("http".to_owned(), port)].into();
         pb::DirectoryService { name: name.to_owned(), address_suffix: suffix, ports, allow: None }
+    }
+
+    #[test]
+    fn what_a_manifest_says_of_calls_is_kept_to_and_the_rest_is_as_ever() {
+        let seconds = |seconds| Some(to_proto(Duration::from_secs(seconds)));
+        let calls = pb::Calls {
+            timeout: seconds(5),
+            try_timeout: seconds(2),
+            max_requests: Some(9),
+            max_pending: Some(0),
+            retries: Some(0),
+            hash_header: "X-User".to_owned(),
+            access_log: true,
+            ..Default::default()
+        };
+        let said = PortRules {
+            request_timeout: Some(Duration::from_secs(5)),
+            try_timeout: Some(Duration::from_secs(2)),
+            requests_max: 9,
+            pending_max: 0,
+            retries_max: 0,
+            hash_header: Some("X-User".into()),
+            access_log: true,
+            ..PortRules::DEFAULT
+        };
+        let mut service = service("web", 2);
+        service.ports.get_mut("http").unwrap().calls = Some(calls);
+        let told = pb::DirectoryUpdate { services: vec![service], ..whole(9) };
+        let mut directory = Directory::default();
+        directory.apply(told).unwrap();
+        assert_eq!(directory.service("web").unwrap().ports[0].rules, said);
+        directory.apply(whole(10)).unwrap();
+        assert_eq!(directory.service("web").unwrap().ports[0].rules, PortRules::DEFAULT);
     }
 
     fn endpoint(id: u64, service: &str, host_id: u64) -> pb::DirectoryEndpoint {

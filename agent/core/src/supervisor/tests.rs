@@ -50,7 +50,7 @@ fn manifest() -> pb::Manifest {
 }
 
 fn with_port(fixed: u32) -> pb::Manifest {
-    let port = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: fixed };
+    let port = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port: fixed, calls: None };
     pb::Manifest { ports: BTreeMap::from([("http".to_owned(), port)]), ..manifest() }
 }
 

@@ -429,7 +429,7 @@ pub(crate) fn with_cpu(manifest: pb::Manifest, cpu_millicores: u64) -> pb::Manif
 }
 
 pub(crate) fn with_port(mut manifest: pb::Manifest, port: u32) -> pb::Manifest {
-    let http = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port };
+    let http = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port, calls: None };
     manifest.ports.insert("http".into(), http);
     manifest
 }

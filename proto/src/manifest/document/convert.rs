@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    ArtifactDocument, Document, DurationText, FileDocument, HealthDocument, HookDocument, HooksDocument,
-    IsolationDocument, JobDocument, KindWord, LogsDocument, MissedWord, OnDisconnectWord, OverlapWord,
-    PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument,
+    ArtifactDocument, CallsDocument, Document, DurationText, FileDocument, HealthDocument, HookDocument,
+    HooksDocument, IsolationDocument, JobDocument, KindWord, LogsDocument, MissedWord, OnDisconnectWord,
+    OverlapWord, PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument,
     RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
@@ -57,6 +57,23 @@ impl From<&pb::Port> for PortDocument {
             protocol: ProtocolWord(words::protocol(port.protocol())),
             service_port: number(port.service_port),
             port: number(port.port),
+            calls: port.calls.as_ref().map(CallsDocument::from),
+        }
+    }
+}
+
+impl From<&pb::Calls> for CallsDocument {
+    fn from(calls: &pb::Calls) -> Self {
+        Self {
+            timeout: DurationText::of(calls.timeout.as_ref()),
+            try_timeout: DurationText::of(calls.try_timeout.as_ref()),
+            idle_timeout: DurationText::of(calls.idle_timeout.as_ref()),
+            max_connections: calls.max_connections,
+            max_requests: calls.max_requests,
+            max_pending: calls.max_pending,
+            retries: calls.retries,
+            hash_header: (!calls.hash_header.is_empty()).then(|| calls.hash_header.clone()),
+            access_log: calls.access_log.then_some(true),
         }
     }
 }

@@ -236,6 +236,36 @@ fn a_mistake_in_ports_is_answered_in_place() {
             "f:5:50: ports.b.port: 9 is the port of \"a\" too",
         ),
         (
+            "[ports.web]\nprotocol = \"http\"\ncalls = { timeout = \"1s\", try_timeout = \"2s\" }",
+            "f:5:41: ports.web.calls.try_timeout: 2s is longer than timeout, 1s, so it would never be felt",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\n[ports.web.calls]\nretries = 11",
+            "f:6:11: ports.web.calls.retries: must be at most 10, not 11",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\n[ports.web.calls]\nmax_requests = 0",
+            "f:6:16: ports.web.calls.max_requests: must be 1 to 1000000, not 0",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\n[ports.web.calls]\nhash_header = \"X User\"",
+            "f:6:15: ports.web.calls.hash_header: must be the name of a header, such as \"X-User\", of at most 64 \
+             characters",
+        ),
+        (
+            "[ports.db]\nprotocol = \"tcp\"\nservice_port = 5432\ncalls = { timeout = \"1s\" }",
+            "f:6:21: ports.db.calls.timeout: tcp has connections and no requests; idle_timeout and max_connections \
+             are theirs",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\n[ports.web.calls]\nidle_timeout = \"10ms\"",
+            "f:6:16: ports.web.calls.idle_timeout: must be 1s to 1d, not 10ms",
+        ),
+        (
+            "[ports.web]\nprotocol = \"http\"\n[ports.web.calls]\nretrys = 3",
+            "f:6:1: ports.web.calls.retrys: unknown key; did you mean `retries`?",
+        ),
+        (
             "[ports.Web]\nprotocol = \"http\"",
             "f:3:8: ports.Web: a port's name has a-z, 0-9 and -, a letter first, at most 32",
         ),

@@ -36,18 +36,45 @@ fn command() -> impl Strategy<Value = Vec<String>> {
 }
 
 fn ports() -> impl Strategy<Value = BTreeMap<String, pb::Port>> {
-    let port = (1i32..=4, 1u32..=65_535, prop_oneof![Just(0u32), 1u32..=65_535]);
+    let port = (1i32..=4, 1u32..=65_535, prop_oneof![Just(0u32), 1u32..=65_535], option::of(calls()));
     btree_map("[a-z][a-z0-9]{0,7}", port, 0..4).prop_map(|ports| {
         // Numbers must differ between ports, and a fixed port with them.
         let (mut service_ports, mut fixed_ports) = (BTreeMap::new(), BTreeMap::new());
         ports
             .into_iter()
-            .filter(|(_, (_, service_port, port))| {
+            .filter(|(_, (_, service_port, port, _))| {
                 let fresh_fixed = *port == 0 || fixed_ports.insert(*port, ()).is_none();
                 service_ports.insert(*service_port, ()).is_none() && fresh_fixed
             })
-            .map(|(name, (protocol, service_port, port))| (name, pb::Port { protocol, service_port, port }))
+            .map(|(name, (protocol, service_port, port, mut calls))| {
+                if let Some(calls) = calls.as_mut().filter(|_| protocol == pb::Protocol::Tcp as i32) {
+                    (calls.timeout, calls.try_timeout, calls.max_requests) = (None, None, None);
+                    calls.hash_header.clear();
+                }
+                (name, pb::Port { protocol, service_port, port, calls })
+            })
             .collect()
+    })
+}
+
+fn calls() -> impl Strategy<Value = pb::Calls> {
+    let times = (duration(5_000..90_000), duration(1..5_000), duration(1_000..3_600_000));
+    let numbers = [option::of(1u32..9), option::of(1u32..9), option::of(0u32..9), option::of(0u32..11)];
+    let words = (prop_oneof![Just(String::new()), Just("X-User".to_owned())], any::<bool>());
+    (times, numbers, words).prop_map(|(times, numbers, (hash_header, access_log))| {
+        let (timeout, try_timeout, idle_timeout) = times;
+        let [max_connections, max_requests, max_pending, retries] = numbers;
+        pb::Calls {
+            timeout,
+            try_timeout,
+            idle_timeout,
+            max_connections,
+            max_requests,
+            max_pending,
+            retries,
+            hash_header,
+            access_log,
+        }
     })
 }
 
@@ -78,7 +105,7 @@ fn probe(ports: Vec<(String, pb::Port)>, live: bool) -> impl Strategy<Value = pb
 }
 
 fn health(ports: &BTreeMap<String, pb::Port>) -> impl Strategy<Value = Option<pb::Health>> + use<> {
-    let ports: Vec<_> = ports.iter().map(|(name, port)| (name.clone(), *port)).collect();
+    let ports: Vec<_> = ports.iter().map(|(name, port)| (name.clone(), port.clone())).collect();
     let start_grace = option::of(duration(0..3_600_000)).prop_map(Option::flatten);
     (option::of(probe(ports.clone(), false)), option::of(probe(ports, true)), start_grace).prop_map(
         |(ready, live, start_grace)| {
