@@ -35,6 +35,8 @@ pub(crate) struct Meant {
     pub(crate) template: u64,
     version: u64,
     pub(crate) per_host: bool,
+    /// Paused: everything is as good as it is.
+    paused: bool,
     /// Of a job: the run that goes on, 0 none.
     pub(crate) run: Option<u64>,
     pub(crate) conditions: Conditions,
@@ -53,7 +55,9 @@ impl Meant {
         let per_host = manifest.per_host;
         let open = || entry.record.job.as_ref().and_then(open_run).map_or(0, |run| run.number);
         let run = manifest.is_job().then(open);
-        Self { template, version, per_host, run, conditions, slot_hosts, seconds: BTreeSet::new() }
+        let status = entry.record.deployment.as_ref().map(pb::Deployment::status);
+        let paused = status == Some(pb::DeploymentStatus::Paused);
+        Self { template, version, per_host, paused, run, conditions, slot_hosts, seconds: BTreeSet::new() }
     }
 
     pub(crate) fn kind(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> Kind {
@@ -80,9 +84,10 @@ impl Meant {
         if is_current && stays { Kind::Current } else { Kind::Old }
     }
 
-    /// The current version sets aside more for it than its host was asked for.
+    /// The current version sets aside more for it than its host was asked for. While it is paused nobody asks, and no
+    /// instance is worse for that.
     pub(crate) fn has_outgrown(&self, instance: &pb::InstanceRecord) -> bool {
-        instance.template_version == self.template && instance.version != self.version
+        !self.paused && instance.template_version == self.template && instance.version != self.version
     }
 
     /// Its host is lost, so it has to be placed again.

@@ -155,9 +155,6 @@ impl<'a> Planner<'_, 'a> {
     /// Gives those that run the limits of the current version, where their hosts have the room. True: some got them.
     fn resize(&mut self) -> bool {
         let rollout = self.rollout;
-        if rollout.status() == pb::DeploymentStatus::Paused {
-            return false;
-        }
         let wanted = Reservation::of(rollout.manifest);
         let mut resized = false;
         for instance in rollout.old.iter().filter(|instance| rollout.has_outgrown(instance)) {

@@ -5,7 +5,7 @@ use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
 use nave_proto::pb::plan_step::Step;
 
-use crate::world::{World, apply, facts, manifest, with_cpu, with_port};
+use crate::world::{World, apply, facts, manifest, pause, with_cpu, with_port};
 
 /// Version and epoch of each wanted instance, with its host.
 fn standing(world: &World, name: &str) -> Vec<(u64, u64, String)> {
@@ -104,6 +104,27 @@ fn a_host_that_has_shrunk_keeps_what_runs_and_still_takes_smaller_limits() {
     world.deploy(with_cpu(manifest("web", 4), 400));
     assert!(world.wanted("web").iter().all(|i| i.version == 3));
     assert_eq!(reserved(&world, &host), 1600);
+}
+
+#[test]
+fn new_limits_wait_while_paused_and_cost_nobody_its_place() {
+    let mut world = World::with_hosts(2);
+    world.deploy(manifest("web", 1));
+    world.settle();
+    let update = pb::Update { max_parallel: 2, ..manifest("web", 2).update.unwrap_or_default() };
+    let other = pb::Manifest { command: vec!["other".into()], update: Some(update), ..manifest("web", 2) };
+    world.deploy(other.clone());
+    world.plan_once();
+    let before: Vec<u64> = world.wanted("web").iter().map(|i| i.id).collect();
+    world.deploy(with_cpu(other, 1000));
+    world.accept(pause("web", true));
+    assert_eq!(world.steps(), []);
+    assert_eq!(world.wanted("web").iter().map(|i| i.id).collect::<Vec<_>>(), before);
+    world.accept(pause("web", false));
+    world.settle();
+    let versions: Vec<u64> = world.wanted("web").iter().map(|i| i.version).collect();
+    assert_eq!((versions, world.status("web")), (vec![3, 3], DeploymentStatus::Successful));
+    assert!(world.wanted("web").iter().any(|i| before.contains(&i.id)), "it has grown where it was");
 }
 
 #[test]

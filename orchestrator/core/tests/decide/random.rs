@@ -365,24 +365,46 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
         }
         let canary = manifest.update.as_ref().map_or(0, |update| update.canary as usize);
         let beside = if stop_first { 0 } else { parallel.max(canary) };
-        // While a canary waits for its promotion, what is drained of the version before is moved all the same.
-        let drained = canary > 0 && !stop_first && after.hosts().any(|host| host.draining);
-        let ceiling = slots + beside + if drained { parallel } else { 0 };
-        // Of several on one host, since the service was not of `per_host` then, all but one stand in nobody's place, and
-        // go as the others become ready.
-        let ceiling = ceiling + if manifest.per_host { doubled(before, name) } else { 0 };
-        // One of `per_host` on a lost host waits there for its return and stands for nothing.
-        let count = if manifest.per_host { wanted_here } else { wanted };
-        let (had, has) = (count(before, name), count(after, name));
+        // Those of a version that is held, on hosts that are drained, are moved beside whatever the rollout has.
+        let moved = parallel.min(held_and_drained(before, after, record));
+        if manifest.per_host {
+            let added = added_beside(before, after, name);
+            assert!(added <= moved, "{name}: {added} placed where one stood, {moved} is the most");
+            continue;
+        }
+        let (had, has, ceiling) = (wanted(before, name), wanted(after, name), slots + beside + moved);
         assert!(has <= ceiling.max(had), "{name}: {has} wanted, {ceiling} is the most");
     }
 }
 
-/// Wanted instances beyond the first on each host.
-fn doubled(state: &ClusterState, name: &str) -> usize {
-    let wanted = state.instances().filter(|one| one.service == name && one.desired() == pb::Desired::Run);
-    let hosts: Vec<u64> = wanted.map(|one| one.host_id).collect();
-    hosts.len() - hosts.iter().collect::<std::collections::BTreeSet<_>>().len()
+/// Instances of an earlier template on hosts that are being drained, while the rollout may not replace them: it failed,
+/// is paused, or waits for a promotion. A plan may itself be what says so.
+fn held_and_drained(before: &ClusterState, after: &ClusterState, service: &pb::ServiceRecord) -> usize {
+    let held = [before, after].into_iter().any(|state| {
+        let deployment = state.service(&service.name).and_then(|record| record.deployment.as_ref());
+        deployment.is_some_and(|deployment| match deployment.status() {
+            DeploymentStatus::Failed | DeploymentStatus::Paused | DeploymentStatus::Cancelled => true,
+            _ => deployment.canary > 0,
+        })
+    });
+    let drained = |id: u64| before.host(HostId(id)).is_some_and(|host| host.draining);
+    let earlier = before.instances_of(&service.name).filter(|instance| {
+        instance.desired() == pb::Desired::Run && instance.template_version != service.template_version
+    });
+    if held { earlier.filter(|instance| drained(instance.host_id)).count() } else { 0 }
+}
+
+/// Wanted instances that came to hosts on which another of the service stands.
+fn added_beside(before: &ClusterState, after: &ClusterState, name: &str) -> usize {
+    let on_each = |state: &ClusterState| {
+        let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+        for instance in state.instances_of(name).filter(|i| i.desired() == pb::Desired::Run) {
+            *counts.entry(instance.host_id).or_default() += 1;
+        }
+        counts
+    };
+    let (had, has) = (on_each(before), on_each(after));
+    has.iter().map(|(host, count)| count.saturating_sub(had.get(host).copied().unwrap_or(0).max(1))).sum()
 }
 
 /// A plan stops nothing and places nothing anew that could have stayed as it was.
@@ -462,16 +484,6 @@ fn done(state: &ClusterState, service: &pb::ServiceRecord) -> usize {
     let current =
         state.instances_of(&service.name).filter(|i| i.template_version == service.template_version);
     current.filter(|i| i.desired() == pb::Desired::Run && done(i)).count()
-}
-
-fn wanted_here(state: &ClusterState, name: &str) -> usize {
-    let lost = |id: u64| state.host(HostId(id)).is_none_or(|host| host.status() == HostStatus::Lost);
-    let mut instances = wanted(state, name);
-    instances -= state
-        .instances_of(name)
-        .filter(|instance| instance.desired() == pb::Desired::Run && lost(instance.host_id))
-        .count();
-    instances
 }
 
 /// Ready instances; of `per_host` only those that stand for a host that is meant.
