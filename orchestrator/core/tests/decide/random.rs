@@ -366,20 +366,26 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
         let canary = manifest.update.as_ref().map_or(0, |update| update.canary as usize);
         let beside = if stop_first { 0 } else { parallel.max(canary) };
         // Those of a version that is held, on hosts that are drained, are moved beside whatever the rollout has.
-        let moved = parallel.min(held_and_drained(before, after, record));
+        let moved = parallel.min(to_be_moved(before, after, record, slots));
         if manifest.per_host {
             let added = added_beside(before, after, name);
             assert!(added <= moved, "{name}: {added} placed where one stood, {moved} is the most");
             continue;
         }
-        let (had, has, ceiling) = (wanted(before, name), wanted(after, name), slots + beside + moved);
-        assert!(has <= ceiling.max(had), "{name}: {has} wanted, {ceiling} is the most");
+        let (had, has) = (wanted(before, name), wanted(after, name));
+        let ceiling = had.max(slots + beside) + moved;
+        assert!(has <= ceiling, "{name}: {has} wanted, {ceiling} is the most");
     }
 }
 
-/// Instances of an earlier template on hosts that are being drained, while the rollout may not replace them: it failed,
-/// is paused, or waits for a promotion. A plan may itself be what says so.
-fn held_and_drained(before: &ClusterState, after: &ClusterState, service: &pb::ServiceRecord) -> usize {
+/// Instances of an earlier template on hosts that are being drained, for which none of that kind stands elsewhere, while
+/// the rollout may not replace them: it failed, is paused, or waits for a promotion. A plan may itself be what says so.
+fn to_be_moved(
+    before: &ClusterState,
+    after: &ClusterState,
+    service: &pb::ServiceRecord,
+    slots: usize,
+) -> usize {
     let held = [before, after].into_iter().any(|state| {
         let deployment = state.service(&service.name).and_then(|record| record.deployment.as_ref());
         deployment.is_some_and(|deployment| match deployment.status() {
@@ -387,11 +393,12 @@ fn held_and_drained(before: &ClusterState, after: &ClusterState, service: &pb::S
             _ => deployment.canary > 0,
         })
     });
-    let drained = |id: u64| before.host(HostId(id)).is_some_and(|host| host.draining);
+    let drained = |i: &&pb::InstanceRecord| before.host(HostId(i.host_id)).is_some_and(|host| host.draining);
     let earlier = before.instances_of(&service.name).filter(|instance| {
         instance.desired() == pb::Desired::Run && instance.template_version != service.template_version
     });
-    if held { earlier.filter(|instance| drained(instance.host_id)).count() } else { 0 }
+    let (leaving, staying): (Vec<_>, Vec<_>) = earlier.map(AsRef::as_ref).partition(drained);
+    if held { leaving.len().min(slots.saturating_sub(staying.len())) } else { 0 }
 }
 
 /// Wanted instances that came to hosts on which another of the service stands.
