@@ -5,6 +5,7 @@
 //! The agent's main task owns one, feeds it what keeper, probes, hub and timer say, and performs the [`Order`]s in
 //! the order given. Nothing is started or signalled before the keeper's first list.
 
+mod needed;
 mod restore;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,6 +57,8 @@ pub struct Reconciler {
     lease: Option<Monotonic>,
     /// The generation with which each was first told to stop, until its callers have left.
     stops: BTreeMap<InstanceId, u64>,
+    /// They are to stop, and stay for others here that need them.
+    held: BTreeSet<InstanceId>,
 }
 
 impl Reconciler {
@@ -73,6 +76,7 @@ impl Reconciler {
             changed: BTreeSet::new(),
             lease: None,
             stops: BTreeMap::new(),
+            held: BTreeSet::new(),
         }
     }
 
@@ -101,12 +105,14 @@ impl Reconciler {
         let named: BTreeSet<_> = set.instances.iter().map(|wanted| InstanceId(wanted.instance_id)).collect();
         let mut orders = Vec::new();
         let unnamed: Vec<_> = self.supervisors.keys().filter(|id| !named.contains(id)).copied().collect();
+        self.hold_needed(now, &unnamed.iter().copied().chain(needed::stops(&set.instances)).collect());
         for instance in unnamed {
             self.step(now, rng, instance, Input::Forget, &mut orders);
         }
         for wanted in set.instances {
             self.put(now, rng, wanted, &mut orders);
         }
+        self.release_needed(now, rng, &mut orders);
         Ok(orders)
     }
 
@@ -124,6 +130,13 @@ impl Reconciler {
             return Err(NeedWhole { incarnation: self.incarnation, generation: self.generation });
         }
         self.generation = delta.to_generation;
+        let stops = delta.removed.iter().copied().map(InstanceId).chain(needed::stops(&delta.put));
+        let mut going: BTreeSet<InstanceId> = stops.collect();
+        if !going.is_empty() {
+            let again: BTreeSet<_> = delta.put.iter().map(|wanted| InstanceId(wanted.instance_id)).collect();
+            going.extend(self.going().difference(&again));
+            self.hold_needed(now, &going);
+        }
         let mut orders = Vec::new();
         for id in delta.removed {
             self.step(now, rng, InstanceId(id), Input::Forget, &mut orders);
@@ -131,6 +144,7 @@ impl Reconciler {
         for wanted in delta.put {
             self.put(now, rng, wanted, &mut orders);
         }
+        self.release_needed(now, rng, &mut orders);
         Ok(orders)
     }
 
@@ -195,7 +209,12 @@ impl Reconciler {
         revision: u64,
     ) -> Vec<Order> {
         let left: Vec<InstanceId> =
-            self.stops.iter().filter(|(_, told)| **told <= revision).map(|(id, _)| *id).collect();
+            // One that stays for others has yet to begin its stop.
+            self.stops
+                .iter()
+                .filter(|(id, told)| **told <= revision && !self.held.contains(id))
+                .map(|(id, _)| *id)
+                .collect();
         let mut orders = Vec::new();
         for instance in left {
             self.stops.remove(&instance);
@@ -237,6 +256,7 @@ impl Reconciler {
         }
         let mut orders = Vec::new();
         self.step(now, rng, instance, input, &mut orders);
+        self.release_needed(now, rng, &mut orders);
         self.acknowledge_exits(&mut orders);
         orders
     }
@@ -284,6 +304,10 @@ impl Reconciler {
                 .entry(instance)
                 .or_insert_with(|| Supervisor::stray(unwanted(instance, epoch), boot_id, now));
         }
+        if fresh {
+            let going = self.going();
+            self.hold_needed(now, &going);
+        }
         let mut orders = Vec::new();
         let instances: Vec<_> = self.supervisors.keys().copied().collect();
         for instance in instances {
@@ -294,6 +318,7 @@ impl Reconciler {
                 self.step(now, rng, instance, input, &mut orders);
             }
         }
+        self.release_needed(now, rng, &mut orders);
         self.acknowledge_exits(&mut orders);
         orders
     }
@@ -307,6 +332,7 @@ impl Reconciler {
         for instance in instances {
             self.step(now, rng, instance, Input::Tick, &mut orders);
         }
+        self.release_needed(now, rng, &mut orders);
         orders
     }
 

@@ -42,7 +42,7 @@ pub use restart::{
     UPTIME_FOR_RESTART_AT_ONCE, describe, signal_name,
 };
 pub use state::{Drain, Pending, Running, Starting, State, StopCause, StopStep, Stopping};
-pub use stop::{DRAIN_TIMEOUT, DRAIN_WAIT, GRACE, KILL_WAIT, Sweep};
+pub use stop::{DRAIN_TIMEOUT, DRAIN_WAIT, GRACE, KILL_WAIT, NEEDED_WAIT, Sweep};
 
 use crate::monotonic::Monotonic;
 use hooks::PostStop;
@@ -90,6 +90,8 @@ pub struct Supervisor {
     lease: Option<Monotonic>,
     /// It is due and waits for a lease.
     waits_for_lease: bool,
+    /// It is to stop, and stays until then at most for others on this host that need it and stop too.
+    needed_until: Option<Monotonic>,
     persisted: Option<pb::InstanceLedger>,
     reported: Option<pb::InstanceReport>,
     wake: Option<Monotonic>,
@@ -128,6 +130,7 @@ impl Supervisor {
             keeper_known: false,
             lease: None,
             waits_for_lease: false,
+            needed_until: None,
             persisted: None,
             reported: None,
             wake: None,
@@ -239,6 +242,16 @@ impl Supervisor {
     #[must_use]
     pub fn is_forgotten(&self) -> bool {
         self.forget
+    }
+
+    /// The hub wants it to end.
+    pub(crate) fn is_to_stop(&self) -> bool {
+        self.goal() == Goal::Stop
+    }
+
+    /// The name of its service, if it has been told.
+    pub(crate) fn service(&self) -> Option<&str> {
+        self.wanted.manifest.as_ref().map(|manifest| manifest.name.as_str())
     }
 
     /// The connection to the keeper is lost: nothing is started before its next list, and the outcome of an order

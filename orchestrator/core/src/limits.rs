@@ -95,5 +95,9 @@ pub const HOSTS_JUDGED_PER_SLICE: usize = 100_000;
 /// Steps of one `CommitPlan`: at about 100 bytes each, 100 KB; and what the state's read lock is held for to find them.
 pub const STEPS_PER_COMMAND: usize = 1_024;
 
+/// How long an instance that is to stop stays for others that need it and are to stop too. A stop takes a drain of 30 s
+/// and a grace of 10 s unless the manifest says otherwise, so this is for some in a row, and for a replacement elsewhere.
+pub const NEEDED_STOP_WAIT_NS: i64 = 300 * SECOND_NS;
+
 /// One second in nanoseconds.
 pub const SECOND_NS: i64 = 1_000_000_000;

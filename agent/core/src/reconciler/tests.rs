@@ -368,3 +368,81 @@ fn callers_leave_what_was_told_to_stop_by_then_and_nothing_else() {
     reconciler.callers_left(now, &mut rng(), 8);
     assert_eq!(reconciler.draining().count(), 0);
 }
+
+/// `needs` by instance: a service of each, which needs that of the named one.
+fn needing(id: u64, needs: u64, desired: pb::Desired) -> pb::WantedInstance {
+    let mut wanted = wanted(id, 1, desired);
+    if let Some(manifest) = &mut wanted.manifest {
+        manifest.needs = vec![format!("s{needs}")];
+    }
+    wanted
+}
+
+/// Instance 1 runs, 2 needs it, 3 needs 2.
+fn chain() -> Reconciler {
+    let mut reconciler = Reconciler::new("boot");
+    reconciler.keeper_processes(NOW, &mut rng(), &[]);
+    let run = pb::Desired::Run;
+    let instances = vec![wanted(1, 1, run), needing(2, 1, run), needing(3, 2, run)];
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, instances)).unwrap();
+    for id in 1..=3 {
+        reconciler.input(NOW, &mut rng(), InstanceId(id), spawned(1));
+    }
+    reconciler
+}
+
+/// Whose stop signals these are.
+fn stopped(orders: &[Order]) -> Vec<u64> {
+    let stops = |order: &&Order| matches!(order.action, Action::Signal { signal: 15, .. });
+    orders.iter().filter(stops).map(|order| order.instance.0).collect()
+}
+
+#[test]
+fn what_is_needed_stops_after_what_needs_it() {
+    for by in ["given up", "left out", "told", "told by delta"] {
+        let mut reconciler = chain();
+        let stop = pb::Desired::Stop;
+        let instances = vec![wanted(1, 1, stop), needing(2, 1, stop), needing(3, 2, stop)];
+        let orders = match by {
+            "given up" => reconciler.given_up(NOW, &mut rng()).1,
+            "left out" => reconciler.apply_wanted(NOW, &mut rng(), set(6, vec![])).unwrap(),
+            "told" => reconciler.apply_wanted(NOW, &mut rng(), set(6, instances)).unwrap(),
+            _ => reconciler.apply_delta(NOW, &mut rng(), delta(5, 6, instances, vec![])).unwrap(),
+        };
+        assert_eq!(stopped(&orders), [3], "{by}");
+        assert_eq!(stopped(&reconciler.exited(NOW, &mut rng(), exit(3, 1, 1))), [2], "{by}");
+        // Its agent restarts meanwhile, and the new one waits as well.
+        if by.starts_with("told") {
+            reconciler = restored(&reconciler);
+        }
+        let list = [kept(1, 1, 1, false), kept(2, 1, 1, false)];
+        assert_eq!(stopped(&reconciler.keeper_processes(NOW, &mut rng(), &list)), [] as [u64; 0], "{by}");
+        assert_eq!(stopped(&reconciler.exited(NOW, &mut rng(), exit(2, 1, 2))), [1], "{by}");
+    }
+}
+
+#[test]
+fn what_is_needed_waits_for_what_stops_too_and_not_for_ever() {
+    let stop = pb::Desired::Stop;
+    let mut reconciler = chain();
+    let one = delta(5, 6, vec![wanted(1, 1, stop)], vec![]);
+    assert_eq!(stopped(&reconciler.apply_delta(NOW, &mut rng(), one).unwrap()), [1], "2 is to stay");
+    // Wanted again in between, 3 holds nothing back any longer.
+    let mut reconciler = chain();
+    let both = vec![needing(2, 1, stop), needing(3, 2, stop)];
+    let orders = reconciler.apply_delta(NOW, &mut rng(), delta(5, 6, both, vec![])).unwrap();
+    assert_eq!(stopped(&orders), [3]);
+    let again = vec![needing(3, 2, pb::Desired::Run)];
+    let orders = reconciler.apply_delta(NOW, &mut rng(), delta(6, 7, again, vec![])).unwrap();
+    assert_eq!(stopped(&orders), [2]);
+    // One that does not die from SIGKILL is not waited for.
+    let mut reconciler = chain();
+    reconciler.given_up(NOW, &mut rng());
+    let mut now = NOW;
+    let mut told = Vec::new();
+    while !told.contains(&2) {
+        now = reconciler.next_wake().expect("there is more to do");
+        told.extend(stopped(&reconciler.tick(now, &mut rng())));
+    }
+    assert_eq!(now.since(NOW), crate::supervisor::GRACE + crate::supervisor::KILL_WAIT);
+}

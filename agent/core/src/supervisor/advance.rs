@@ -39,6 +39,7 @@ impl Supervisor {
                     let running = running.clone();
                     self.begin_stop(now, running, StopCause::Probe(why), out);
                 }
+                (State::Running(_), Goal::Stop) if self.stays_for_others(now) => return,
                 (State::Running(running), Goal::Stop | Goal::Replace) => {
                     let running = running.clone();
                     self.begin_stop(now, running, StopCause::Told, out);
@@ -105,6 +106,9 @@ impl Supervisor {
             }
             State::Starting(Starting::PreStart { ending: false }) => {
                 self.lease.filter(|_| self.needs_lease())
+            }
+            State::Running(_) if self.is_to_stop() => {
+                self.needed_until.into_iter().chain(self.lease.filter(|_| self.needs_lease())).min()
             }
             State::Running(running) => {
                 let lease = self.lease.filter(|_| self.needs_lease());

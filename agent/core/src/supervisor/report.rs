@@ -143,6 +143,7 @@ impl Supervisor {
             (State::Failed { reason }, Goal::Run) => reason.clone(),
             (State::Starting(Starting::Preparing { .. }), Goal::Run) => "fetches what it needs".to_owned(),
             (State::Starting(Starting::PreStart { .. }), Goal::Run) => "runs its pre_start hook".to_owned(),
+            (State::Running(_), Goal::Stop) => "stays until what needs it on this host has ended".to_owned(),
             (_, Goal::Stop) if self.runs_post_stop() => "runs its post_stop hook".to_owned(),
             (State::Starting(Starting::PickingPorts | Starting::Spawning) | State::Gone, Goal::Run)
             | (_, Goal::Stop | Goal::Replace) => String::new(),

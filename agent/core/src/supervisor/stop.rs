@@ -22,6 +22,9 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 pub const GRACE: Duration = Duration::from_secs(10);
 /// From SIGKILL of the process and its group to that of the cgroup.
 pub const KILL_WAIT: Duration = Duration::from_secs(15);
+/// How long one stays for others that need it and stop too. Each of those ends in the time its own stop takes, 40 s
+/// unless the manifest says otherwise; this is for some in a row.
+pub const NEEDED_WAIT: Duration = Duration::from_secs(300);
 const KILL_RETRY_FIRST: Duration = Duration::from_secs(5);
 const KILL_RETRY_MAX: Duration = Duration::from_secs(120);
 /// SIGKILLs after which it is a matter for a person.
@@ -75,6 +78,30 @@ impl Supervisor {
             callers_until: now + DRAIN_WAIT.min(timeout),
             in_flight: 0,
             until: now + timeout,
+        }
+    }
+
+    /// It is about to be told to stop, and does not begin before [`Supervisor::go_at_last`].
+    pub(crate) fn stay_for_others(&mut self, now: Monotonic) {
+        self.needed_until.get_or_insert(now + NEEDED_WAIT);
+    }
+
+    /// Nobody needs it any longer.
+    pub(crate) fn go_at_last(&mut self) {
+        self.needed_until = None;
+    }
+
+    /// Its stop is not begun yet. One that must not run twice does not stay beyond its lease.
+    pub(super) fn stays_for_others(&self, now: Monotonic) -> bool {
+        self.needed_until.is_some_and(|until| now < until) && !self.has_lost_lease(now)
+    }
+
+    /// A process of it runs or is about to, for all that is known, and will end when told.
+    pub(crate) fn may_run(&self) -> bool {
+        match &self.state {
+            State::Stopping(stopping) => stuck(stopping).is_none(),
+            State::Pending(_) | State::Starting(_) | State::Running(_) => true,
+            State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. } | State::Gone => false,
         }
     }
 

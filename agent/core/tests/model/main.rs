@@ -28,6 +28,8 @@ enum Event {
     Run(u64),
     Stop(u64),
     Remove(u64),
+    StopAll,
+    GiveUp,
     PlaceAgain(u64),
     Change(u64),
     HubCommits,
@@ -36,14 +38,16 @@ enum Event {
     Reboot,
 }
 
-fn manifest(health: bool) -> pb::Manifest {
+/// Each needs the next one.
+fn manifest(instance: u64, health: bool) -> pb::Manifest {
     let seconds = |s| Duration::from_secs(s).try_into().ok();
     let probe =
         pb::Probe { check: Some(pb::probe::Check::Tcp(true)), interval: seconds(1), ..pb::Probe::default() };
     let health =
         health.then(|| pb::Health { ready: Some(probe.clone()), live: Some(probe), ..Default::default() });
     pb::Manifest {
-        name: "web".to_owned(),
+        name: format!("s{instance}"),
+        needs: (instance < INSTANCES).then(|| format!("s{}", instance + 1)).into_iter().collect(),
         ports: [("http".to_owned(), pb::Port::default())].into(),
         health,
         restart: Some(pb::Restart {
@@ -75,7 +79,7 @@ fn run(instance: u64, epoch: u64, health: bool) -> pb::WantedInstance {
         instance_id: instance,
         epoch,
         desired: pb::Desired::Run.into(),
-        manifest: Some(manifest(health)),
+        manifest: Some(manifest(instance, health)),
         ..pb::WantedInstance::default()
     }
 }
@@ -104,6 +108,10 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
         Event::Stop(instance) => world.wish(instance, |wish| {
             wish.map(|wish| pb::WantedInstance { desired: pb::Desired::Stop.into(), ..wish })
         }),
+        Event::StopAll => {
+            world.wish_all(|wish| Some(pb::WantedInstance { desired: pb::Desired::Stop.into(), ..wish }))
+        }
+        Event::GiveUp => world.wish_all(|_| None),
         Event::Remove(instance) => world.wish(instance, |_| None),
         Event::PlaceAgain(instance) => {
             *epochs += 1;
@@ -127,7 +135,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
 }
 
 fn manifest_health() -> Option<pb::Health> {
-    manifest(true).health
+    manifest(1, true).health
 }
 
 fn instance() -> impl Strategy<Value = u64> {
@@ -161,6 +169,8 @@ fn anything() -> impl Strategy<Value = Event> {
         4 => instance().prop_map(Event::Run),
         3 => instance().prop_map(Event::Stop),
         1 => instance().prop_map(Event::Remove),
+        3 => Just(Event::StopAll),
+        1 => Just(Event::GiveUp),
         2 => instance().prop_map(Event::PlaceAgain),
         1 => instance().prop_map(Event::Change),
         2 => Just(Event::HubCommits),

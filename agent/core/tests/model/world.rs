@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use nave_agent_core::supervisor::{
-    Action, Hook, HookResult, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError, SpawnErrorKind,
-    State,
+    Action, Hook, HookResult, NEEDED_WAIT, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError,
+    SpawnErrorKind, State, StopStep,
 };
 use nave_agent_core::{Input, Monotonic, Order, Reconciler, WallOffset};
 use nave_proto::ids::InstanceId;
@@ -14,6 +14,7 @@ use nave_proto::pb::{self, ledger_record::Record};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
+use crate::INSTANCES;
 use crate::keeper::FakeKeeper;
 use crate::oracle::Oracle;
 
@@ -61,6 +62,8 @@ pub(crate) struct World {
     hooks: BTreeMap<u64, RunningHook>,
     /// Agents so far.
     agents: u32,
+    /// Which are to stop: with which generation and since when, and whether a stop was under way then.
+    to_stop: BTreeMap<u64, (u64, Monotonic, bool)>,
     pub(crate) oracle: Oracle,
 }
 
@@ -85,6 +88,7 @@ impl World {
             boots: 0,
             hooks: BTreeMap::new(),
             agents: 0,
+            to_stop: BTreeMap::new(),
             oracle: Oracle::default(),
         };
         world.connect();
@@ -237,12 +241,28 @@ impl World {
         change: impl FnOnce(Option<pb::WantedInstance>) -> Option<pb::WantedInstance>,
     ) {
         self.finish_orders();
-        let from_generation = self.generation;
-        self.generation += 1;
         let wish = change(self.wishes.remove(&instance));
         let removed = if wish.is_none() { vec![instance] } else { vec![] };
         let put: Vec<_> = wish.iter().cloned().collect();
         self.wishes.extend(wish.map(|wish| (instance, wish)));
+        self.tell_wishes(put, removed);
+    }
+
+    /// Something happens to all of them in one command.
+    pub(crate) fn wish_all(&mut self, change: impl Fn(pb::WantedInstance) -> Option<pb::WantedInstance>) {
+        let before = std::mem::take(&mut self.wishes);
+        let removed: Vec<u64> = before.keys().copied().collect();
+        self.wishes = before.into_iter().filter_map(|(id, wish)| Some((id, change(wish)?))).collect();
+        let put: Vec<_> = self.wishes.values().cloned().collect();
+        let removed = removed.into_iter().filter(|id| !self.wishes.contains_key(id)).collect();
+        self.tell_wishes(put, removed);
+    }
+
+    fn tell_wishes(&mut self, put: Vec<pb::WantedInstance>, removed: Vec<u64>) {
+        self.finish_orders();
+        let from_generation = self.generation;
+        self.generation += 1;
+        self.note_stops();
         let (generation, instances) = (self.generation, self.wishes.values().cloned().collect());
         let whole = pb::WantedSet { incarnation: INCARNATION, generation, instances };
         let delta = pb::WantedDelta {
@@ -264,6 +284,41 @@ impl World {
             self.ordered(orders);
             let stale = pb::WantedSet { generation: from_generation, instances: vec![], ..whole };
             self.agent.apply_wanted(self.now, &mut self.rng, stale).expect_err("it is older");
+        }
+    }
+
+    /// Since when each is to stop; one whose stop is under way for another reason waits for nobody.
+    fn note_stops(&mut self) {
+        for id in 1..=INSTANCES {
+            let run = self.wishes.get(&id).is_some_and(|wish| wish.desired() == pb::Desired::Run);
+            if run {
+                self.to_stop.remove(&id);
+                continue;
+            }
+            let supervisor = self.agent.supervisor(InstanceId(id));
+            let under_way = supervisor.is_some_and(|one| matches!(one.state(), State::Stopping(_)));
+            self.to_stop.entry(id).or_insert((self.generation, self.now, under_way));
+        }
+    }
+
+    /// What is needed is not told to stop before what needs it, when both are to.
+    fn check_needs(&self, order: &Order) {
+        let Action::Signal { signal: 15, .. } = order.action else { return };
+        let id = order.instance.0;
+        let Some(&(told, since, false)) = self.to_stop.get(&id) else { return };
+        let Some(&(others, _, _)) = self.to_stop.get(&(id - 1)) else { return };
+        let needing = self.agent.supervisor(InstanceId(id - 1));
+        let stuck = needing.is_some_and(|one| match one.state() {
+            State::Stopping(stopping) => matches!(stopping.step, StopStep::Killing { tries: 2.., .. }),
+            _ => false,
+        });
+        if others <= told && !stuck && self.now < since + NEEDED_WAIT {
+            let running = self.keeper.running(id - 1);
+            assert!(
+                running.is_none(),
+                "i-{id} is stopped before {running:?} of i-{}, which needs it",
+                id - 1
+            );
         }
     }
 
@@ -295,6 +350,7 @@ impl World {
     fn ordered(&mut self, orders: Vec<Order>) {
         for order in &orders {
             self.oracle.ordered(order, self.now);
+            self.check_needs(order);
         }
         self.outbox.extend(orders);
     }

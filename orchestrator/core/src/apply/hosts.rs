@@ -64,6 +64,7 @@ impl Tx<'_> {
             drain_reason: String::new(),
             lost_unix_ns: 0,
             lease_over_ms: 0,
+            draining_unix_ns: 0,
         });
         self.event("host_joined", Subject::host(HostId(id)), message);
         if let Some(lost) = superseded {
@@ -247,7 +248,8 @@ impl Tx<'_> {
         }
         let why = because(&command.reason);
         let drain_reason = if draining { command.reason } else { String::new() };
-        self.put_host(pb::HostRecord { draining, drain_reason, ..record.as_ref().clone() });
+        let draining_unix_ns = if draining { self.now } else { 0 };
+        self.put_host(pb::HostRecord { draining, drain_reason, draining_unix_ns, ..record.as_ref().clone() });
         self.touch_services_on(id);
         let (name, left) = (record.shown(), self.state.instances_on(id).count());
         let (kind, what) = match draining {

@@ -45,6 +45,7 @@ impl Tx<'_> {
         let now = self.now;
         self.edit_service(name, |record| {
             record.deleting = true;
+            record.deleting_unix_ns = now;
             if let Some(deployment) = &mut record.deployment
                 && deployment.status() == pb::DeploymentStatus::Running
             {

@@ -96,12 +96,11 @@ impl Tx<'_> {
         let before = Arc::clone(&entry.record);
         let allotted = self.allot(Some(&before), &manifest)?;
         self.archive(&before);
-        if before.deleting {
-            // It no longer holds back what it needs from stopping.
-            self.touch_needed_by(&before.name);
-        }
+        // Whether it holds back what it needs from stopping may change with what it needs and with its count.
+        self.touch_needed_by(&before.name);
         let version = before.version + 1;
         self.write_version(Some(&before), manifest, template_version, allotted, cause);
+        self.touch_needed_by(&before.name);
         self.relabel(&before.name, version, template_version);
         self.drop_stale_versions(&before.name);
         Ok(pb::Accepted { version, outcome: ApplyOutcome::Updated.into(), ..Default::default() })
@@ -141,6 +140,7 @@ impl Tx<'_> {
             address_suffix,
             uid,
             deleting: false,
+            deleting_unix_ns: 0,
             created_unix_ns: before.map_or(self.now, |record| record.created_unix_ns),
             revision: self.revision,
             oldest_version: before.map_or(version, |record| record.oldest_version),

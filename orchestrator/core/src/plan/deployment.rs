@@ -124,6 +124,8 @@ impl Rollout<'_> {
         match deployment.status() {
             // Waiting for a person never fails.
             DeploymentStatus::Running if self.waits_for_promotion() => None,
+            // Nor does staying for others while it and they leave.
+            DeploymentStatus::Running if !self.needing.is_empty() => None,
             DeploymentStatus::Running => Some(deployment.progress_deadline_unix_ns),
             DeploymentStatus::Failed
             | DeploymentStatus::Paused

@@ -76,6 +76,9 @@ impl<'a> Look<'a> {
         {
             return format!("{who} is stopped next");
         }
+        if let Some(hold) = rollout.needing.holds(instance) {
+            return format!("{who} stays until {}, which needs it, is gone from here", hold.by);
+        }
         if rollout.meant.run.is_some() {
             return format!("{who} finishes its run first; `nave delete {}` ends it", instance.service);
         }

@@ -10,6 +10,7 @@ use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
 
 use super::meant::{Kind, Meant};
+use super::needing::Needing;
 use super::rules::Rules;
 use super::standing::missing_needs;
 use super::times::Times;
@@ -27,6 +28,7 @@ pub(crate) struct Rollout<'a> {
     pub(crate) meant: Meant,
     pub(crate) rules: Rules,
     pub(crate) times: Times<'a>,
+    pub(crate) needing: Needing<'a>,
     /// Instances that should be there in the end.
     pub(crate) slots: usize,
     pub(crate) current: Vec<&'a Instance>,
@@ -57,6 +59,7 @@ impl<'a> Rollout<'a> {
             meant,
             rules: Rules::default(),
             times: Times::of(entry, now),
+            needing: Needing::of(state, entry, now),
             slots,
             current: Vec::new(),
             old: Vec::new(),
@@ -225,6 +228,7 @@ impl<'a> Rollout<'a> {
         let mut candidates = self.old.clone();
         // One that has to go first, for room that is perhaps nowhere, stays as it is until there is room where it is.
         candidates.retain(|instance| !(self.manifest.stop_first() && self.has_outgrown(instance)));
+        candidates.retain(|instance| self.needing.holds(instance).is_none());
         candidates.sort_by_cached_key(|i| {
             let turn = std::cmp::Reverse((i.ordinal, i.id));
             (i.ready(), self.meant.may_stay(self.state, i), !taken.contains(&i.ordinal), turn)
@@ -246,14 +250,6 @@ impl<'a> Rollout<'a> {
             }
         }
         victims
-    }
-
-    /// Services that need this one and are being deleted too stop before it does.
-    pub(crate) fn waits_to_stop(&self) -> Option<&'a str> {
-        let needing = self.state.services.needing(&self.entry.name);
-        let mut leaving =
-            needing.filter(|name| self.state.services.get(name).is_some_and(|e| e.record.deleting));
-        leaving.next().map(AsRef::as_ref)
     }
 
     /// The lowest ordinals that no wanted instance of the current template has. With data: that no instance at all has,

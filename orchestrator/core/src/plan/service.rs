@@ -103,13 +103,22 @@ impl<'a> Planner<'_, 'a> {
     }
 
     fn stop_all(&mut self) {
-        if let Some(needing) = self.rollout.waits_to_stop() {
-            self.plan.reasons.push(format!("{needing}, which needs it, is stopped first"));
+        if self.is_held_back() {
             return;
         }
         let wanted: Vec<_> =
             self.rollout.state.instances_of(&self.rollout.entry.name).filter(|i| i.wanted()).collect();
         self.stop_each(&wanted, "the service is being deleted");
+    }
+
+    /// All of it is to stop, once what needs it is gone.
+    fn is_held_back(&mut self) -> bool {
+        let rollout = self.rollout;
+        let left = rollout.entry.instances.len() > rollout.stopping.len();
+        let Some(hold) = rollout.needing.everywhere().filter(|_| left) else { return false };
+        self.plan.reasons.push(format!("{}, which needs it, is stopped first", hold.by));
+        self.wake_at(hold.until);
+        true
     }
 
     pub(super) fn stop_each(&mut self, instances: &[&Arc<pb::InstanceRecord>], reason: &str) {
@@ -131,13 +140,23 @@ impl<'a> Planner<'_, 'a> {
             // Who is to be replaced is seen once that has taken effect.
             return;
         }
-        self.stop_each(&rollout.surplus, "no longer meant for this host");
+        if self.is_held_back() {
+            return self.judge();
+        }
+        rollout.needing.on_hosts().for_each(|hold| self.wake_at(hold.until));
+        self.stop_each(&self.unneeded(&rollout.surplus), "no longer meant for this host");
         self.stop_each(&rollout.sparable(), "no longer meant for this host");
         let excess = rollout.excess();
         self.stop_each(&excess, &format!("scaled down to {}", rollout.slots));
         let blocked = self.place_all(&excess);
         self.replace(blocked, &excess);
         self.judge();
+    }
+
+    /// Those among the ones to be stopped that nobody beside them needs; for the others it is time later.
+    fn unneeded(&self, instances: &[&'a Arc<pb::InstanceRecord>]) -> Vec<&'a Arc<pb::InstanceRecord>> {
+        let rollout = self.rollout;
+        instances.iter().copied().filter(|instance| rollout.needing.holds(instance).is_none()).collect()
     }
 
     fn grant_restarts(&mut self) {

@@ -9,6 +9,7 @@ use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 
 use crate::limits::{ADDRESS_SUFFIXES, UIDS, VERSIONS_KEPT};
+use crate::plan::may_run;
 use crate::wants::InstanceExt as _;
 
 /// One service and everything indexed by its name.
@@ -178,11 +179,20 @@ impl Services {
             Some(record) => entry.instances.insert(id, Arc::clone(record)),
             None => entry.instances.remove(&id),
         };
+        let needs = entry.current().map_or(&[][..], |manifest| &manifest.needs);
+        let there = |record: &Arc<pb::InstanceRecord>| (record.host(), may_run(record));
+        let needs = match needs.is_empty() || record.map(there) == before.as_ref().map(there) {
+            true => Vec::new(),
+            false => needs.to_vec(),
+        };
         let had_ready = entry.ready > 0;
         entry.ready += usize::from(record.is_some_and(|record| record.ready()));
         entry.ready -= usize::from(before.is_some_and(|record| record.ready()));
         self.index.touch(entry, revision);
-        had_ready != (entry.ready > 0)
+        let changed = had_ready != (entry.ready > 0);
+        // What it needs may wait for it to be gone.
+        needs.iter().for_each(|name| self.touch(name, revision));
+        changed
     }
 
     /// Marks a service for the planner. One that does not exist needs no plan.

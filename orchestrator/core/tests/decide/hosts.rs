@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nave_orchestrator_core::leaving;
+use nave_orchestrator_core::limits::NEEDED_STOP_WAIT_NS;
 use nave_proto::ids::HostId;
 use nave_proto::lease;
 use nave_proto::pb;
@@ -342,6 +343,96 @@ fn a_failed_version_holds_up_no_drain() {
         "as the version that works"
     );
     assert!(world.last_event("instance_stopping").ends_with("beta is being drained"));
+}
+
+/// A database and what needs it, one of each on every host, or as many as said.
+fn with_needs(hosts: usize, per_host: bool) -> World {
+    let mut world = World::with_hosts(hosts);
+    let each = |name| pb::Manifest { per_host, ..manifest(name, 1) };
+    world.deploy(each("db"));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..each("web") });
+    world.settle();
+    world
+}
+
+fn left_on(world: &World, host: &str, service: &str) -> usize {
+    let host = world.host_id(host).0;
+    world.wanted(service).iter().filter(|instance| instance.host_id == host).count()
+}
+
+#[test]
+fn what_is_needed_leaves_a_drained_host_last() {
+    let mut world = with_needs(2, true);
+    world.set_draining("alpha", true);
+    world.plan_all();
+    assert_eq!((left_on(&world, "alpha", "web"), left_on(&world, "alpha", "db")), (0, 1));
+    let told = waits(&world, world.host_id("alpha").0);
+    assert!(
+        told.iter().any(|t| t.ends_with("stays until web, which needs it, is gone from here")),
+        "{told:?}"
+    );
+    world.settle();
+    assert_eq!(waits(&world, world.host_id("alpha").0), [] as [String; 0]);
+    // Brought back in between, all of it stays.
+    world.set_draining("beta", true);
+    world.plan_all();
+    world.set_draining("beta", false);
+    world.settle();
+    assert_eq!((left_on(&world, "beta", "web"), left_on(&world, "beta", "db")), (1, 1));
+}
+
+#[test]
+fn a_drain_moves_what_is_needed_after_what_needs_it() {
+    // With a fixed port it has to stop before it can start elsewhere, which what needs it has done by then.
+    for fixed in [false, true] {
+        let mut world = World::with_hosts(2);
+        world.update_facts("beta", |facts| facts.cpu_millicores = 0);
+        let db = with_cpu(manifest("db", 1), 100);
+        world.deploy(if fixed { with_port(db, 8080) } else { db });
+        world.deploy(pb::Manifest { needs: vec!["db".into()], ..with_cpu(manifest("web", 1), 100) });
+        world.settle();
+        world.update_facts("beta", |facts| facts.cpu_millicores = 4000);
+        world.set_draining("alpha", true);
+        for _ in 0..10 {
+            world.plan_once();
+            let (web, db) = (left_on(&world, "alpha", "web"), left_on(&world, "alpha", "db"));
+            assert!(web == 0 || db == 1, "the database left first");
+            world.agents();
+        }
+        let moved = (left_on(&world, "beta", "web"), left_on(&world, "beta", "db"));
+        assert_eq!((moved, waits(&world, world.host_id("alpha").0)), ((1, 1), Vec::new()), "{fixed}");
+    }
+}
+
+#[test]
+fn a_drain_does_not_wait_for_ever_for_what_cannot_leave() {
+    let mut world = World::with_hosts(2);
+    world.update_facts("beta", |facts| facts.cpu_millicores = 100);
+    world.deploy(with_cpu(manifest("db", 1), 100));
+    let web = with_cpu(manifest("web", 1), 1000);
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..web });
+    world.settle();
+    let db = world.wanted("db")[0].id;
+    if left_on(&world, "alpha", "db") == 0 {
+        world.set_draining("beta", true);
+        world.settle();
+        world.set_draining("beta", false);
+    }
+    world.set_draining("alpha", true);
+    world.settle();
+    assert_eq!((left_on(&world, "alpha", "db"), left_on(&world, "alpha", "web")), (1, 1));
+    world.settle_for(NEEDED_STOP_WAIT_NS / SECOND);
+    assert_eq!((left_on(&world, "alpha", "db"), left_on(&world, "alpha", "web")), (0, 1), "db was {db}");
+    // One that is not ready is of no use here, and its replacement may be what the other waits for.
+    let mut world = with_needs(2, false);
+    let host = world.hosts_of("db").remove(0);
+    world.set_draining(if host == "alpha" { "beta" } else { "alpha" }, true);
+    world.settle();
+    world.set_draining(if host == "alpha" { "beta" } else { "alpha" }, false);
+    world.say(world.wanted("db")[0].id, failed());
+    world.set_draining(&host, true);
+    world.settle();
+    assert_eq!(waits(&world, world.host_id(&host).0), [] as [String; 0]);
 }
 
 #[test]

@@ -282,6 +282,55 @@ fn a_service_is_stopped_before_what_it_needs() {
 }
 
 #[test]
+fn what_is_scaled_to_none_stops_after_what_needs_it() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("db", 2));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) });
+    world.settle();
+    world.accept(scale("db", 0));
+    world.accept(scale("web", 0));
+    world.plan_all();
+    assert_eq!((world.wanted("db").len(), world.wanted("web").len()), (2, 0));
+    assert_eq!(explain(&world.state, "db"), ["web, which needs it, is stopped first"]);
+    // A version's own patience has no part in that.
+    world.now += 200 * SECOND;
+    world.plan_all();
+    assert_eq!((world.wanted("db").len(), world.status("db")), (2, pb::DeploymentStatus::Running));
+    world.settle();
+    assert_eq!((world.wanted("db").len(), world.status("db")), (0, pb::DeploymentStatus::Successful));
+}
+
+#[test]
+fn what_is_needed_waits_only_for_what_goes_too_and_not_for_ever() {
+    let mut world = World::with_hosts(1);
+    world.deploy(manifest("db", 1));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) });
+    world.settle();
+    world.accept(scale("db", 0));
+    world.plan_all();
+    assert_eq!((world.wanted("db").len(), world.wanted("web").len()), (0, 1), "web stays, so it has no say");
+    world.accept(scale("db", 1));
+    world.settle();
+    world.accept(delete("db"));
+    world.accept(delete("web"));
+    world.plan_all();
+    world.deploy(manifest("web", 1));
+    world.plan_all();
+    assert_eq!(world.wanted("db").len(), 0, "brought back, and it needs nothing now");
+    world.settle();
+    world.deploy(manifest("db", 1));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..manifest("web", 1) });
+    world.settle();
+    world.accept(delete("web"));
+    world.accept(scale("db", 0));
+    world.plan_all();
+    assert_eq!(plan(&world.state, world.now).wake_at, Some(world.now + limits::NEEDED_STOP_WAIT_NS));
+    world.now += limits::NEEDED_STOP_WAIT_NS;
+    world.plan_all();
+    assert_eq!(world.wanted("db").len(), 0, "web does not end");
+}
+
+#[test]
 fn scaling_down_stops_the_unready_then_the_highest() {
     let mut world = World::with_hosts(1);
     world.deploy(manifest("web", 5));

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use nave_orchestrator_core::limits::NEEDED_STOP_WAIT_NS;
 use nave_orchestrator_core::{ClusterState, PlanCursor, desired_count, plan, plan_dirty, ready_count};
 use nave_proto::constraint::Constraint;
 use nave_proto::ids::{HostId, InstanceId};
@@ -228,7 +229,9 @@ impl History {
                 let steps = self.world.steps();
                 let steps: Vec<_> = steps.into_iter().map(|step| pb::PlanStep { step: Some(step) }).collect();
                 self.stale = steps.clone();
+                let (before, now) = (self.world.state.clone(), self.world.now);
                 self.commit(steps);
+                what_is_needed_goes_last(&before, &self.world.state, now);
             }
             Op::Slice(limit) => {
                 let slice = plan_dirty(&self.world.state, &mut self.sliced, self.world.now, limit);
@@ -412,6 +415,48 @@ fn added_beside(before: &ClusterState, after: &ClusterState, name: &str) -> usiz
     };
     let (had, has) = (on_each(before), on_each(after));
     has.iter().map(|(host, count)| count.saturating_sub(had.get(host).copied().unwrap_or(0).max(1))).sum()
+}
+
+/// A fresh plan stops nothing that another needs which goes with it: the service as a whole, or from the same host.
+fn what_is_needed_goes_last(before: &ClusterState, after: &ClusterState, now: i64) {
+    let long_ago = now - NEEDED_STOP_WAIT_NS;
+    let going = |service: &pb::ServiceRecord| match service.deleting {
+        true => service.deleting_unix_ns > long_ago,
+        false => {
+            let none = service.manifest.as_ref().is_some_and(|m| m.count == 0 && !m.per_host);
+            none && service.deployment.as_ref().is_some_and(|d| d.started_unix_ns > long_ago)
+        }
+    };
+    for was in before.instances().filter(|instance| instance.desired() == pb::Desired::Run) {
+        let stopped = after.instance(InstanceId(was.id)).is_none_or(|now| now.desired() == pb::Desired::Stop);
+        let Some(service) = before.service(&was.service).filter(|_| stopped) else { continue };
+        for needing in before.services_needing(&service.name) {
+            let other = before.service(needing).unwrap();
+            let left = before.instances_of(needing).count();
+            assert!(
+                !(going(service) && going(other)) || left == 0,
+                "{was:?} is stopped before {left} of {needing}"
+            );
+            let host = before.host(HostId(was.host_id)).unwrap();
+            let ended = |i: &pb::InstanceRecord| {
+                let state = i.observed.as_ref().and_then(|observed| observed.state.as_ref());
+                matches!(state, Some(State::Exited(_) | State::Failed(_)))
+            };
+            let beside = before.instances_of(needing).filter(|i| i.host_id == was.host_id && !ended(i));
+            let (drained, ready) = (host.draining && host.draining_unix_ns > long_ago, is_ready(was));
+            let excess = going(service) || desired_count(before, &service.name) == 0;
+            assert!(
+                !drained || !ready || excess || beside.count() == 0,
+                "{was:?} leaves {} before {needing}",
+                host.id
+            );
+        }
+    }
+}
+
+fn is_ready(instance: &pb::InstanceRecord) -> bool {
+    let state = instance.observed.as_ref().and_then(|observed| observed.state.as_ref());
+    matches!(state, Some(State::Running(running)) if running.ready)
 }
 
 /// A plan stops nothing and places nothing anew that could have stayed as it was.
