@@ -100,6 +100,11 @@ fn collect(dir: &Path, pids: &mut BTreeSet<u32>) {
     }
 }
 
+/// Whether there is a directory that tells who belongs to the instance.
+pub(crate) fn is_known(spawn: &pb::Spawn) -> bool {
+    membership(spawn).is_some_and(Path::exists)
+}
+
 /// Whether anyone is in it, at the price of one small file.
 pub(crate) fn is_populated(spawn: &pb::Spawn) -> bool {
     let Some(dir) = membership(spawn) else { return false };

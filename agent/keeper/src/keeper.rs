@@ -21,6 +21,7 @@ use nix::sys::timerfd::TimerFd;
 use pb::keeper_reply::Reply;
 
 use crate::agent::Agent;
+use crate::ahead::Ahead;
 use crate::clock::boottime_ns;
 use crate::connection::Connection;
 use crate::descriptors::Descriptors;
@@ -45,6 +46,8 @@ pub(crate) struct Keeper {
     /// Of this program, for becoming its successor.
     pub(crate) program: PathBuf,
     pub(crate) stub_command: Vec<OsString>,
+    /// None: not needed yet, or it has ended.
+    pub(crate) ahead: Option<Ahead>,
     pub(crate) boot_id: String,
     /// The soft limit of open files before the keeper raised its own; 0: unknown.
     pub(crate) open_files_soft: u64,

@@ -7,6 +7,7 @@
 //! What to run, when, and how often to try again is decided by the agent, never here.
 
 mod agent;
+mod ahead;
 mod backlog;
 mod cgroup;
 mod clock;

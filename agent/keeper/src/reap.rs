@@ -98,6 +98,7 @@ impl Keeper {
             Some(failure) => never_ran(&kept.spawn, failure),
             None => describe(&kept.spawn, &process, ending, &Memory::of(&kept.spawn)),
         };
+        record.cgroup_empty = cgroup::is_known(&kept.spawn) && !cgroup::is_populated(&kept.spawn);
         record.started_unix_ns = process.started_unix_ns;
         record.ended_unix_ns = unix_ns();
         let ran_ms = (boottime_ns() - process.started_boottime_ns) / MS;

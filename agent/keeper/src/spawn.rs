@@ -18,6 +18,7 @@ use pb::keeper_ledger_record::Record;
 use pb::keeper_reply::Reply;
 use prost::Message;
 
+use crate::ahead::{Ahead, Start};
 use crate::cgroup;
 use crate::clock::{SECOND, boottime_ns, unix_ns};
 use crate::fifo;
@@ -198,8 +199,17 @@ impl Keeper {
         let inherit = [memory.as_fd(), theirs.as_fd(), stdout.as_fd(), stderr.as_fd()];
         let group = cgroup::open(spawn, &way);
         let group = group.as_ref().map(AsFd::as_fd);
-        let pid = sys::fork_exec(&argv[0], &argv, &inherit, group, theirs.as_fd(), Step::Stub as u8)
-            .map_err(stub)?;
+        let start = Start {
+            orders: memory.as_fd(),
+            channel: theirs.as_fd(),
+            output: [stdout.as_fd(), stderr.as_fd()],
+            cgroup: group,
+        };
+        let pid = match self.copy_ahead(&start) {
+            Some(pid) => pid,
+            None => sys::fork_exec(&argv[0], &argv, &inherit, group, theirs.as_fd(), Step::Stub as u8)
+                .map_err(stub)?,
+        };
         // From here on a failure drops our end of the channel, which ends the stub.
         let pidfd = sys::pidfd_open(pid).map_err(stub)?;
         let stat = Stat::read(pid).map_err(stub)?;
@@ -214,6 +224,21 @@ impl Keeper {
             unknown_at: None,
         };
         Ok((process, ours))
+    }
+
+    /// Of the stub that waits; when there is none, or it cannot, one is loaded for this start alone.
+    fn copy_ahead(&mut self, start: &Start<'_>) -> Option<u32> {
+        if self.ahead.is_none() {
+            self.ahead = Ahead::start(&self.stub_command).ok();
+        }
+        match self.ahead.as_ref()?.copy(start) {
+            Ok(pid) => Some(pid),
+            Err(error) => {
+                crate::say!("a process is started without the stub that waits: {error}");
+                self.ahead = None;
+                None
+            }
+        }
     }
 
     /// The two ends to write to, with a log behind them.

@@ -10,7 +10,7 @@ use std::env;
 use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::unistd::{Gid, Uid};
 use prost::Message;
 
-use crate::{sandbox, sys};
+use crate::{ahead, sandbox, sys};
 
 /// Where starting a program failed. The numbers go between a keeper and a stub of the same build, or of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,20 +159,44 @@ pub(crate) fn describe(errno: i32) -> String {
 /// The whole of `nave exec-stub FD`: never returns, as it becomes the service's program or ends. Its one argument,
 /// the number of the orders' descriptor, is the last of the command line.
 pub fn exec_stub_main() -> ! {
-    let Some(number) = env::args_os().next_back().and_then(|last| last.to_str()?.parse().ok()) else {
+    let mut arguments = env::args_os();
+    let Some(number) = arguments.next_back().and_then(|last| last.to_str()?.parse().ok()) else {
         crate::say!("exec-stub is for the keeper's use only: it takes one descriptor number");
         sys::exit_now(2)
     };
-    let Ok((orders, channel)) = read_orders(number) else {
+    if arguments.next_back().is_some_and(|word| word == ahead::AHEAD) {
+        match sys::inherited(number) {
+            Ok(channel) => ahead::wait(channel),
+            Err(_) => sys::exit_now(2),
+        }
+    }
+    let read = sys::inherited(number).and_then(|orders| {
+        let orders = read_orders(orders)?;
+        let channel = sys::inherited(orders.error_fd)?;
+        Ok((orders, channel))
+    });
+    let Ok((orders, channel)) = read else {
         crate::say!("exec-stub is for the keeper's use only: descriptor {number} holds no orders");
         sys::exit_now(2)
     };
+    become_program(&orders, channel)
+}
+
+/// A copy of a stub that waited, with the numbers of its own descriptors instead of the keeper's.
+pub(crate) fn begin(orders: OwnedFd, channel: RawFd, output: [RawFd; 2]) -> ! {
+    let [stdout_fd, stderr_fd] = output.map(RawFd::cast_unsigned);
+    let Ok(orders) = read_orders(orders) else { sys::exit_now(2) };
+    let Ok(channel) = sys::inherited(channel.cast_unsigned()) else { sys::exit_now(2) };
+    become_program(&pb::ExecOrders { stdout_fd, stderr_fd, ..orders }, channel)
+}
+
+fn become_program(orders: &pb::ExecOrders, channel: OwnedFd) -> ! {
     // A keeper that died before it noted this process closes its end; then nothing may run.
     let mut word = [0; 1];
     if !matches!(sys::receive(channel.as_fd(), &mut word), Ok((1, _))) {
         sys::exit_now(0)
     }
-    let failure = match prepare(&orders, channel) {
+    let failure = match prepare(orders, channel) {
         Ok((channel, spawn)) => Some((execute(spawn), channel)),
         Err((failure, channel)) => Some((failure, channel)),
     };
@@ -232,12 +256,10 @@ fn enter(spawn: &pb::Spawn, place: Place<'_>) -> Result<(), Failure> {
     sandbox::restrict_calls(sandbox)
 }
 
-fn read_orders(number: u32) -> io::Result<(pb::ExecOrders, OwnedFd)> {
+fn read_orders(memory: OwnedFd) -> io::Result<pb::ExecOrders> {
     let mut bytes = Vec::new();
-    File::from(sys::inherited(number)?).read_to_end(&mut bytes)?;
-    let orders = pb::ExecOrders::decode(&*bytes).map_err(|_| io::ErrorKind::InvalidData)?;
-    let channel = sys::inherited(orders.error_fd)?;
-    Ok((orders, channel))
+    File::from(memory).read_to_end(&mut bytes)?;
+    Ok(pb::ExecOrders::decode(&*bytes).map_err(|_| io::ErrorKind::InvalidData)?)
 }
 
 type Prepared<'a> = Result<(OwnedFd, &'a pb::Spawn), (Failure, OwnedFd)>;
@@ -341,6 +363,9 @@ fn surroundings(spawn: &pb::Spawn) -> Result<(), Failure> {
     sys::reset_signals().map_err(|error| Failure::new(Step::Session, error, ""))?;
     limits(spawn)?;
     for file in &spawn.cgroup_files {
+        if holds(&file.path, &file.value) {
+            continue;
+        }
         if let Err(error) = write_file(&file.path, &file.value)
             && file.required
         {
@@ -450,6 +475,11 @@ fn attempt(program: &CStr, argv: &[CString], env: &[CString]) -> Failure {
     let step =
         if error == Errno::ENOENT && Path::new(&path).exists() { Step::Interpreter } else { Step::Exec };
     Failure::new(step, error, path)
+}
+
+/// Whether a cgroup file says so already. To say so once more may cost milliseconds: the kernel takes a CPU quota anew.
+fn holds(path: &str, value: &str) -> bool {
+    fs::read_to_string(path).is_ok_and(|text| text.trim_end() == value)
 }
 
 /// Cgroup and proc files want the value in one write and exist already.

@@ -176,6 +176,37 @@ unsafe fn fork_into(cgroup: Option<BorrowedFd<'_>>) -> libc::c_long {
     }
 }
 
+/// A copy of this process that is its sibling: a child of our own parent. Some: its pid; None: we are the copy.
+///
+/// # Errors
+/// As clone3, also when the cgroup2 directory does not take it.
+#[expect(unsafe_code, reason = "the C library has no clone3")]
+pub(crate) fn copy_beside(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Option<u32>> {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    let parent = u64::from(libc::CLONE_PARENT.unsigned_abs());
+    let mut arguments = [0_u64; 11];
+    arguments[0] = parent;
+    if let Some(cgroup) = cgroup {
+        arguments[0] |= CLONE_INTO_CGROUP;
+        arguments[10] = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+    // SAFETY: the kernel reads as many bytes as we say, of an array that lives. No memory is shared with the copy, and as
+    // this process has one thread (see its caller), no lock is held in it.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), size_of_val(&arguments)) };
+    match u32::try_from(pid) {
+        Ok(0) => Ok(None),
+        Ok(pid) => Ok(Some(pid)),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Closes what a copy has inherited and its maker still owns.
+#[expect(unsafe_code, reason = "the owner is in the process that this one was copied from")]
+pub(crate) fn close_one(fd: BorrowedFd<'_>) {
+    // SAFETY: the copy never returns to the owner, so nothing closes or uses the number again.
+    unsafe { libc::close(fd.as_raw_fd()) };
+}
+
 /// Ends the process at once: no destructors, no exit handlers of the large binary around us.
 #[expect(unsafe_code, reason = "std's exit runs handlers")]
 pub(crate) fn exit_now(code: i32) -> ! {

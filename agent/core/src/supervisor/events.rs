@@ -294,7 +294,9 @@ impl Supervisor {
         if cause.is_none() && running.is_some() {
             out.push(Action::StopProbes);
         }
-        self.sweep(now, self.key(), out);
+        if !exit.cgroup_empty || self.is_looked_into() {
+            self.sweep(now, self.key(), out);
+        }
         let uptime = match &running {
             // Our own note of an end that nobody saw.
             Some(running) if exit.sequence == 0 => now.since(running.since),
@@ -332,6 +334,14 @@ impl Supervisor {
             Some(StopCause::Lease) => self.wait_for_lease(now, what, out),
             Some(StopCause::Told) => out.push(Action::Log { level: Level::Info, message: what }),
         }
+    }
+
+    /// Commands of ours run in its cgroup beside it, and may be in it though the keeper has just found nobody.
+    fn is_looked_into(&self) -> bool {
+        let health = self.wanted.manifest.as_ref().and_then(|manifest| manifest.health.as_ref());
+        let probes = health.into_iter().flat_map(|health| [health.ready.as_ref(), health.live.as_ref()]);
+        let hooks = self.wanted.manifest.as_ref().is_some_and(|manifest| manifest.hooks.is_some());
+        hooks || probes.flatten().any(|probe| matches!(probe.check, Some(pb::probe::Check::Exec(_))))
     }
 
     /// Ended for want of a lease, by no fault of its own: it starts again with the next one.

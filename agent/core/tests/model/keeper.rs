@@ -115,6 +115,7 @@ impl FakeKeeper {
             code,
             ran_ms: u64::try_from(uptime.as_millis()).expect("no test runs for ever"),
             sequence: self.sequence,
+            cgroup_empty: !self.children.contains_key(&(instance, process.key.epoch)),
             ..Default::default()
         };
         self.unacknowledged.push(record.clone());

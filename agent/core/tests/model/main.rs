@@ -116,7 +116,8 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
         Event::PlaceAgain(instance) => {
             *epochs += 1;
             let epoch = *epochs;
-            world.wish(instance, |_| Some(run(instance, epoch, false)));
+            let again = run(instance, epoch, false);
+            world.wish(instance, |_| Some(if epoch % 2 == 0 { without_hooks(again) } else { again }));
         }
         Event::Change(instance) => world.wish(instance, |wish| {
             let mut wish = wish?;

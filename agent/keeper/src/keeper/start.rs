@@ -78,6 +78,7 @@ impl Keeper {
             lock,
             program: program(),
             stub_command,
+            ahead: None,
             boot_id: identity::boot_id().map_err(cannot("read the boot id"))?,
             open_files_soft,
             epoll,

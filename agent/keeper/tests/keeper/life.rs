@@ -55,6 +55,59 @@ fn started_comes_before_ended_however_short_the_life() {
     }
 }
 
+/// Children of the keeper that wait to be copied.
+fn waiting(keeper: u32) -> Vec<u32> {
+    let pids =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        words.split(|byte| *byte == 0).any(|word| word == b"ahead")
+            && status
+                .lines()
+                .any(|line| line.strip_prefix("PPid:").is_some_and(|p| p.trim() == keeper.to_string()))
+    })
+    .collect()
+}
+
+#[test]
+fn starts_are_copies_of_a_stub_that_waits_and_go_on_without_it() {
+    let mut host = Host::start();
+    let mut agent = host.agent();
+    let keeper = host.keeper_pid();
+    let pids = [1, 2].map(|instance| agent.spawn(&host.script(instance, "exec sleep 1000")));
+    let [stub] = waiting(keeper)[..] else { panic!("{:?} wait", waiting(keeper)) };
+    for pid in pids {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains(&format!("PPid:\t{keeper}\n")), "not the keeper's child: {status}");
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        assert_eq!(open, 3, "it has descriptors that are not its own");
+    }
+    crate::harness::kill(stub, nix::sys::signal::Signal::SIGKILL);
+    eventually("the stub to end", || waiting(keeper).is_empty().then_some(()));
+    let third = agent.spawn(&host.script(3, "exec sleep 1000"));
+    agent.spawn(&host.script(4, "exec sleep 1000"));
+    let [second] = waiting(keeper)[..] else { panic!("{:?} wait", waiting(keeper)) };
+    assert!(runs(third) && second != stub);
+    host.kill_keeper();
+    eventually("no stub to wait for a keeper that is dead", || {
+        state(second).is_none_or(|s| s == 'Z').then_some(())
+    });
+}
+
+#[test]
+fn an_end_tells_whether_it_left_anybody() {
+    let mut host = Host::start();
+    if host.cgroup("", 1).is_none() {
+        return;
+    }
+    let mut agent = host.agent();
+    agent.spawn(&host.script(1, "exit 0"));
+    assert!(agent.exit(1).cgroup_empty);
+    agent.spawn(&host.script(2, "sleep 1000 & exit 0"));
+    assert!(!agent.exit(2).cgroup_empty);
+}
+
 #[test]
 fn what_cannot_be_started_says_what_and_why() {
     let mut host = Host::start();

@@ -41,6 +41,27 @@ fn nothing_starts_beside_what_the_last_process_left() {
 }
 
 #[test]
+fn what_left_nothing_behind_is_followed_without_a_look() {
+    let exec = pb::probe::Check::Exec(pb::ExecCheck { command: vec!["true".to_owned()] });
+    let probe = pb::Probe { check: Some(exec), ..http_probe() };
+    let looked_into =
+        pb::Manifest { health: Some(pb::Health { live: Some(probe), ..Default::default() }), ..manifest() };
+    for (manifest, at_once) in [(manifest(), true), (looked_into, false)] {
+        let mut scene = Scene::running(manifest);
+        scene.pass(seconds(30));
+        scene.orders();
+        let record = scene.record(pb::ExitCause::Signal, 0, 11);
+        scene.give(Input::Exited(pb::ExitRecord { cgroup_empty: true, ..record }));
+        let orders = scene.orders();
+        let spawn = orders.iter().position(|order| matches!(order, Action::Spawn(_)));
+        let sweeps = orders.iter().filter(|order| matches!(order, Action::SweepCgroup { .. })).count();
+        assert_eq!((spawn.is_some(), sweeps), (at_once, usize::from(!at_once)));
+        let written = orders.iter().filter(|order| matches!(order, Action::Persist(_))).count();
+        assert_eq!(written, 1, "the end and the attempt after it are one record");
+    }
+}
+
+#[test]
 fn a_command_that_does_not_exist_is_given_up_after_three_tries_with_its_path() {
     let mut scene = Scene::new(manifest());
     for attempt in 1..=3 {
