@@ -294,7 +294,8 @@ impl Supervisor {
         if cause.is_none() && running.is_some() {
             out.push(Action::StopProbes);
         }
-        if !exit.cgroup_empty || self.is_looked_into() {
+        // Told to have ended before it was told to run, it has to be remembered until that has come as well.
+        if !exit.cgroup_empty || running.is_none() || self.is_looked_into() {
             self.sweep(now, self.key(), out);
         }
         let uptime = match &running {
