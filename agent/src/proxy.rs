@@ -19,6 +19,7 @@ mod to;
 #[cfg(test)]
 mod two_hosts;
 mod wire;
+mod workers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -49,6 +50,7 @@ use identity::Attestor;
 use listeners::{Ends, Listeners};
 use peers::Peers;
 use table::Table;
+use workers::Workers;
 
 /// Of the machine's cores, for the proxy: a quarter, so that it never owns the host.
 const CORES_DIVISOR: usize = 4;
@@ -69,7 +71,7 @@ const CUT: Duration = Duration::from_millis(200);
 const INHERITED_FOR: Duration = Duration::from_secs(30);
 /// Connections that were taken on the proxy's threads and are for the agent's API: taken up at once, or it is too busy.
 const HANDED_OUT: usize = 64;
-/// Of the agent's own port. Other hosts' calls of HTTP/1.1 hold a connection each while they last.
+/// Of the agent's own port, on each thread. Other hosts' calls of HTTP/1.1 hold a connection each while they last.
 const LIMITS: IncomingLimits =
     IncomingLimits { handshakes: 64, handshake_timeout: Duration::from_secs(5), connections: 8192 };
 /// Between two tries to get an address that another program had.
@@ -183,15 +185,12 @@ impl Proxy {
     /// No thread can be started.
     pub(crate) fn start(config: ProxyConfig, shutdown: CancellationToken) -> std::io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers = match config.workers {
+        let count = match config.workers {
             0 => cores.div_ceil(CORES_DIVISOR).max(WORKERS_MIN),
             workers => workers,
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(workers)
-            .thread_name("nave-proxy")
-            .enable_all()
-            .build()?;
+        let stop = CancellationToken::new();
+        let (workers, threads) = Workers::start(count, &stop)?;
         let ends = Ends {
             drain: shutdown,
             deaf: CancellationToken::new(),
@@ -200,8 +199,7 @@ impl Proxy {
         };
         let (tell_ended, ended) = watch::channel(false);
         let attestor = Arc::new(Attestor::new(&config.attest.0, config.attest.1));
-        let handle = runtime.handle().clone();
-        let listeners = Listeners::new(handle, ends.clone(), config.ports_file, attestor.clone());
+        let listeners = Listeners::new(workers.clone(), ends.clone(), config.ports_file, attestor.clone());
         let peers = Arc::new(config.credentials.map(Peers::new).unwrap_or_default());
         let table = Table::new(config.prefix, config.own_host, config.routes, peers);
         let shared = Arc::new(Shared {
@@ -220,18 +218,18 @@ impl Proxy {
             }
         };
         // It holds the sockets too, so its end is waited for like the connections'.
-        ends.tasks.spawn_on(sweep, runtime.handle());
-        let watched = shared.clone();
-        let end = async move {
-            ends.drain.cancelled().await;
-            watched.drain(&ends).await;
-        };
+        ends.tasks.spawn_on(sweep, workers.first());
+        let (watched, first) = (shared.clone(), workers.first().clone());
         std::thread::Builder::new().name("nave-proxy-end".to_owned()).spawn(move || {
-            runtime.block_on(end);
-            runtime.shutdown_background();
+            first.block_on(async {
+                ends.drain.cancelled().await;
+                watched.drain(&ends).await;
+            });
+            stop.cancel();
+            threads.into_iter().for_each(|thread| thread.join().unwrap_or_default());
             let _nobody_waits = tell_ended.send(true);
         })?;
-        info!(workers, "the proxy begins");
+        info!(workers = count, "the proxy begins");
         Ok(Self { shared })
     }
 
@@ -262,7 +260,7 @@ impl Proxy {
     /// taken: calls from other hosts are served there, every other connection is handed out. Once is enough.
     ///
     /// # Errors
-    /// The listener cannot change its runtime.
+    /// The listener cannot change its runtime, or no descriptor is left.
     pub(crate) fn accept(&self, listener: TcpListener, credentials: &Credentials) -> std::io::Result<()> {
         if self.shared.accepts.swap(true, Relaxed) {
             return Ok(());
@@ -272,17 +270,23 @@ impl Proxy {
             ClientPolicy::default(),
             &[b"h2", peers::HTTP1, peers::STREAM],
         );
-        let (listener, shared) = (listener.into_std()?, self.shared.clone());
-        // Owned by the tracker of everything that is served.
-        drop(self.shared.listeners.spawn(async move {
-            match TcpListener::from_std(listener) {
-                Ok(listener) => {
-                    let deaf = shared.listeners.deaf();
-                    shared.take(nave_tls::incoming(listener, config, LIMITS, deaf)).await
+        let listener = listener.into_std()?;
+        let listeners = &self.shared.listeners;
+        // A TLS connection stays with the thread that took it, so each takes its own.
+        for thread in listeners.threads() {
+            let (listener, config, shared) = (listener.try_clone()?, config.clone(), self.shared.clone());
+            let take = async move {
+                match TcpListener::from_std(listener) {
+                    Ok(listener) => {
+                        let deaf = shared.listeners.deaf();
+                        shared.take(nave_tls::incoming(listener, config, LIMITS, deaf)).await
+                    }
+                    Err(error) => warn!(%error, "the agent's own port cannot be served"),
                 }
-                Err(error) => warn!(%error, "the agent's own port cannot be served"),
-            }
-        }));
+            };
+            // Owned by the tracker of everything that is served.
+            drop(listeners.spawn(take, thread));
+        }
         Ok(())
     }
 

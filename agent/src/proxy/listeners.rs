@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,6 +28,7 @@ use super::identity::Attestor;
 use super::meter::Refusal;
 use super::route::{Caller, Route};
 use super::table::Wanted;
+use super::workers::Workers;
 use super::{http1, http2, tcp};
 use crate::executor::ports::holder;
 
@@ -57,7 +58,7 @@ pub(crate) struct Ends {
 
 #[derive(Debug)]
 pub(crate) struct Listeners {
-    runtime: Handle,
+    workers: Workers,
     ends: Ends,
     attestor: Arc<Attestor>,
     /// Where the high ports are remembered.
@@ -90,14 +91,22 @@ struct Open {
 }
 
 impl Listeners {
-    pub(crate) fn new(runtime: Handle, ends: Ends, high_file: PathBuf, attestor: Arc<Attestor>) -> Self {
+    pub(crate) fn new(workers: Workers, ends: Ends, high_file: PathBuf, attestor: Arc<Attestor>) -> Self {
         let high = read_high(&high_file);
         let inner = Mutex::new(Inner { high, ..Inner::default() });
-        Self { runtime, ends, attestor, high_file, inner, changed: Notify::new() }
+        Self { workers, ends, attestor, high_file, inner, changed: Notify::new() }
     }
 
-    /// On the proxy's threads, until it has come to its end or everything is cut.
-    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    pub(crate) fn threads(&self) -> impl Iterator<Item = &Handle> {
+        self.workers.runtimes()
+    }
+
+    /// On this thread of the proxy's, until it has come to its end or everything is cut.
+    pub(crate) fn spawn(
+        &self,
+        task: impl Future<Output = ()> + Send + 'static,
+        thread: &Handle,
+    ) -> JoinHandle<()> {
         let force = self.ends.force.clone();
         let task = async move {
             tokio::select! {
@@ -105,7 +114,7 @@ impl Listeners {
                 () = force.cancelled() => {}
             }
         };
-        self.ends.tasks.spawn_on(task, &self.runtime)
+        self.ends.tasks.spawn_on(task, thread)
     }
 
     /// When no new connection is taken any more: callers wait for the next agent.
@@ -113,14 +122,14 @@ impl Listeners {
         self.ends.deaf.clone()
     }
 
-    /// The same as [`spawn`](Self::spawn) for something that is told when no answer may leave its connection open.
+    /// The same on the thread that asks, for something that is told when no answer may leave its connection open.
     pub(crate) fn serve<F, T>(&self, task: F)
     where
         F: FnOnce(CancellationToken) -> T,
         T: Future<Output = ()> + Send + 'static,
     {
         // Owned by the tracker; nobody waits for one connection.
-        drop(self.spawn(task(self.ends.drain.clone())));
+        drop(self.spawn(task(self.ends.drain.clone()), &Handle::current()));
     }
 
     /// Callers of the service are to find these.
@@ -256,7 +265,7 @@ impl Listeners {
                 return Ok(listener);
             }
         }
-        let _in_runtime = self.runtime.enter();
+        let _in_runtime = self.workers.first().enter();
         let socket = TcpSocket::new_v4()?;
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
@@ -281,8 +290,9 @@ impl Listeners {
     }
 
     fn open(&self, inner: &mut Inner, listener: StdListener, wanted: &Wanted) {
+        let thread = self.workers.nth(inner.open.len());
         let opened = (|| {
-            let _in_runtime = self.runtime.enter();
+            let _in_runtime = thread.enter();
             let bound = listener.local_addr()?;
             let kept = listener.as_fd().try_clone_to_owned()?;
             Ok::<_, io::Error>((bound, kept, TcpListener::from_std(listener)?))
@@ -297,9 +307,9 @@ impl Listeners {
         debug!(service = %wanted.route.service, address = %bound, "listening");
         let route = Arc::new(ArcSwap::new(wanted.route.clone()));
         let closed = CancellationToken::new();
-        let accepting =
-            accept(listener, route.clone(), closed.clone(), self.ends.clone(), self.attestor.clone());
-        self.ends.tasks.spawn_on(accepting, &self.runtime);
+        let host =
+            Host { ends: self.ends.clone(), attestor: self.attestor.clone(), workers: self.workers.clone() };
+        self.ends.tasks.spawn_on(accept(listener, route.clone(), closed.clone(), host), thread);
         inner.open.insert(bound, Open { proper: wanted.address, route, kept, closed });
     }
 }
@@ -321,22 +331,24 @@ fn complain(wanted: &Wanted, instead: Option<SocketAddr>, why: &io::Error) {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    route: Arc<ArcSwap<Route>>,
-    closed: CancellationToken,
+/// What every new connection needs.
+#[derive(Debug)]
+struct Host {
     ends: Ends,
     attestor: Arc<Attestor>,
-) {
+    workers: Workers,
+}
+
+async fn accept(listener: TcpListener, route: Arc<ArcSwap<Route>>, closed: CancellationToken, host: Host) {
     loop {
         let accepted = tokio::select! {
             biased;
             () = closed.cancelled() => return,
-            () = ends.deaf.cancelled() => return,
+            () = host.ends.deaf.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) => begin(route.load_full(), stream, &ends, &attestor),
+            Ok((stream, peer)) => host.begin(route.load_full(), stream, peer),
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 warn!(service = %route.load().service, %error, "cannot take a connection");
@@ -350,33 +362,43 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
 }
 
-/// Serves a connection by its port's protocol, unless there are too many.
-fn begin(route: Arc<Route>, stream: TcpStream, ends: &Ends, attestor: &Attestor) {
-    let Some(place) = route.connection() else {
-        route.meter.refused(Refusal::Connections);
-        return;
-    };
-    let caller = match (stream.peer_addr(), stream.local_addr()) {
-        (Ok(peer), Ok(local)) => attestor.caller(peer, local),
-        _ => Caller::Unknown,
-    };
-    if route.protocol != Protocol::Http && !route.allows(&caller) {
-        // Nothing could be said to it in its protocol.
-        route.meter.refused(Refusal::NotAllowed);
-        return;
+impl Host {
+    /// Serves a connection by its port's protocol, on the thread that has the fewest, unless there are too many.
+    fn begin(&self, route: Arc<Route>, stream: TcpStream, peer: SocketAddr) {
+        let Some(place) = route.connection() else {
+            route.meter.refused(Refusal::Connections);
+            return;
+        };
+        let caller = match stream.local_addr() {
+            Ok(local) => self.attestor.caller(peer, local),
+            Err(_) => Caller::Unknown,
+        };
+        if route.protocol != Protocol::Http && !route.allows(&caller) {
+            // Nothing could be said to it in its protocol.
+            route.meter.refused(Refusal::NotAllowed);
+            return;
+        }
+        let open = route.meter.caller(&caller).connection();
+        let (seat, ends) = (self.workers.seat(), self.ends.clone());
+        let thread = seat.runtime().clone();
+        let stream = stream.into_std();
+        let task = async move {
+            let _held = (place, open, seat);
+            // Otherwise it is gone already.
+            let Ok(stream) = stream.and_then(watched) else { return };
+            tokio::select! {
+                () = serve(route, stream, caller, ends.drain) => {}
+                () = ends.force.cancelled() => {}
+            }
+        };
+        self.ends.tasks.spawn_on(task, &thread);
     }
-    let open = route.meter.caller(&caller).connection();
-    let ends = ends.clone();
-    ends.tasks.clone().spawn(async move {
-        let _held = (place, open);
-        if stream.set_nodelay(true).is_err() {
-            return; // it is gone already
-        }
-        tokio::select! {
-            () = serve(route, stream, caller, ends.drain) => {}
-            () = ends.force.cancelled() => {}
-        }
-    });
+}
+
+/// By the thread that this runs on.
+fn watched(stream: StdStream) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    TcpStream::from_std(stream)
 }
 
 async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, drain: CancellationToken) {

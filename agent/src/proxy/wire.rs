@@ -28,6 +28,18 @@ impl Wire {
         }
     }
 
+    /// Watched by the thread that asks from now on. One to another agent is left where it is: it works from here too, at
+    /// the price of a wake-up for what comes, and to begin another costs two round trips and a handshake.
+    ///
+    /// # Errors
+    /// It is of no more use.
+    pub(crate) fn watched_here(self) -> io::Result<Self> {
+        match self {
+            Self::Local(stream) => Ok(Self::Local(TcpStream::from_std(stream.into_std()?)?)),
+            peer @ Self::Peer(_) => Ok(peer),
+        }
+    }
+
     /// An agent of this cluster is at the other end.
     pub(crate) fn is_peer(&self) -> bool {
         matches!(self, Self::Peer(_))

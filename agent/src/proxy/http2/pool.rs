@@ -1,5 +1,6 @@
-//! Connections to the endpoints of one port, shared by all its callers. One carries many calls; another is opened when
-//! the least busy has enough, since a connection is one task, and one socket's losses hold up all that it carries.
+//! Connections to the endpoints of one port, shared by all its callers on one thread of the proxy. One carries many calls;
+//! another is opened when the least busy has enough, since a connection is one task, and one socket's losses hold up all
+//! that it carries.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,6 +21,7 @@ use tracing::debug;
 use crate::proxy::dial::reach;
 use crate::proxy::route::Route;
 use crate::proxy::stream::For;
+use crate::proxy::workers::PerWorker;
 
 /// Towards us, of each stream and of the whole: larger than towards callers, and never equal.
 const STREAM_WINDOW: u32 = 512 * 1024;
@@ -31,7 +33,7 @@ const SEND_BUFFER_BYTES: usize = 256 * 1024;
 const FRAME_BUDGET_BYTES: usize = 32 * 1024 * 1024;
 /// Calls on a connection from which on another is opened.
 const CALLS_EACH: usize = 64;
-/// To one endpoint; beyond, calls share these, and wait where the endpoint allows no more.
+/// From one thread to one endpoint; beyond, calls share these, and wait where the endpoint allows no more.
 const CONNECTIONS_MAX: usize = 8;
 /// An endpoint that holds calls is asked for a sign of life so often,
 const PING_EVERY: Duration = Duration::from_secs(10);
@@ -43,11 +45,11 @@ const IDLE: Duration = Duration::from_secs(60);
 /// See the module's description.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    endpoints: Mutex<BTreeMap<EndpointKey, Arc<Shared>>>,
+    endpoints: PerWorker<Mutex<BTreeMap<EndpointKey, Arc<Shared>>>>,
     tasks: TaskTracker,
 }
 
-/// Of one endpoint.
+/// Of one endpoint and one thread.
 #[derive(Debug)]
 struct Shared {
     reach: Reach,
@@ -143,7 +145,7 @@ impl Pool {
     }
 
     fn shared(&self, endpoint: &EndpointSpec) -> Arc<Shared> {
-        let mut endpoints = self.endpoints.lock();
+        let mut endpoints = self.endpoints.own().lock();
         if let Some(shared) = endpoints.get(&endpoint.key).filter(|shared| shared.reach == endpoint.reach) {
             return shared.clone();
         }
@@ -196,13 +198,14 @@ impl Pool {
 
     /// Closes, once their calls are done, those to endpoints that are no longer there.
     pub(crate) fn keep(&self, there: impl Fn(EndpointKey) -> bool) {
-        self.endpoints.lock().retain(|key, _| there(*key));
+        self.endpoints.all().for_each(|part| part.lock().retain(|key, _| there(*key)));
     }
 
     /// Forgets what has closed, and closes what is idle. To be called every second or so.
     pub(crate) fn sweep(&self) {
-        let all: Vec<Arc<Shared>> = self.endpoints.lock().values().cloned().collect();
-        for shared in all {
+        let of_thread =
+            |part: &Mutex<BTreeMap<_, Arc<Shared>>>| part.lock().values().cloned().collect::<Vec<_>>();
+        for shared in self.endpoints.all().flat_map(of_thread) {
             shared.connections.lock().retain(|one| {
                 let idle = one.calls.load(Relaxed) == 0 && one.last_call.lock().elapsed() > IDLE;
                 !idle && !one.closed.load(Relaxed)
@@ -250,7 +253,7 @@ async fn silence(pings: Option<PingPong>, connection: &Connection) -> &'static s
 #[cfg(test)]
 impl Pool {
     pub(super) fn connections(&self) -> usize {
-        let endpoints = self.endpoints.lock();
-        endpoints.values().map(|one| one.connections.lock().len()).sum()
+        let count = |shared: &Arc<Shared>| shared.connections.lock().len();
+        self.endpoints.all().map(|part| part.lock().values().map(count).sum::<usize>()).sum()
     }
 }
