@@ -298,7 +298,14 @@ impl Tries {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.keys.len()
+        self.whys.len()
+    }
+
+    /// It may be tried once more; the try still counts. Whether it was among them.
+    pub(crate) fn forgive(&mut self, endpoint: EndpointKey) -> bool {
+        let before = self.keys.len();
+        self.keys.retain(|key| *key != endpoint);
+        self.keys.len() < before
     }
 
     /// What to tell the caller: the service, the endpoints that were tried, and why each did not serve.

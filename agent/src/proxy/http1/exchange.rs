@@ -74,6 +74,9 @@ struct Failure {
     outcome: Outcome,
     /// Sending the request again cannot do twice what should be done once, whatever it is.
     safe: bool,
+    /// A connection that had carried requests before ended under this one. It may have been about to: that says nothing
+    /// of the endpoint, which may be asked again on a new one.
+    stale: bool,
 }
 
 /// One request on its way.
@@ -96,6 +99,8 @@ pub(super) struct Exchange<'a> {
     /// Who is asked next, when that had to be known before.
     next: Option<Pick>,
     tries_max: usize,
+    /// On whose old connection a try has failed. From then on only new ones are used.
+    stale: Option<EndpointKey>,
 }
 
 impl<'a> Exchange<'a> {
@@ -122,6 +127,7 @@ impl<'a> Exchange<'a> {
             first_byte: None,
             next: None,
             tries_max: usize::try_from(rules.retries_max).unwrap_or(usize::MAX),
+            stale: None,
         }
     }
 
@@ -177,6 +183,9 @@ impl<'a> Exchange<'a> {
             };
             self.tried(&mut pick, failure.outcome);
             self.tries.add(pick.endpoint(), &failure.refusal.text);
+            if failure.stale {
+                self.stale = Some(pick.endpoint().key);
+            }
             drop(pick);
             if self.next.is_none() && !self.may_retry(&failure, &taken) {
                 let text = self.tries.explain(self.route, None);
@@ -193,8 +202,16 @@ impl<'a> Exchange<'a> {
         if let Some(next) = self.next.take() {
             return Ok(next);
         }
-        let ask = Ask { tried: self.tries.keys(), hash: self.request.hash };
-        self.route.pick(&ask, self.deadline()).await
+        let (hash, deadline) = (self.request.hash, self.deadline());
+        let picked = self.route.pick(&Ask { tried: self.tries.keys(), hash }, deadline).await;
+        let Some(stale) = self.stale.filter(|_| matches!(picked, Err(NoPick::AllTried))) else {
+            return picked;
+        };
+        // Nobody else is there, and it, or its agent, may only have been started anew.
+        match self.tries.forgive(stale) {
+            true => self.route.pick(&Ask { tried: self.tries.keys(), hash }, deadline).await,
+            false => picked,
+        }
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -215,11 +232,12 @@ impl<'a> Exchange<'a> {
     }
 
     fn may_retry(&self, failure: &Failure, taken: &Taken) -> bool {
-        let again = failure.safe || (self.request.idempotent && failure.outcome != Outcome::Cancelled);
+        let repeats = failure.stale || failure.outcome != Outcome::Cancelled;
+        let again = failure.safe || (self.request.idempotent && repeats);
         again
             && self.can_retry(taken, self.tries.len())
-            // What was never sent costs no endpoint anything.
-            && (failure.outcome == Outcome::Unreached || self.calling.budget.retry(crate::clock::monotonic()))
+            // What was never sent costs no endpoint anything, and only one try of a request is made on an old connection.
+            && (failure.stale || failure.outcome == Outcome::Unreached || self.calling.budget.retry(crate::clock::monotonic()))
     }
 
     fn can_retry(&self, taken: &Taken, tries: usize) -> bool {
@@ -300,6 +318,7 @@ impl<'a> Exchange<'a> {
 
     async fn connection(&self, pick: &Pick) -> io::Result<Upstream> {
         let waiting = match pick.endpoint().reach {
+            _ if self.stale.is_some() => None,
             Reach::Local(_) => self.route.idle.take(pick.endpoint().key),
             Reach::Remote { host, .. } => self.route.peers.idle.take(host),
         };
@@ -321,7 +340,7 @@ impl<'a> Exchange<'a> {
         if response.not_processed && passing.upstream.stream.is_peer() {
             let text = format!("its agent answered {} without asking it", response.status);
             let refusal = Refusal::new(503, Why::NoEndpoint, text);
-            return Tried::Failed(Failure { refusal, outcome: Outcome::Unreached, safe: true });
+            return Tried::Failed(Failure { refusal, outcome: Outcome::Unreached, safe: true, stale: false });
         }
         let took = self.tried_at.elapsed();
         pick.first_byte(crate::clock::monotonic(), took);
@@ -332,7 +351,7 @@ impl<'a> Exchange<'a> {
             passing.next = Some(other);
             let text = format!("it answered {}", response.status);
             let refusal = Refusal::new(response.status, Why::NoEndpoint, text);
-            return Tried::Failed(Failure { refusal, outcome: Outcome::Failure, safe: false });
+            return Tried::Failed(Failure { refusal, outcome: Outcome::Failure, safe: false, stale: false });
         }
         self.pass_on(passing, response).await
     }
@@ -422,11 +441,13 @@ fn failed<S>(passing: &Passing<'_, '_, S>, fault: Fault) -> Tried {
             refusal: Refusal::bad_body(bad),
             outcome: Outcome::Cancelled,
             safe: false,
+            stale: false,
         }),
         Fault::Late => Tried::Failed(Failure {
             refusal: Refusal::new(504, Why::RequestTimeout, "it did not answer in time"),
             outcome: Outcome::Failure,
             safe: false,
+            stale: false,
         }),
         Fault::Endpoint(error) => {
             // A connection that had waited was closed before the endpoint can have read anything new from it:
@@ -436,9 +457,9 @@ fn failed<S>(passing: &Passing<'_, '_, S>, fault: Fault) -> Tried {
                 true => format!("it closed a waiting connection: {error}"),
                 false => format!("it closed the connection without an answer: {error}"),
             };
-            // Its idle connections may end at any time; that says nothing about its health.
-            let outcome = if passing.upstream.used { Outcome::Unreached } else { Outcome::Failure };
-            Tried::Failed(Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome, safe })
+            let stale = passing.upstream.used;
+            let outcome = if stale { Outcome::Cancelled } else { Outcome::Failure };
+            Tried::Failed(Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome, safe, stale })
         }
     }
 }
@@ -454,13 +475,23 @@ fn outcome(status: u16) -> Outcome {
 
 fn unreached(error: &io::Error) -> Failure {
     let text = format!("it cannot be reached: {error}");
-    Failure { refusal: Refusal::new(503, Why::NoEndpoint, text), outcome: Outcome::Unreached, safe: true }
+    Failure {
+        refusal: Refusal::new(503, Why::NoEndpoint, text),
+        outcome: Outcome::Unreached,
+        safe: true,
+        stale: false,
+    }
 }
 
 /// An endpoint that does not speak the port's protocol. It may have done what it was asked.
 fn nonsense(why: &str) -> Failure {
     let text = format!("it answered what is no HTTP/1.1: {why}");
-    Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome: Outcome::Failure, safe: false }
+    Failure {
+        refusal: Refusal::new(502, Why::NoEndpoint, text),
+        outcome: Outcome::Failure,
+        safe: false,
+        stale: false,
+    }
 }
 
 /// Why no answer came.

@@ -109,6 +109,31 @@ async fn a_connection_that_the_endpoint_closed_meanwhile_is_not_used() {
 }
 
 #[tokio::test]
+async fn the_only_endpoint_is_asked_again_when_an_old_connection_ends_under_a_request() {
+    let mut stage = Stage::default();
+    let endpoint = stage
+        .endpoint(|_, mut stream| async move {
+            read_head(&mut stream).await.unwrap();
+            stream.write_all(OK.as_bytes()).await.unwrap();
+            // As an agent that is killed: the second was taken, and nothing comes.
+            read_head(&mut stream).await;
+        })
+        .await;
+    let mut caller = stage.call(&[endpoint], PortRules::default()).await;
+    for _ in 0..5 {
+        caller.say("GET / HTTP/1.1\r\nHost: web\r\n\r\n").await;
+        assert_eq!(caller.hear(OK.len()).await, OK);
+    }
+    let ejected = caller.route.balancer.view(crate::clock::monotonic())[0].ejected;
+    assert!(!ejected, "old connections say nothing of it");
+    let mut caller = stage.call(&[endpoint], PortRules::default()).await;
+    caller.say("GET / HTTP/1.1\r\nHost: web\r\n\r\n").await;
+    assert_eq!(caller.hear(OK.len()).await, OK);
+    let heard = caller.ask(POST).await;
+    assert!(heard.contains("502 Bad Gateway") && heard.contains("it closed a waiting connection"), "{heard}");
+}
+
+#[tokio::test]
 async fn an_answer_that_breaks_off_is_not_made_whole() {
     let mut stage = Stage::default();
     let broken = stage
