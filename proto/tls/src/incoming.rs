@@ -43,6 +43,8 @@ impl Default for IncomingLimits {
 
 /// After an accept error such as "too many open files", which would otherwise spin.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// For handshakes that have begun, once nothing more is taken.
+const LAST_HANDSHAKES: Duration = Duration::from_millis(500);
 
 /// What a request's extensions hold about the connection that it came on.
 #[derive(Debug, Clone)]
@@ -133,7 +135,8 @@ impl AsyncWrite for TlsConnection {
 }
 
 /// Connections whose handshake succeeded, for `Server::serve_with_incoming`. Failed handshakes are logged at debug
-/// and end only themselves; the stream yields no errors of its own and ends with `shutdown`.
+/// and end only themselves; the stream yields no errors of its own. After `shutdown` nothing new is taken, and it ends with
+/// the last handshake under way: who has been taken is not sent away.
 pub fn incoming(
     listener: TcpListener,
     config: Arc<ServerConfig>,
@@ -141,13 +144,14 @@ pub fn incoming(
     shutdown: CancellationToken,
 ) -> impl Stream<Item = io::Result<TlsConnection>> + Send + 'static {
     let acceptor = Acceptor {
-        listener,
+        listener: Some(listener),
         config,
         slots: Arc::new(Semaphore::new(limits.connections.max(1))),
         limits,
         handshakes: JoinSet::new(),
         not_before: None,
         shutdown,
+        ends_at: None,
     };
     futures::stream::unfold(acceptor, |mut acceptor| async move {
         acceptor.next().await.map(|connection| (Ok(connection), acceptor))
@@ -155,29 +159,39 @@ pub fn incoming(
 }
 
 struct Acceptor {
-    listener: TcpListener,
+    /// Until nothing is taken any more.
+    listener: Option<TcpListener>,
     config: Arc<ServerConfig>,
     slots: Arc<Semaphore>,
     limits: IncomingLimits,
     handshakes: JoinSet<Option<TlsConnection>>,
     not_before: Option<Instant>,
     shutdown: CancellationToken,
+    /// Nothing is taken any more, and what has begun has so long.
+    ends_at: Option<Instant>,
 }
 
 impl Acceptor {
     async fn next(&mut self) -> Option<TlsConnection> {
         let shutdown = self.shutdown.clone();
         loop {
-            let accepting = self.handshakes.len() < self.limits.handshakes;
+            if self.ends_at.is_some() && self.handshakes.is_empty() {
+                return None;
+            }
+            let accepting = self.listener.is_some() && self.handshakes.len() < self.limits.handshakes;
             tokio::select! {
                 biased;
-                () = shutdown.cancelled() => return None,
+                () = shutdown.cancelled(), if self.ends_at.is_none() => {
+                    self.listener = None;
+                    self.ends_at = Some(Instant::now() + LAST_HANDSHAKES);
+                }
+                () = ended(self.ends_at) => return None,
                 Some(done) = self.handshakes.join_next() => {
                     if let Ok(Some(connection)) = done {
                         return Some(connection);
                     }
                 }
-                accepted = accept(&self.listener, &self.slots, self.not_before), if accepting => {
+                accepted = accept(self.listener.as_ref(), &self.slots, self.not_before), if accepting => {
                     self.not_before = None;
                     match accepted {
                         Ok((stream, remote, slot)) => {
@@ -196,9 +210,16 @@ impl Acceptor {
     }
 }
 
+async fn ended(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Cancel-safe: a slot taken for a connection that has not come yet is given back.
 async fn accept(
-    listener: &TcpListener,
+    listener: Option<&TcpListener>,
     slots: &Arc<Semaphore>,
     not_before: Option<Instant>,
 ) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
@@ -206,6 +227,7 @@ async fn accept(
         tokio::time::sleep_until(not_before).await;
     }
     let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");
+    let Some(listener) = listener else { return std::future::pending().await };
     let (stream, remote) = listener.accept().await?;
     Ok((stream, remote, slot))
 }
