@@ -581,7 +581,8 @@ impl HostTask {
 
     /// What has changed of this host's endpoints.
     fn tell_proxy(&mut self) {
-        let Some(proxy) = &self.proxy else { return };
+        // Until then the directory that the last agent wrote down is the better word: nearly all of it still runs.
+        let Some(proxy) = self.proxy.as_ref().filter(|_| self.reconciler.is_keeper_known()) else { return };
         for one in self.reconciler.supervisors() {
             let (instance, epoch) = (one.instance(), one.key().epoch);
             let is_same = self
