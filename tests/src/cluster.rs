@@ -135,11 +135,13 @@ impl Cluster {
 
     fn run(self) -> Self {
         let mut cluster = self;
-        let agents = cluster.agents.len();
         cluster.members.iter_mut().for_each(Role::start);
         cluster.wait_for_leader();
-        cluster.agents.iter_mut().for_each(Role::start);
-        cluster.wait_for_agents(agents);
+        // One after the other, so that the first agent is the first host, whose addresses `nave url` gives.
+        for n in 0..cluster.agents.len() {
+            cluster.agents[n].start();
+            cluster.wait_for_agents(n + 1);
+        }
         cluster
     }
 
