@@ -45,7 +45,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         meter.row(&format!("{agents} sessions open"));
         let idle = meter.quiet("idle, no instances").await;
 
-        place(&api, leader, instances).await?;
+        place(&api, leader, instances, PER_SERVICE).await?;
         meter.lap(&format!("{} services applied", instances.div_ceil(PER_SERVICE)));
         until("all instances are told", || Seen::get(&fleet.seen.running) >= instances).await?;
         meter.lap(&format!("{instances} instances placed and told to their agents"));
@@ -70,7 +70,7 @@ fn argument(at: usize) -> Option<usize> {
     std::env::args().nth(at)?.parse().ok()
 }
 
-async fn token(api: &Api, leader: usize) -> anyhow::Result<String> {
+pub(crate) async fn token(api: &Api, leader: usize) -> anyhow::Result<String> {
     let call = || {
         let mut client = ClusterServiceClient::new(api.channel(leader));
         async move { client.create_token(pb::CreateTokenRequest { ttl: None, uses: 1_000_000 }).await }
@@ -80,11 +80,11 @@ async fn token(api: &Api, leader: usize) -> anyhow::Result<String> {
 }
 
 /// Applies the services, some at a time.
-async fn place(api: &Api, leader: usize, instances: u64) -> anyhow::Result<()> {
+pub(crate) async fn place(api: &Api, leader: usize, instances: u64, per_service: u64) -> anyhow::Result<()> {
     use futures::{StreamExt as _, TryStreamExt as _, stream};
-    let services = instances.div_ceil(PER_SERVICE);
+    let services = instances.div_ceil(per_service);
     let one = |n: u64| {
-        let count = PER_SERVICE.min(instances - n * PER_SERVICE);
+        let count = per_service.min(instances - n * per_service);
         let client = api.services(leader);
         async move {
             let text = format!(
@@ -129,7 +129,7 @@ where
     }
 }
 
-async fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) -> anyhow::Result<()> {
     let end = Instant::now() + PATIENCE;
     while !holds() {
         ensure!(Instant::now() < end, "waited {PATIENCE:?} in vain: {what}");

@@ -2,6 +2,7 @@
 //! no pass or fail. `nave-bench all`, or one of the names below.
 #![expect(clippy::print_stdout, reason = "its product is what it prints")]
 
+mod calls;
 mod etcd;
 mod failover;
 mod faults;
@@ -29,10 +30,13 @@ fn main() -> anyhow::Result<()> {
     if what == proxy::SOURCE {
         return proxy::source();
     }
+    if what == calls::ANSWER {
+        return calls::answer();
+    }
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 13] = [
+    let rooms: [(&str, Measurement); 14] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
@@ -49,6 +53,7 @@ fn main() -> anyhow::Result<()> {
         ("output", output::run),
         ("supervise", supervise::run),
         ("proxy", proxy::run),
+        ("calls", calls::run),
     ];
     for (name, run) in &rooms {
         if all || what == *name {

@@ -2,6 +2,7 @@
 //! h2load, and a reader of bytes), one after the other on one machine, each with two worker threads. Said for each:
 //! requests per second, the half and the last hundredth of the answers, its own CPU seconds for a million requests, and
 //! its resident memory under that load. What is not installed is said and left out; `ENVOY` and `CADDY` name binaries.
+//! `nave-bench proxy http1 Nave HAProxy` measures only these.
 
 mod load;
 mod rivals;
@@ -27,7 +28,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
     // Read by whoever the services run as.
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let backend = Backend::start(folder.path())?;
-    for load in [Load::Http1, Load::Http2, Load::Tcp] {
+    let words: Vec<String> = std::env::args().skip(2).collect();
+    let loads = [Load::Http1, Load::Http2, Load::Tcp];
+    let (only, subjects): (Vec<String>, Vec<String>) =
+        words.into_iter().partition(|word| loads.iter().any(|load| load.word() == word));
+    let is_wanted = |name: &str| subjects.is_empty() || subjects.iter().any(|one| one == name);
+    for load in
+        loads.into_iter().filter(|load| only.is_empty() || only.iter().any(|word| word == load.word()))
+    {
         println!("\n### {}\n", load.title());
         println!(
             "| through | {} | p50 ms | p99 ms | its CPU seconds {} | its resident MiB |",
@@ -35,11 +43,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
             load.per()
         );
         println!("|---|---|---|---|---|---|");
-        row("nobody", load, &Subject::direct(&backend, load))?;
-        let mut nave = Nave::start(folder.path())?;
-        row("Nave", load, &nave.subject(load)?)?;
-        drop(nave);
-        for rival in rivals::RIVALS {
+        if is_wanted("nobody") {
+            row("nobody", load, &Subject::direct(&backend, load))?;
+        }
+        if is_wanted("Nave") {
+            let mut nave = Nave::start(folder.path())?;
+            row("Nave", load, &nave.subject(load)?)?;
+        }
+        for rival in rivals::RIVALS.into_iter().filter(|rival| is_wanted(rival.name)) {
             match rival.start(folder.path(), &backend, load)? {
                 Some(subject) => row(rival.name, load, &subject)?,
                 None => println!("| {} | does not, or is not installed | | | | |", rival.name),

@@ -39,6 +39,15 @@ impl Load {
         }
     }
 
+    /// As it is asked for.
+    pub(super) const fn word(self) -> &'static str {
+        match self {
+            Self::Http1 => "http1",
+            Self::Http2 => "http2",
+            Self::Tcp => "tcp",
+        }
+    }
+
     pub(super) const fn rate(self) -> &'static str {
         if matches!(self, Self::Tcp) { "MiB/s" } else { "requests/s" }
     }

@@ -1,0 +1,204 @@
+//! Three instances on two hosts under 2,000 calls a second, one of ten a POST, while one kind of change happens again and
+//! again. Planned changes may fail nothing; a killed instance only a POST that it had been sent; a killed agent only
+//! what was under way through it, and nobody is ever refused. No POST may be done twice.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::ensure;
+use nave_tests::process::{alive, send};
+use nave_tests::wait::pause;
+use nave_tests::{Cluster, Setup, eventually, eventually_some};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::generator::{Call, Failed, Generator};
+use super::{ANSWER, address, rounds, spread};
+
+const ROUNDS: usize = 20;
+const PER_SECOND: u32 = 2_000;
+/// Before the first change and after each: some thousand calls in which nothing happens.
+const BETWEEN: Duration = Duration::from_millis(700);
+const PATIENCE: Duration = Duration::from_secs(120);
+const INSTANCES: usize = 3;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Nothing,
+    InstanceKilled,
+    Update,
+    Drain,
+    AgentRestarted,
+    AgentKilled,
+    LeaderKilled,
+}
+
+impl Change {
+    const ALL: [Self; 7] = [
+        Self::Nothing,
+        Self::InstanceKilled,
+        Self::Update,
+        Self::Drain,
+        Self::AgentRestarted,
+        Self::AgentKilled,
+        Self::LeaderKilled,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::InstanceKilled => "an instance is killed",
+            Self::Update => "a rolling update",
+            Self::Drain => "a host is drained",
+            Self::AgentRestarted => "an agent is restarted",
+            Self::AgentKilled => "an agent is killed",
+            Self::LeaderKilled => "the hub's leader is killed",
+        }
+    }
+}
+
+pub(crate) fn run() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    // Services have users of their own.
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    let mut cluster = Cluster::start(&Setup { members: 3, agents: 2 });
+    cluster.wait_for_agents(2);
+    cluster.apply(&manifest(folder.path(), 0)?, &["--wait"]).expect(0);
+    let (address, _) = address(&cluster, "calls")?;
+    eventually("the address answers", PATIENCE, || std::net::TcpStream::connect(address).is_ok());
+    println!(
+        "| under 2,000 calls/s | times | calls | failed | of these POSTs that an instance had got | refused | p50 ms | p99 ms | longest ms |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    let mut wrong = Vec::new();
+    for change in Change::ALL {
+        for file in std::fs::read_dir(folder.path())? {
+            std::fs::File::create(file?.path())?;
+        }
+        let load = Generator::start(address, PER_SECOND)?;
+        pause(BETWEEN);
+        let times = rounds(ROUNDS);
+        for round in 0..times {
+            make(change, &mut cluster, folder.path(), round)?;
+            pause(BETWEEN);
+        }
+        let calls = load.stop();
+        wrong.extend(row(change, times, calls, &posts(folder.path())?));
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+fn manifest(folder: &Path, version: usize) -> anyhow::Result<String> {
+    let program = std::env::current_exe()?;
+    Ok(format!(
+        "name = \"calls\"\ncommand = [{program:?}, {ANSWER:?}, {folder:?}]\ncount = {INSTANCES}\n\
+         env = {{ VERSION = \"{version}\" }}\n[ports.main]\nprotocol = \"http\"\nservice_port = 8080\n\
+         [health]\nhttp = \"/ready\"\ninterval = \"200ms\"\n[restart]\nbudget = \"1000 in 5m\"\n\
+         [update]\nmin_ready = \"100ms\"\n"
+    ))
+}
+
+fn make(change: Change, cluster: &mut Cluster, folder: &Path, round: usize) -> anyhow::Result<()> {
+    let agent = round % cluster.agents.len();
+    match change {
+        Change::Nothing => {}
+        Change::InstanceKilled => {
+            let row = cluster.wait_ready("calls", INSTANCES).remove(round % INSTANCES);
+            let pid = pid(&row);
+            send(pid, Signal::SIGKILL);
+            eventually("all are ready again", PATIENCE, || {
+                let rows = cluster.ps("calls");
+                let ready = rows.iter().filter(|row| row["ready"] == true && self::pid(row) != pid);
+                ready.count() == INSTANCES
+            });
+        }
+        Change::Update => {
+            cluster.apply(&manifest(folder, round + 1)?, &["--wait"]).expect(0);
+        }
+        Change::Drain => {
+            let name = cluster.agents[agent].name.clone();
+            cluster.nave(&["drain", &name, "--wait"]).expect(0);
+            cluster.nave(&["undrain", &name]).expect(0);
+        }
+        Change::AgentRestarted => replace(cluster, agent, Signal::SIGTERM),
+        Change::AgentKilled => replace(cluster, agent, Signal::SIGKILL),
+        Change::LeaderKilled => {
+            let leader = cluster.wait_for_leader();
+            cluster.members[leader].kill();
+            let next = eventually_some("another leader", PATIENCE, || {
+                cluster.leader().filter(|next| *next != leader)
+            });
+            cluster.members[leader].start();
+            eventually("the member is back", PATIENCE, || {
+                cluster.leader() == Some(next) && cluster.settled(3)
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Ends an agent, which its keeper starts again, and waits until the hub hears from it.
+fn replace(cluster: &Cluster, agent: usize, signal: Signal) {
+    let before = cluster.agents[agent].agent_pid();
+    send(before, signal);
+    eventually("another agent", PATIENCE, || {
+        cluster.agents[agent].pid_file("nave.pid").is_some_and(|now| now != before && alive(now))
+    });
+    cluster.wait_for_agents(cluster.agents.len());
+    cluster.wait_ready("calls", INSTANCES);
+}
+
+fn pid(row: &Value) -> u32 {
+    row["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default()
+}
+
+/// How often each POST was done.
+fn posts(folder: &Path) -> anyhow::Result<BTreeMap<u64, usize>> {
+    let mut done = BTreeMap::new();
+    for file in std::fs::read_dir(folder)? {
+        let text = std::fs::read_to_string(file?.path())?;
+        for number in text.lines().filter_map(|line| line.strip_prefix('/')?.parse().ok()) {
+            *done.entry(number).or_default() += 1;
+        }
+    }
+    Ok(done)
+}
+
+/// Prints what came of it; returns what must not be.
+fn row(change: Change, times: usize, calls: Vec<Call>, posts: &BTreeMap<u64, usize>) -> Vec<String> {
+    let failed: Vec<&Call> = calls.iter().filter(|call| call.answer.is_err()).collect();
+    let refused = failed.iter().filter(|call| matches!(call.answer, Err(Failed::Refused(_)))).count();
+    let excused = failed.iter().filter(|call| was_sent(call, posts)).count();
+    let wrong: Vec<&&Call> = failed
+        .iter()
+        .filter(|call| match change {
+            Change::InstanceKilled => !was_sent(call, posts),
+            // Cut by the agent's end; of one on the other host, its instance's answer is lost to a POST.
+            Change::AgentKilled => !matches!(call.answer, Err(Failed::Cut(_))) && !was_sent(call, posts),
+            _ => true,
+        })
+        .collect();
+    let mut said: Vec<String> = Vec::new();
+    if let Some(first) = wrong.first() {
+        said.push(format!("{}: {} calls failed, the first: {first:?}", change.name(), wrong.len()));
+    }
+    let twice = posts.values().filter(|count| **count > 1).count();
+    if twice > 0 {
+        said.push(format!("{}: {twice} POSTs were done twice", change.name()));
+    }
+    let (all, failed) = (calls.len(), failed.len());
+    let [half, _, last, longest] = spread(calls.into_iter().map(|call| call.took).collect());
+    println!(
+        "| {} | {times} | {all} | {failed} | {excused} | {refused} | {half:.2} | {last:.1} | {longest:.0} |",
+        change.name()
+    );
+    said
+}
+
+/// A POST that an instance has had, or may have had: its connection ended after it was sent there.
+fn was_sent(call: &Call, posts: &BTreeMap<u64, usize>) -> bool {
+    let by_word = matches!(&call.answer, Err(Failed::Status(502, text)) if text.contains("it closed "));
+    call.is_post && (posts.contains_key(&call.number) || by_word)
+}
