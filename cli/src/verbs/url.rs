@@ -49,7 +49,8 @@ pub(super) async fn run(args: &Url, hub: &Hub) -> Result<(), Failure> {
         Some(SocketAddr::from((address(prefix(own), service.address_suffix)?, number)))
     };
     let Some(address) = told.or_else(worked_out) else {
-        return Err(Failure::refused(format!("{} has no address yet", args.service)));
+        let what = format!("{} has no address yet: it comes with the first instance", args.service);
+        return Err(Failure::refused(what).next(format!("nave scale {} 1", args.service)));
     };
     out::line(text(port, address));
     let dialled = tokio::net::TcpStream::connect(address);
