@@ -93,8 +93,7 @@ impl Nave {
     }
 
     fn subject(&mut self, load: Load) -> anyhow::Result<Subject> {
-        let url = self.cluster.nave(&["url", load.service()]).expect(0).stdout;
-        let address = url.trim().rsplit('/').next().unwrap_or_default().parse()?;
+        let address = self.cluster.address(load.service());
         Ok(Subject::at(address, vec![self.cluster.agents[0].agent_pid()]))
     }
 }

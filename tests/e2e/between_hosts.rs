@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::deploy_and_serve::get;
-use crate::manifests::web_with;
+use crate::manifests::{python, web_with};
 
 /// Of each kind, each with one call under way at a time.
 const CALLERS: usize = 2;
@@ -76,10 +76,8 @@ http.server.HTTPServer((os.environ["HOST"], int(os.environ["PORT"])), Look).serv
 "#;
 
 fn service(name: &str, host: &str, program: &str, port: &str, more: &str) -> String {
-    format!(
-        "name = \"{name}\"\ncommand = [\"python3\", \"-c\", '''{program}''']\n{more}\n[ports.main]\n{port}\n\
-         [health]\ntcp = true\ninterval = \"100ms\"\n\n[placement]\nconstraints = ['host = \"{host}\"']\n"
-    )
+    let there = format!("\n[placement]\nconstraints = ['host = \"{host}\"']\n");
+    python(name, program, port, more) + &there
 }
 
 fn look(cluster: &Cluster, service: &str) -> Option<Value> {
@@ -98,8 +96,7 @@ fn a_call_finds_its_service_on_another_host_and_says_who_calls() {
     let needs = "needs = [\"called\", \"stream\"]";
     cluster.apply(&service("caller", "agent-1", CALLER, http, needs), &["--wait"]).expect(0);
     // It is told no address of what it may not call, and has it from elsewhere.
-    let url = cluster.nave(&["url", "called"]).expect(0).stdout;
-    let told = format!("{needs}\nenv = {{ CALLED_URL = \"{}\" }}", url.trim());
+    let told = format!("{needs}\nenv = {{ CALLED_URL = \"{}\" }}", cluster.url("called"));
     cluster.apply(&service("stranger", "agent-1", CALLER, http, &told), &["--wait"]).expect(0);
     let said = eventually_some("both are reached", SOON, || {
         look(&cluster, "caller").filter(|said| said["echo"] == 300_000)
@@ -116,10 +113,7 @@ fn a_call_finds_its_service_on_another_host_and_says_who_calls() {
 
 /// The agent's port is the only way to its host's instances, so it is there while the agent is not.
 fn callers_outlive_the_agent_of_the_other_host(cluster: &Cluster) {
-    let [web, stream] = ["web", "stream"].map(|name| {
-        let url = cluster.nave(&["url", name]).expect(0).stdout;
-        url.trim().rsplit('/').next().expect("an address in a URL").to_owned()
-    });
+    let [web, stream] = ["web", "stream"].map(|name| cluster.address(name).to_string());
     eventually_some("both answer", SOON, || ask(&web).and_then(|_| echo(&stream)).ok());
     let calls = [AtomicUsize::new(0), AtomicUsize::new(0)];
     let more = |cluster: &Cluster| {
@@ -168,8 +162,7 @@ fn a_planned_change_fails_no_call() {
     let cluster = Cluster::start(&Setup { members: 1, agents: 2 });
     let rules = "[update]\nmax_parallel = 1\nmin_ready = \"500ms\"";
     cluster.apply(&web_with("web", 4, "--greeting one", rules), &["--wait"]).expect(0);
-    let url = cluster.nave(&["url", "web"]).expect(0).stdout.trim().to_owned();
-    let address = url.trim_start_matches("http://").to_owned();
+    let address = cluster.address("web").to_string();
     eventually_some("it answers", SOON, || ask(&address).ok());
 
     let (done, calls) = (AtomicBool::new(false), AtomicUsize::new(0));

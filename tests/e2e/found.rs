@@ -58,7 +58,7 @@ fn by_environment_by_dns_and_by_the_command_line_with_and_without_a_hub() {
     cluster.apply(&caller(), &["--wait"]).expect(0);
     let port = cluster.wait_ready("caller", 1)[0]["ports"]["http"].as_u64().expect("a port");
 
-    let url = cluster.nave(&["url", "web"]).expect(0).stdout.trim().to_owned();
+    let url = cluster.url("web");
     let found = look(&cluster).expect("the caller answers");
     assert_eq!(found["env"]["WEB_URL"], url.as_str(), "{found}");
     assert_eq!(url, format!("http://{}", found["env"]["WEB_ADDR"].as_str().expect("an address")));

@@ -9,6 +9,7 @@ mod bad_manifests;
 mod beside;
 mod between_hosts;
 mod brake;
+mod callers;
 mod cloned_host;
 mod deploy_and_serve;
 mod dev;

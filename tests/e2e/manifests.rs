@@ -21,3 +21,12 @@ pub(crate) fn web_with(name: &str, count: u32, args: &str, tables: &str) -> Stri
 pub(crate) fn sleeper(name: &str, count: u32) -> String {
     format!("name = \"{name}\"\ncommand = [\"sleep\", \"infinity\"]\ncount = {count}\n")
 }
+
+/// A service that is a few lines of Python, ready when it takes connections. `port`: the keys of its port; `more`: its
+/// own keys.
+pub(crate) fn python(name: &str, program: &str, port: &str, more: &str) -> String {
+    format!(
+        "name = \"{name}\"\ncommand = [\"python3\", \"-c\", '''{program}''']\n{more}\n[ports.main]\n{port}\n\n\
+         [health]\ntcp = true\ninterval = \"100ms\"\n"
+    )
+}

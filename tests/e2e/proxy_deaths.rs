@@ -84,11 +84,6 @@ fn answered_more(counts: &[Counts; 2], more: usize) {
     }
 }
 
-fn address(cluster: &Cluster, service: &str) -> SocketAddr {
-    let url = cluster.nave(&["url", service]).expect(0).stdout;
-    url.trim().rsplit('/').next().and_then(|address| address.parse().ok()).expect("an address in a URL")
-}
-
 fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     listener.local_addr().expect("it is bound").port()
@@ -101,7 +96,7 @@ fn callers_outlive_instances_and_the_agent() {
     for (name, protocol) in services {
         cluster.apply(&manifest(name, protocol, free_port()), &["--wait"]).expect(0);
     }
-    let addresses = services.map(|(name, _)| address(&cluster, name));
+    let addresses = services.map(|(name, _)| cluster.address(name));
     for address in addresses {
         eventually("the address answers", SOON, || match TcpStream::connect(address) {
             Ok(_) => true,

@@ -1,6 +1,7 @@
 //! A real cluster on loopback: `nave init`, members and agents as processes, each with a folder of its own below one
 //! temporary folder. At most two clusters run at a time, since the machines that run the tests have two cores.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -270,6 +271,23 @@ impl Cluster {
     }
 
     /// Rows of `nave ps`.
+    /// What callers use, as soon as an agent has it.
+    pub fn url(&self, service: &str) -> String {
+        eventually_some("the service has an address", SOON, || {
+            let said = self.nave(&["url", service]);
+            (said.code == 0).then(|| said.stdout.trim().to_owned())
+        })
+    }
+
+    /// What a connection to a service goes to.
+    ///
+    /// # Panics
+    /// When the service has no port.
+    pub fn address(&self, service: &str) -> SocketAddr {
+        let url = self.url(service);
+        url.rsplit('/').next().and_then(|address| address.parse().ok()).expect("an address in a URL")
+    }
+
     pub fn ps(&self, service: &str) -> Vec<Value> {
         self.try_json(&["ps", service]).and_then(|rows| rows.as_array().cloned()).unwrap_or_default()
     }

@@ -46,6 +46,11 @@ pub fn hello() -> PathBuf {
     existing("hello")
 }
 
+/// A service that speaks gRPC and WebSocket, as `speaker/main.rs` says.
+pub fn speaker() -> PathBuf {
+    existing("nave-test-speaker")
+}
+
 fn existing(name: &str) -> PathBuf {
     let path = target_dir().join(name);
     assert!(path.exists(), "{} is missing: run `make build` first", path.display());
