@@ -4,6 +4,7 @@ mod agent_installed;
 mod agent_killed;
 mod agent_partitioned;
 mod all_members_killed;
+mod bad_calls;
 mod bad_input;
 mod bad_manifests;
 mod beside;
