@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use nave_agent_core::directory::Host;
 use nave_proto::ids::HostId;
 use nave_tls::{ClientConnection, Credentials, Dialer, Expect};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use super::http1::Pool;
@@ -28,6 +29,10 @@ pub(crate) const STREAM: &[u8] = b"nave-stream";
 /// is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Connections for requests that are opened to one host at a time. More would take each other's time until none is done
+/// within its own, and meanwhile others come free.
+const DIALS_MAX: usize = 16;
+
 /// See the module's description.
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
@@ -41,6 +46,7 @@ pub(crate) struct Peers {
 struct Peer {
     address: String,
     http1: Dialer,
+    dials: Arc<Semaphore>,
     stream: Dialer,
 }
 
@@ -64,6 +70,15 @@ impl Peers {
             _ => false,
         });
         self.hosts.store(Arc::new(now));
+    }
+
+    /// A turn to open a connection for requests: a burst opens some, and its other calls take those that come free.
+    ///
+    /// # Errors
+    /// The host is not known, or there was no turn in time.
+    pub(crate) async fn turn(&self, host: HostId) -> io::Result<OwnedSemaphorePermit> {
+        let turn = timeout(CONNECT_TIMEOUT, self.peer(host)?.dials.clone().acquire_owned()).await;
+        Ok(turn.map_err(|_| io::ErrorKind::TimedOut)?.expect("it is never closed"))
     }
 
     /// A new connection for requests to instances of this host.
@@ -105,6 +120,7 @@ impl Peer {
         let dialer = |protocol| {
             Dialer::new(&host.address, credentials, Expect::Agent(host.id), protocol, CONNECT_TIMEOUT)
         };
-        Self { address: host.address.clone(), http1: dialer(HTTP1), stream: dialer(STREAM) }
+        let dials = Arc::new(Semaphore::new(DIALS_MAX));
+        Self { address: host.address.clone(), http1: dialer(HTTP1), dials, stream: dialer(STREAM) }
     }
 }

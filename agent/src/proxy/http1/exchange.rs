@@ -317,19 +317,28 @@ impl<'a> Exchange<'a> {
     }
 
     async fn connection(&self, pick: &Pick) -> io::Result<Upstream> {
-        let waiting = match pick.endpoint().reach {
-            _ if self.stale.is_some() => None,
-            Reach::Local(_) => self.route.idle.take(pick.endpoint().key),
-            Reach::Remote { host, .. } => self.route.peers.idle.take(host),
-        };
-        if let Some(waiting) = waiting {
+        if let Some(waiting) = self.waiting(pick) {
             return Ok(waiting);
         }
         let stream = match pick.endpoint().reach {
             Reach::Local(address) => Wire::Local(connect(address, self.rules.connect_timeout).await?),
-            Reach::Remote { host, .. } => Wire::Peer(Box::new(self.route.peers.http1(host).await?)),
+            Reach::Remote { host, .. } => {
+                let _turn = self.route.peers.turn(host).await?;
+                if let Some(waiting) = self.waiting(pick) {
+                    return Ok(waiting);
+                }
+                Wire::Peer(Box::new(self.route.peers.http1(host).await?))
+            }
         };
         Ok(Upstream::new(stream))
+    }
+
+    fn waiting(&self, pick: &Pick) -> Option<Upstream> {
+        match pick.endpoint().reach {
+            _ if self.stale.is_some() => None,
+            Reach::Local(_) => self.route.idle.take(pick.endpoint().key),
+            Reach::Remote { host, .. } => self.route.peers.idle.take(host),
+        }
     }
 
     async fn pass<S: Stream>(&self, passing: &mut Passing<'_, '_, S>, pick: &mut Pick) -> Tried {
