@@ -60,6 +60,6 @@ fn address(cluster: &Cluster, service: &str) -> anyhow::Result<(SocketAddr, usiz
 /// The half, the last twentieth, the last hundredth and the last of them, in milliseconds.
 fn spread(mut all: Vec<Duration>) -> [f64; 4] {
     all.sort_unstable();
-    let last = all.len().saturating_sub(1);
-    [50, 95, 99, 100].map(|part| all.get(last * part / 100).map_or(0.0, |took| took.as_secs_f64() * 1000.0))
+    let rank = |part: usize| (all.len() * part).div_ceil(100).saturating_sub(1);
+    [50, 95, 99, 100].map(|part| all.get(rank(part)).map_or(0.0, |took| took.as_secs_f64() * 1000.0))
 }

@@ -59,12 +59,12 @@ pub(crate) fn run() -> anyhow::Result<()> {
 }
 
 fn manifest(name: &str, host: &str, folder: &Path) -> String {
+    // The folder by itself: what a service names below /tmp is there for it.
     let script = format!(
-        "sleep {BEGINS_AFTER}; f={}/$NAVE_INSTANCE.$$; echo $PORT > $f.new; mv $f.new $f; exec sleep infinity",
-        folder.display()
+        "sleep {BEGINS_AFTER}; f=$1/$NAVE_INSTANCE; echo $PORT > $f.new; mv $f.new $f; exec sleep infinity"
     );
     format!(
-        "name = \"{name}\"\ncommand = [\"sh\", \"-c\", {script:?}]\ncount = {INSTANCES}\n\
+        "name = \"{name}\"\ncommand = [\"sh\", \"-c\", {script:?}, \"sh\", {folder:?}]\ncount = {INSTANCES}\n\
          [ports.main]\nprotocol = \"http\"\nservice_port = 8080\n[health]\nhttp = \"/ready\"\ninterval = \"100ms\"\n\
          [restart]\nbudget = \"1000 in 5m\"\n[placement]\nconstraints = ['host = \"{host}\"']\n"
     )
@@ -84,7 +84,7 @@ fn measure(cluster: &Cluster, stands: &mut Stands, own: usize, of: usize) -> any
         let row = cluster.wait_ready(name, INSTANCES).remove(round % INSTANCES);
         let instance = row["id"].as_str().context("an instance has an id")?.to_owned();
         let pid = row["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("a pid")?;
-        let stand = stands.known.remove(&pid).context("its port is answered here")?;
+        let stand = stands.known.remove(&instance).context("its port is answered here")?;
         let calls = load.ended();
         eventually("it is called", PATIENCE, || load.ended() > calls + 100);
         let died = Instant::now();
@@ -142,11 +142,12 @@ fn tries(metrics: SocketAddr, instance: &str) -> Option<u64> {
     text.lines().find(line)?.rsplit(' ').next()?.parse().ok()
 }
 
-/// This program's answers on the instances' ports, by the pids of the processes that wait.
+/// This program's answers on the instances' ports.
 struct Stands {
     folder: PathBuf,
     runtime: Runtime,
-    known: BTreeMap<u32, Stand>,
+    /// By instance; each new process of one says where it is.
+    known: BTreeMap<String, Stand>,
 }
 
 #[derive(Debug)]
@@ -173,8 +174,8 @@ impl Stands {
         eventually("all instances are ready", PATIENCE, || {
             self.take_up();
             let rows = cluster.ps(service);
-            let known = |pid: u64| u32::try_from(pid).is_ok_and(|pid| self.known.contains_key(&pid));
-            rows.iter().filter(|row| row["ready"] == true && row["pid"].as_u64().is_some_and(known)).count()
+            let known = |id: &str| self.known.contains_key(id);
+            rows.iter().filter(|row| row["ready"] == true && row["id"].as_str().is_some_and(known)).count()
                 == INSTANCES
         });
     }
@@ -183,13 +184,12 @@ impl Stands {
     fn take_up(&mut self) {
         for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let pid = name.rsplit('.').next().and_then(|pid| pid.parse().ok());
             let port = std::fs::read_to_string(entry.path()).ok().and_then(|port| port.trim().parse().ok());
-            if let (Some(pid), Some(port)) = (pid, port)
+            if let Some(port) = port.filter(|_| !name.ends_with(".new"))
                 && std::fs::remove_file(entry.path()).is_ok()
             {
                 let stand = Stand::new(self.runtime.handle(), port);
-                self.known.insert(pid, stand);
+                self.known.insert(name, stand);
             }
         }
     }
