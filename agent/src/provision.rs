@@ -1,13 +1,14 @@
 //! What a process finds beside its command: files from its manifest, secrets from this host, and variables that say
 //! where they are.
 //!
-//! All of it lies in `run/<instance>`, made anew for each start and gone with the instance. Until it is whole nobody
-//! but the agent may pass into it, then its service alone; the service owns the directory but never its parent, so no
-//! link of its making can lead us astray when it is removed. A secret goes from a file of this host into that
-//! directory: never to the hub, into a log or into a message.
+//! It lies in `run/<instance>`, and secrets in a directory in memory; both are made anew for each start and gone with the
+//! instance. Until one is whole nobody but the agent may pass into it, then its service alone; the service owns the
+//! directory but never its parent, so no link of its making can lead us astray when it is removed. A secret goes from a
+//! file of this host into that directory: never to the hub, into a log or into a message.
 
 pub(crate) mod artifacts;
 pub(crate) mod env_file;
+pub(crate) mod secrets;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
@@ -47,8 +48,20 @@ impl ProvisionError {
     }
 }
 
+/// The directories of one instance's things.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Places<'a> {
+    pub(crate) run: &'a Path,
+    pub(crate) secrets: &'a Path,
+}
+
 /// The variables that say where an instance's things are; only of what its manifest asks for.
-pub(crate) fn variables(run: &Path, data: &Path, manifest: &pb::Manifest) -> BTreeMap<String, String> {
+pub(crate) fn variables(
+    places: &Places<'_>,
+    data: &Path,
+    manifest: &pb::Manifest,
+) -> BTreeMap<String, String> {
+    let run = places.run;
     let text = |path: PathBuf| path.display().to_string();
     let mut variables = BTreeMap::new();
     if !manifest.files.is_empty() {
@@ -58,7 +71,7 @@ pub(crate) fn variables(run: &Path, data: &Path, manifest: &pb::Manifest) -> BTr
         variables.insert("NAVE_ARTIFACTS".to_owned(), text(run.join("artifacts")));
     }
     if !manifest.secrets.is_empty() {
-        variables.insert("NAVE_SECRETS".to_owned(), text(run.join("secrets")));
+        variables.insert("NAVE_SECRETS".to_owned(), text(places.secrets.to_owned()));
     }
     if manifest.data {
         variables.insert("NAVE_DATA".to_owned(), text(data.to_owned()));
@@ -71,7 +84,7 @@ pub(crate) fn variables(run: &Path, data: &Path, manifest: &pb::Manifest) -> BTr
 pub(crate) fn provide(
     artifacts: &Artifacts,
     cutoff: &Cutoff,
-    run: &Path,
+    Places { run, secrets }: Places<'_>,
     manifest: &pb::Manifest,
     env: &BTreeMap<String, String>,
     owner: Option<(u32, u32)>,
@@ -82,8 +95,11 @@ pub(crate) fn provide(
         .map(|artifact| Ok((artifact.name.as_str(), artifacts.get(artifact, cutoff)?)))
         .collect::<Result<_, ProvisionError>>()?;
     remove(run).map_err(|e| ProvisionError::io("its old files cannot be removed:", run, &e))?;
+    secrets::remove(secrets)
+        .map_err(|e| ProvisionError::io("its old secrets cannot be removed:", secrets, &e))?;
+    provide_secrets(secrets, manifest, owner)?;
     let mut unknown = BTreeSet::new();
-    if manifest.files.is_empty() && manifest.secrets.is_empty() && fetched.is_empty() {
+    if manifest.files.is_empty() && fetched.is_empty() {
         return Ok(unknown);
     }
     let made = |e: io::Error| ProvisionError::io("its files cannot be made:", run, &e);
@@ -104,18 +120,33 @@ pub(crate) fn provide(
         write(&run.join("files"), &path, &content, mode, owner)
             .map_err(|e| ProvisionError::io("file", Path::new(&file.path), &e))?;
     }
-    for (name, source) in &manifest.secrets {
-        // The path is the operator's; what is in the file is nobody's business.
-        let content = read_host_file(&format!("secret {name}:"), Path::new(source), SECRET_BYTES_MAX)?;
-        let folder = run.join("secrets");
-        write(&folder, &folder.join(name), &content, SECRET_MODE, owner)
-            .map_err(|e| ProvisionError::io("secret", Path::new(name), &e))?;
-    }
     // Last: from here on the service may look at what is there, and we do not touch it any more.
     if let Some((uid, gid)) = owner {
         chown(run, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(|e| made(e.into()))?;
     }
     Ok(unknown)
+}
+
+fn provide_secrets(
+    folder: &Path,
+    manifest: &pb::Manifest,
+    owner: Option<(u32, u32)>,
+) -> Result<(), ProvisionError> {
+    if manifest.secrets.is_empty() {
+        return Ok(());
+    }
+    let made = |e: io::Error| ProvisionError::io("its secrets cannot be made:", folder, &e);
+    secrets::make(folder).map_err(made)?;
+    for (name, source) in &manifest.secrets {
+        // The path is the operator's; what is in the file is nobody's business.
+        let content = read_host_file(&format!("secret {name}:"), Path::new(source), SECRET_BYTES_MAX)?;
+        write_file(&folder.join(name), &content, SECRET_MODE, owner)
+            .map_err(|e| ProvisionError::io("secret", Path::new(name), &e))?;
+    }
+    if let Some((uid, gid)) = owner {
+        chown(folder, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(|e| made(e.into()))?;
+    }
+    Ok(())
 }
 
 /// Takes all of it away.
@@ -166,6 +197,10 @@ fn write(root: &Path, path: &Path, content: &[u8], mode: u32, owner: Option<(u32
     for made in folder.ancestors().take_while(|made| made.starts_with(root)) {
         std::fs::set_permissions(made, Permissions::from_mode(0o755))?;
     }
+    write_file(path, content, mode, owner)
+}
+
+fn write_file(path: &Path, content: &[u8], mode: u32, owner: Option<(u32, u32)>) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -213,6 +248,10 @@ mod tests {
         Artifacts::new(Path::new("/nowhere"))
     }
 
+    fn places<'a>(run: &'a Path, secrets: &'a Path) -> Places<'a> {
+        Places { run, secrets }
+    }
+
     fn mode(path: &Path) -> u32 {
         std::fs::metadata(path).unwrap().permissions().mode() & 0o777
     }
@@ -224,6 +263,7 @@ mod tests {
         std::fs::write(&source, "taken ${PORT} ${NOBODY}").unwrap();
         let source = source.display().to_string();
         let run = dir.path().join("i-1");
+        let secrets = dir.path().join("secrets/i-1");
         let manifest = pb::Manifest {
             files: vec![
                 pb::File { mode: 0o600, ..file("conf/app.toml", "port = ${PORT}\n") },
@@ -235,20 +275,24 @@ mod tests {
         };
         let own = Some((nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()));
         for _start in 0..2 {
-            let unknown = provide(&none(), &Cutoff::default(), &run, &manifest, &env(), own).unwrap();
+            let unknown =
+                provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), own).unwrap();
             assert_eq!(unknown, ["NOBODY".to_owned()].into());
         }
         let read = |path: &str| std::fs::read_to_string(run.join(path)).unwrap();
         assert_eq!(read("files/conf/app.toml"), "port = 20001\n");
         assert_eq!(read("files/taken"), "taken 20001 ${NOBODY}");
         assert_eq!(read("files/as-it-is"), "taken ${PORT} ${NOBODY}");
-        assert_eq!(read("secrets/password"), "taken ${PORT} ${NOBODY}");
+        let secret = secrets.join("password");
+        assert_eq!(std::fs::read_to_string(&secret).unwrap(), "taken ${PORT} ${NOBODY}");
+        assert!(!run.join("secrets").exists());
         assert_eq!(mode(&run), 0o700);
         assert_eq!(mode(&run.join("files/conf/app.toml")), 0o600);
         assert_eq!(mode(&run.join("files/taken")), 0o644);
-        assert_eq!(mode(&run.join("secrets/password")), 0o400);
-        provide(&none(), &Cutoff::default(), &run, &pb::Manifest::default(), &env(), own).unwrap();
-        assert!(!run.exists(), "what is no longer asked for goes");
+        assert_eq!((mode(&secrets), mode(&secret)), (0o700, 0o400));
+        provide(&none(), &Cutoff::default(), places(&run, &secrets), &pb::Manifest::default(), &env(), own)
+            .unwrap();
+        assert!(!run.exists() && !secrets.exists(), "what is no longer asked for goes");
     }
 
     #[test]
@@ -258,10 +302,11 @@ mod tests {
         std::fs::create_dir(&precious).unwrap();
         std::fs::write(precious.join("app.toml"), "precious").unwrap();
         let run = dir.path().join("i-1");
+        let secrets = dir.path().join("secrets/i-1");
         std::fs::create_dir(&run).unwrap();
         std::os::unix::fs::symlink(&precious, run.join("files")).unwrap();
         let manifest = pb::Manifest { files: vec![file("app.toml", "new")], ..pb::Manifest::default() };
-        provide(&none(), &Cutoff::default(), &run, &manifest, &env(), None).unwrap();
+        provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), None).unwrap();
         assert_eq!(std::fs::read_to_string(precious.join("app.toml")).unwrap(), "precious");
         assert_eq!(std::fs::read_to_string(run.join("files/app.toml")).unwrap(), "new");
     }
@@ -270,10 +315,12 @@ mod tests {
     fn what_cannot_be_read_is_said_with_its_name_and_without_its_content() {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("i-1");
+        let secrets = dir.path().join("secrets/i-1");
         let absent = dir.path().join("absent").display().to_string();
         let manifest =
             pb::Manifest { secrets: [("password".to_owned(), absent)].into(), ..pb::Manifest::default() };
-        let error = provide(&none(), &Cutoff::default(), &run, &manifest, &env(), None).unwrap_err();
+        let error = provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), None)
+            .unwrap_err();
         assert_eq!(error.errno, libc::ENOENT);
         assert!(error.message.starts_with("secret password: /"), "{error}");
         let folder = dir.path().display().to_string();
@@ -281,7 +328,8 @@ mod tests {
             files: vec![pb::File { source: folder, ..file("a", "") }],
             ..pb::Manifest::default()
         };
-        let error = provide(&none(), &Cutoff::default(), &run, &manifest, &env(), None).unwrap_err();
+        let error = provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), None)
+            .unwrap_err();
         assert!(error.message.ends_with("is not a file"), "{error}");
     }
 }

@@ -38,6 +38,7 @@ use crate::keeper::{self, KeeperError};
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, Metrics};
 use crate::notify::NotifySockets;
+use crate::provision::secrets;
 use crate::proxy::{Proxy, ProxyConfig, Routes};
 use crate::sockets::Sockets;
 use crate::uplink::{Hello, Uplink};
@@ -235,6 +236,8 @@ async fn with_keeper(
     let cgroups = Cgroups::detect(&[welcome.keeper_pid, std::process::id()]);
     let mut facts = facts::facts(config, &cgroups, advertised(config, &listener).await);
     facts.place = data.place(&boot_id).map_err(RunError::Place)?;
+    let memory = secrets::memory();
+    facts.lacks.extend(memory.is_none().then(|| secrets::ON_DISK.to_owned()));
     let closed = closed_to_services(data.path());
     facts.lacks.extend(closed.map(|dir| {
         format!(
@@ -264,7 +267,8 @@ async fn with_keeper(
     let resolv_conf = names(config, &data, ways.clone(), &mut lasting.sockets, &mut tasks, shutdown).await;
     lasting.sockets.keep(&keeper).await.map_err(|_| RunError::KeeperLost)?;
     let runtime_name = format!("nave-{cluster}-{host}");
-    let directories = Directories::new(data.path());
+    let directories =
+        Directories::new(data.path()).with_secrets(secrets::root(data.path(), memory, &runtime_name));
     let notify = NotifySockets::for_host(data.path(), &runtime_name, closed.is_some());
     let context = SpawnContext::new(
         cluster,

@@ -89,18 +89,33 @@ fn files_variables_secrets_and_data_are_there_and_the_secret_is_nowhere_else() {
     let after = run(&row);
     eventually("what was provided for the old instance goes with it", SOON, || !before.exists());
 
-    let secret = std::fs::metadata(after.join("secrets/password")).expect("it is there");
+    let pid = row["pid"].as_u64().expect("it runs");
+    let secrets = environment(pid, "NAVE_SECRETS");
+    let secret = std::fs::metadata(secrets.join("password")).expect("it is there");
     assert_eq!(secret.permissions().mode() & 0o777, 0o400);
     if nave_tests::machine::is_root() {
-        let folder = std::fs::metadata(&after).expect("it is there");
-        assert_eq!(folder.permissions().mode() & 0o777, 0o700);
-        assert!(folder.uid() != 0 && folder.uid() == secret.uid(), "the service's own user");
+        for folder in [&after, &secrets] {
+            let folder = std::fs::metadata(folder).expect("it is there");
+            assert_eq!(folder.permissions().mode() & 0o777, 0o700);
+            assert!(folder.uid() != 0 && folder.uid() == secret.uid(), "the service's own user");
+        }
     }
     for told in [&["status", "db"][..], &["events"], &["services", "-o", "json"], &["logs", "db"]] {
         assert!(!cluster.nave(told).text().contains(SECRET), "{told:?} tells it");
     }
     let found = files_with(cluster.dir(), SECRET.as_bytes());
-    assert_eq!(found, [after.join("secrets/password"), given.join("password")], "and no other file");
+    // In memory where this machine has any, else beside the agent's other data.
+    let on_disk = secrets.starts_with(cluster.dir()).then(|| secrets.join("password"));
+    let has_memory = nix::sys::statfs::statfs("/dev/shm")
+        .is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
+    assert!(on_disk.is_none() || !has_memory, "{secrets:?} is on a disk");
+    let expected: Vec<PathBuf> = [given.join("password")].into_iter().chain(on_disk).collect();
+    assert_eq!(found, expected, "and no other file");
+
+    // It goes with the instance.
+    cluster.nave(&["restart", "db"]).expect(0);
+    eventually("the secrets of the old instance are gone", SOON, || !secrets.exists());
+    cluster.wait_ready("db", 1);
 
     // What is not there is the reason, by its name.
     std::fs::remove_file(given.join("password")).expect("removed");
@@ -111,6 +126,12 @@ fn files_variables_secrets_and_data_are_there_and_the_secret_is_nowhere_else() {
             .iter()
             .any(|row| row["reason"].as_str().is_some_and(|why| why.contains("secret password:")))
     });
+}
+
+fn environment(pid: u64, name: &str) -> PathBuf {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/environ")).expect("it runs");
+    let value = text.split('\0').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    PathBuf::from(value.expect("it is told"))
 }
 
 /// All regular files below with these bytes in them, sorted.

@@ -80,7 +80,8 @@ pub(super) fn sandbox(around: &Surrounded<'_>) -> Result<pb::Sandbox, String> {
 fn kept(around: &Surrounded<'_>, isolation: &pb::Isolation) -> Vec<String> {
     let values = around.env.iter().filter_map(|pair| Some(pair.split_once('=')?.1));
     let named = around.argv.iter().map(String::as_str).chain(values).chain([around.working_dir]);
-    let ours = [&around.dirs.home, &around.dirs.own, &around.dirs.run].map(PathBuf::from);
+    let ours =
+        [&around.dirs.home, &around.dirs.own, &around.dirs.run, &around.dirs.secrets].map(PathBuf::from);
     let asked = isolation.read.iter().chain(&isolation.write).map(PathBuf::from);
     let mut paths: BTreeSet<PathBuf> =
         named.map(PathBuf::from).chain(asked).filter_map(|path| whole(&path)).collect();
@@ -112,9 +113,10 @@ fn readable(around: &Surrounded<'_>, isolation: &pb::Isolation) -> Vec<String> {
     if !isolation.landlock {
         return Vec::new();
     }
-    let run = Some(around.dirs.run.display().to_string()).filter(|_| around.dirs.run.exists());
+    let made = [&around.dirs.run, &around.dirs.secrets].into_iter().filter(|path| path.exists());
+    let made = made.map(|path| path.display().to_string());
     let cache = cache(around).map(|path| path.display().to_string());
-    isolation.read.iter().cloned().chain(run).chain(cache).collect()
+    isolation.read.iter().cloned().chain(made).chain(cache).collect()
 }
 
 /// Where its artifacts are: what it finds in NAVE_ARTIFACTS are links.
@@ -153,6 +155,7 @@ mod tests {
             logs: "/data/logs/web/i-1-1".into(),
             tmp: "/data/tmp/i-1-1-1".into(),
             run: "/data/run/i-1".into(),
+            secrets: "/run/nave-7-h-1/secrets/i-1".into(),
         };
         let run_as = RunAs { ids: Some((uid, uid)), ..RunAs::default() };
         look(sandbox(&Surrounded {

@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use crate::clock;
 use crate::logs::limits::MAX_AGE;
 use crate::logs::source::parse_folder;
-use crate::provision;
+use crate::provision::{self, Places};
 
 /// Ended placements whose output is kept, per service: enough to read what a crash loop said.
 const ENDED_LOGS_PER_SERVICE: usize = 5;
@@ -40,6 +40,8 @@ pub(crate) struct KeptLogs {
 #[derive(Debug, Clone)]
 pub(crate) struct Directories {
     root: PathBuf,
+    /// Of all instances; see `provision::secrets`.
+    secrets: PathBuf,
 }
 
 /// Of one instance.
@@ -50,13 +52,26 @@ pub(crate) struct InstanceDirectories {
     pub(crate) logs: PathBuf,
     /// Made anew for each start; see `provision`.
     pub(crate) run: PathBuf,
+    /// Likewise.
+    pub(crate) secrets: PathBuf,
     /// Of one process: its directories `tmp` and `var-tmp` are its /tmp and /var/tmp.
     pub(crate) tmp: PathBuf,
 }
 
+impl InstanceDirectories {
+    pub(crate) fn places(&self) -> Places<'_> {
+        Places { run: &self.run, secrets: &self.secrets }
+    }
+}
+
 impl Directories {
     pub(crate) fn new(data_dir: &Path) -> Self {
-        Self { root: data_dir.to_owned() }
+        Self { root: data_dir.to_owned(), secrets: data_dir.join("secrets") }
+    }
+
+    /// With the secrets of instances there.
+    pub(crate) fn with_secrets(self, secrets: PathBuf) -> Self {
+        Self { secrets, ..self }
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -77,6 +92,7 @@ impl Directories {
             home: self.root.join("services").join(service),
             own: self.root.join("instances").join(instance.to_string()),
             run: self.root.join("run").join(instance.to_string()),
+            secrets: self.secrets.join(instance.to_string()),
             logs: self.logs().join(service).join(format!("{instance}-{}", key.epoch)),
             tmp: self.root.join("tmp").join(format!("{instance}-{}-{}", key.epoch, key.attempt)),
         }
@@ -156,6 +172,10 @@ impl Directories {
         let run = self.root.join("run").join(instance.to_string());
         if let Err(error) = provision::remove(&run) {
             warn!(%instance, path = %run.display(), %error, "its files could not be removed");
+        }
+        let secrets = self.secrets.join(instance.to_string());
+        if let Err(error) = provision::secrets::remove(&secrets) {
+            warn!(%instance, path = %secrets.display(), %error, "its secrets could not be removed");
         }
         self.remove_tmp(instance, None);
         let own = self.root.join("instances").join(instance.to_string());

@@ -141,7 +141,7 @@ impl SpawnContext {
                 .map_err(|e| cannot_make("its data directory", &e))?;
         }
         let env = self.process_env(&of, &run_as)?.env;
-        let unknown = provision::provide(&self.artifacts, cutoff, &dirs.run, manifest, &env, run_as.ids)?;
+        let unknown = provision::provide(&self.artifacts, cutoff, dirs.places(), manifest, &env, run_as.ids)?;
         if !unknown.is_empty() {
             warn!(service = name, %instance, ?unknown, "variables without a value are left as they are written");
         }
@@ -333,7 +333,7 @@ impl SpawnContext {
         let mut given = self.ways.as_ref().map(|ways| ways.variables(manifest)).unwrap_or_default();
         given.extend(env_file::read_all(&manifest.env_files)?);
         let data = self.directories.data(&manifest.name, wanted.ordinal);
-        given.extend(provision::variables(&dirs.run, &data, manifest));
+        given.extend(provision::variables(&dirs.places(), &data, manifest));
         let expanded = environment(&EnvironmentInput {
             given: &given,
             manifest,
