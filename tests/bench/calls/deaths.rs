@@ -101,7 +101,8 @@ fn measure(cluster: &Cluster, stands: &mut Stands, own: usize, of: usize) -> any
         drop(stand);
     }
     let calls = load.stop();
-    let failed = calls.iter().filter(|call| call.answer.is_err()).count();
+    let failures: Vec<_> = calls.iter().filter_map(|call| call.answer.as_ref().err()).collect();
+    let failed = failures.len();
     cluster.nave(&["delete", name]).expect(0);
     let deaths = times.len();
     let [half, high, last, longest] = spread(times);
@@ -110,6 +111,9 @@ fn measure(cluster: &Cluster, stands: &mut Stands, own: usize, of: usize) -> any
         "| {place} | {deaths} | {half:.2} | {high:.2} | {last:.2} | {longest:.2} | {} | {failed} |",
         calls.len()
     );
+    if let Some(first) = failures.first() {
+        println!("\nThe first that failed: {first:?}\n");
+    }
     Ok(last)
 }
 
