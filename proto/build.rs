@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const FILES: [&str; 11] = [
+const FILES: [&str; 12] = [
     "nave/v1/manifest.proto",
     "nave/v1/instance.proto",
     "nave/v1/host.proto",
@@ -13,6 +13,7 @@ const FILES: [&str; 11] = [
     "nave/v1/cluster.proto",
     "nave/v1/directory.proto",
     "nave/v1/session.proto",
+    "nave/v1/traffic.proto",
     "nave/v1/raft.proto",
     "nave/v1/command.proto",
     "nave/v1/keeper.proto",

@@ -1,12 +1,14 @@
 //! The agent's own gRPC API, for members and operators: this host's logs, and what the agent says of itself.
 //! Everything else goes through the hub. Other agents are known here too, and refused.
 
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
+use nave_agent_core::directory::Protocol;
 use nave_proto::pb;
 use nave_tls::{Role, TlsConnection};
 use pb::agent_service_server::{AgentService, AgentServiceServer};
@@ -20,6 +22,7 @@ use crate::directory::Ways;
 use crate::identity::Identity;
 use crate::logs::LogReader;
 use crate::metrics::Metrics;
+use crate::proxy::{Recent, Records};
 
 /// Members ask on behalf of everybody who reads logs; each reader of a busy host holds about a megabyte.
 const LOG_READERS: usize = 32;
@@ -37,11 +40,13 @@ pub(crate) struct Api {
     pub(crate) identity: Arc<Identity>,
     pub(crate) name: String,
     pub(crate) keeper_pid: u32,
-    pub(crate) logs_dir: std::path::PathBuf,
+    pub(crate) logs_dir: PathBuf,
+    pub(crate) access_dir: PathBuf,
     pub(crate) metrics: Metrics,
     pub(crate) shown: Shown,
     pub(crate) log_readers: Arc<Semaphore>,
     ways: Option<Ways>,
+    calls: Option<(Recent, Arc<Records>)>,
 }
 
 impl Api {
@@ -54,7 +59,13 @@ impl Api {
         shown: Shown,
     ) -> Self {
         let log_readers = Arc::new(Semaphore::new(LOG_READERS));
-        Self { identity, name, keeper_pid, logs_dir: data.logs(), metrics, shown, log_readers, ways: None }
+        let (logs_dir, access_dir, ways, calls) = (data.logs(), data.access(), None, None);
+        Self { identity, name, keeper_pid, logs_dir, access_dir, metrics, shown, log_readers, ways, calls }
+    }
+
+    /// With what is counted and noted of calls.
+    pub(crate) fn with_calls(self, recent: Recent, records: Arc<Records>) -> Self {
+        Self { calls: Some((recent, records)), ..self }
     }
 
     /// With the ways from this host to services.
@@ -113,7 +124,8 @@ impl AgentService for Api {
                 self.name
             ))
         })?;
-        let reader = LogReader::new(&self.logs_dir, self.name.clone(), &request)
+        let directory = if request.access { &self.access_dir } else { &self.logs_dir };
+        let reader = LogReader::new(directory, self.name.clone(), &request)
             .map_err(|e| Status::invalid_argument(crate::error_chain(&e)))?;
         Ok(Response::new(Box::pin(stream(reader, request.follow, permit))))
     }
@@ -143,7 +155,38 @@ impl AgentService for Api {
             Status::not_found(format!("{} knows no service {service:?} with ports", self.name))
         })?;
         let addresses = callable.ports.iter().map(|port| (port.name.to_string(), port.address.to_string()));
-        Ok(Response::new(pb::ServiceAddresses { addresses: addresses.collect() }))
+        let protocols =
+            callable.ports.iter().map(|port| (port.name.to_string(), protocol(port.protocol).into()));
+        let (addresses, protocols) = (addresses.collect(), protocols.collect());
+        Ok(Response::new(pb::ServiceAddresses { addresses, protocols }))
+    }
+
+    async fn get_host_traffic(
+        &self,
+        request: Request<pb::GetServiceTrafficRequest>,
+    ) -> Result<Response<pb::ServiceTraffic>, Status> {
+        check_caller(&request)?;
+        let service = request.into_inner().service;
+        Ok(Response::new(self.calls.as_ref().map(|(recent, _)| recent.of(&service)).unwrap_or_default()))
+    }
+
+    async fn read_spans(
+        &self,
+        request: Request<pb::ReadSpansRequest>,
+    ) -> Result<Response<pb::ReadSpansResponse>, Status> {
+        check_caller(&request)?;
+        let request = request.into_inner();
+        let read = self.calls.as_ref().map(|(_, records)| records.spans.read(&request));
+        Ok(Response::new(read.unwrap_or_default()))
+    }
+}
+
+fn protocol(protocol: Protocol) -> pb::Protocol {
+    match protocol {
+        Protocol::Http => pb::Protocol::Http,
+        Protocol::Http2 => pb::Protocol::Http2,
+        Protocol::Grpc => pb::Protocol::Grpc,
+        Protocol::Tcp => pb::Protocol::Tcp,
     }
 }
 

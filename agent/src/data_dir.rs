@@ -91,6 +91,11 @@ impl DataDir {
     pub(crate) fn logs(&self) -> PathBuf {
         self.path.join("logs")
     }
+
+    /// Of calls, for the services that want it.
+    pub(crate) fn access(&self) -> PathBuf {
+        self.path.join("access")
+    }
 }
 
 /// Services with users of their own pass through to theirs; what is private here is so by its own mode. Whoever made

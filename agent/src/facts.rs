@@ -99,9 +99,10 @@ fn capabilities(cgroups: &Cgroups, root: bool) -> (Vec<String>, Vec<String>) {
     let mut lacks = Vec::new();
     match cgroups.v2() {
         Ok(_) => can.push("cgroup2".to_owned()),
-        Err(why) => lacks.push(format!(
-            "children that a process leaves behind cannot be found and stopped for certain: {why}"
-        )),
+        Err(why) => lacks.extend([
+            format!("children that a process leaves behind cannot be found and stopped for certain: {why}"),
+            format!("callers are told apart by their user alone, so services that share one are one: {why}"),
+        ]),
     }
     for (controller, names, what) in [
         (Controller::Cpu, &["cpu_weight", "cpu_max"][..], "CPU reservations and quotas are not enforced"),

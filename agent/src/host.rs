@@ -35,6 +35,7 @@ use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
 use crate::logs::limits::{log_limits, max_age};
 use crate::metrics::{Metrics, StateLabel};
+use crate::notes::Notes;
 use crate::proxy::{LocalWord, Proxy};
 use crate::run::RunError;
 use crate::sequence::Sequencer;
@@ -64,6 +65,7 @@ pub(crate) struct Outbox {
     pub(crate) uplink: Uplink,
     pub(crate) metrics: Metrics,
     pub(crate) shown: Shown,
+    pub(crate) notes: Notes,
 }
 
 #[derive(Debug)]
@@ -107,6 +109,7 @@ pub(crate) struct HostTask {
     inbox: Inbox,
     metrics: Metrics,
     shown: Shown,
+    notes: Notes,
     alarms: Alarms,
     /// What the keeper was told to keep of the output of each placement that it runs.
     log_limits: BTreeMap<(InstanceId, u64), pb::LogLimits>,
@@ -138,7 +141,7 @@ impl HostTask {
         directory: DirectoryHandle,
     ) -> Self {
         let (ledger, sequencer) = (Some(ledger), Sequencer::default());
-        let Outbox { uplink, metrics, shown } = outbox;
+        let Outbox { uplink, metrics, shown, notes } = outbox;
         Self {
             reconciler,
             ledger,
@@ -148,6 +151,7 @@ impl HostTask {
             inbox,
             metrics,
             shown,
+            notes,
             alarms: Alarms::default(),
             log_limits: BTreeMap::new(),
             prune_at: clock::monotonic() + PRUNE_EVERY,
@@ -650,7 +654,7 @@ impl HostTask {
         }
     }
 
-    /// Alarms for the hub, and old logs of what has ended.
+    /// Alarms and notes for the hub, and old logs of what has ended.
     fn look_after_logs(&mut self, now: Monotonic) {
         let reconciler = &self.reconciler;
         if let Some(alarms) = self.alarms.look(now, |instance| reconciler.supervisor(instance).is_some()) {
@@ -659,6 +663,9 @@ impl HostTask {
                 None => info!("the disk of the logs takes what services print again"),
             }
             self.uplink.alarms(alarms);
+        }
+        if let Some(lacks) = self.notes.news() {
+            self.uplink.lacks(lacks);
         }
         if now >= self.prune_at {
             self.prune_at = now + PRUNE_EVERY;

@@ -23,6 +23,7 @@ mod keeper;
 mod ledger;
 mod logs;
 mod metrics;
+mod notes;
 mod notify;
 mod pressure;
 mod probes;

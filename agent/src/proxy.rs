@@ -4,6 +4,7 @@
 //! outlives the connection to a keeper. The directory says which services there are; the main loop says at once what
 //! becomes of this host's own endpoints; `run` lets the keeper hold the listening sockets.
 
+mod access;
 mod dial;
 mod http1;
 mod http2;
@@ -11,7 +12,10 @@ mod identity;
 mod listeners;
 mod meter;
 mod peers;
+mod recent;
+mod records;
 mod route;
+mod spans;
 mod stream;
 mod table;
 mod tcp;
@@ -41,11 +45,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+pub(crate) use access::AccessLog;
 pub(crate) use meter::Routes;
+pub(crate) use recent::Recent;
+pub(crate) use records::Records;
 pub(crate) use table::LocalWord;
 
 use crate::directory::Asks;
 use crate::keeper::{CallError, KeeperHandle};
+use crate::notes::Notes;
 use identity::Attestor;
 use listeners::{Ends, Listeners};
 use peers::Peers;
@@ -89,6 +97,10 @@ pub(crate) struct ProxyConfig {
     pub(crate) ports_file: PathBuf,
     /// What a scrape reads.
     pub(crate) routes: Routes,
+    /// What is noted of each call.
+    pub(crate) records: Arc<Records>,
+    /// What this host's people are told.
+    pub(crate) notes: Notes,
     /// With which other agents know this one; none: there are no other hosts.
     pub(crate) credentials: Option<Credentials>,
     /// This host's name, and the directory of all its services' cgroups if there is one.
@@ -199,9 +211,11 @@ impl Proxy {
         };
         let (tell_ended, ended) = watch::channel(false);
         let attestor = Arc::new(Attestor::new(&config.attest.0, config.attest.1));
-        let listeners = Listeners::new(workers.clone(), ends.clone(), config.ports_file, attestor.clone());
+        let listeners = Listeners::new(workers.clone(), ends.clone(), config.ports_file, attestor.clone())
+            .with_notes(config.notes);
         let peers = Arc::new(config.credentials.map(Peers::new).unwrap_or_default());
         let table = Table::new(config.prefix, config.own_host, config.routes, peers);
+        let table = table.with_records(config.records);
         let shared = Arc::new(Shared {
             table,
             listeners,

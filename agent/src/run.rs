@@ -28,6 +28,7 @@ use crate::dns::resolv::ResolvConf;
 use crate::dns::{self, DnsServer};
 use crate::executor::Executor;
 use crate::executor::directories::Directories;
+use crate::executor::ports::holder;
 use crate::executor::spawn::SpawnContext;
 use crate::executor::users;
 use crate::facts;
@@ -37,9 +38,10 @@ use crate::identity::{Identity, IdentityError, RenewTask, enrol};
 use crate::keeper::{self, KeeperError};
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, Metrics};
+use crate::notes::Notes;
 use crate::notify::NotifySockets;
 use crate::provision::secrets;
-use crate::proxy::{Proxy, ProxyConfig, Routes};
+use crate::proxy::{AccessLog, Proxy, ProxyConfig, Recent, Records, Routes};
 use crate::sockets::Sockets;
 use crate::uplink::{Hello, Uplink};
 
@@ -149,6 +151,8 @@ struct Lasting {
     /// One for all: the proxy's certificate is the one that is renewed.
     identity: Option<Arc<Identity>>,
     routes: Routes,
+    notes: Notes,
+    records: Arc<Records>,
     proxy: Option<Proxy>,
 }
 
@@ -182,12 +186,16 @@ impl Lasting {
         if let Some(proxy) = &self.proxy {
             return Ok(proxy.clone());
         }
+        let access = AccessLog::start(data.access()).map_err(RunError::Proxy)?;
+        self.records = Arc::new(Records { access, ..Records::default() });
         let proxy_config = ProxyConfig {
             prefix: parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX),
             own_host: identity.host,
             workers: 0,
             ports_file: data.path().join("proxy-ports"),
             routes: self.routes.clone(),
+            records: self.records.clone(),
+            notes: self.notes.clone(),
             credentials: Some(identity.credentials.clone()),
             attest: (name.to_owned(), cgroups.folder()),
         };
@@ -264,7 +272,7 @@ async fn with_keeper(
     });
     let directory = DirectoryHandle::new(Store::read(&data.directory()), proxy.asks());
     let ways = Ways::new(directory.clone(), proxy.clone());
-    let resolv_conf = names(config, &data, ways.clone(), &mut lasting.sockets, &mut tasks, shutdown).await;
+    let resolv_conf = names(config, &data, ways.clone(), lasting, &mut tasks, shutdown).await;
     lasting.sockets.keep(&keeper).await.map_err(|_| RunError::KeeperLost)?;
     let runtime_name = format!("nave-{cluster}-{host}");
     let directories =
@@ -286,6 +294,7 @@ async fn with_keeper(
     let known = reconciler.supervisors().count();
     info!(%cluster, %host, name = facts.name, generation, instances = known, "this host is known");
 
+    let recent = Recent::new(lasting.routes.clone());
     let shown = Shown::default();
     let members = Members { identity: identity.clone(), join: config.join.clone() };
     let api = Api::new(
@@ -296,7 +305,13 @@ async fn with_keeper(
         metrics.clone(),
         shown.clone(),
     )
-    .with_ways(ways);
+    .with_ways(ways)
+    .with_calls(recent.clone(), lasting.records.clone());
+    let counting = recent.run(shutdown.clone());
+    tasks.spawn(async move {
+        counting.await;
+        Ok(())
+    });
     let (api_shutdown, connections) = (shutdown.clone(), proxy.handed_out());
     tasks.spawn(async move { api.serve(connections, api_shutdown).await.map_err(RunError::Api) });
     let credentials = identity.credentials.clone();
@@ -322,7 +337,8 @@ async fn with_keeper(
     let executor = Executor::new(context.into(), keeper, config.port_min..=config.port_max, inputs);
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
-    let outbox = Outbox { uplink, metrics, shown };
+    lasting.notes.repeat();
+    let outbox = Outbox { uplink, metrics, shown, notes: lasting.notes.clone() };
     let main = HostTask::new(reconciler, ledger, executor, inbox, outbox, directory);
     let main = main.witnessed_by(witness.clone()).with_proxy(proxy.clone());
     // Not before the proxy knows the services: a call to one that it does not know yet would be turned away.
@@ -354,7 +370,7 @@ async fn names(
     config: &AgentConfig,
     data: &DataDir,
     ways: Ways,
-    sockets: &mut Sockets,
+    lasting: &mut Lasting,
     tasks: &mut JoinSet<Result<(), RunError>>,
     shutdown: &CancellationToken,
 ) -> Option<PathBuf> {
@@ -363,9 +379,22 @@ async fn names(
     }
     let prefix = parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX);
     let address = dns::address(prefix);
-    let server = match DnsServer::bind(sockets, prefix, ways) {
-        Ok(server) => server,
+    let server = match DnsServer::bind(&mut lasting.sockets, prefix, ways) {
+        Ok(server) => {
+            lasting.notes.unsay("dns");
+            server
+        }
         Err(error) => {
+            let why = match error.kind() {
+                std::io::ErrorKind::AddrInUse => {
+                    format!("{} has port 53", holder(53).unwrap_or_else(|| "another program".to_owned()))
+                }
+                std::io::ErrorKind::PermissionDenied => "this agent may not listen on port 53".to_owned(),
+                _ => error.to_string(),
+            };
+            lasting
+                .notes
+                .say("dns", format!("names such as web.nave.internal are not answered at {address}: {why}"));
             warn!(%address, %error, "names such as web.nave.internal are not answered: port 53 cannot be used");
             return None;
         }
@@ -391,6 +420,10 @@ async fn names(
             Some(path)
         }
         Err(error) => {
+            lasting.notes.say(
+                "resolver",
+                format!("services keep the host's resolver, which knows no names of services: {error}"),
+            );
             warn!(%error, "services keep the host's resolver, which knows no names of services");
             None
         }

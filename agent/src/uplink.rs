@@ -58,13 +58,16 @@ struct Open {
 #[derive(Debug)]
 pub(crate) struct Uplink {
     hello: Hello,
+    /// So many of the facts' sentences are of what this host never can.
+    lacks_ever: usize,
     interest: pb::Interest,
     open: Option<Open>,
 }
 
 impl Uplink {
     pub(crate) fn new(hello: Hello) -> Self {
-        Self { hello, interest: pb::Interest::default(), open: None }
+        let lacks_ever = hello.facts.lacks.len();
+        Self { hello, lacks_ever, interest: pb::Interest::default(), open: None }
     }
 
     /// A stream is being opened: the hello is its first message.
@@ -136,6 +139,15 @@ impl Uplink {
             if let Some(open) = &mut self.open {
                 open.interest_due = true;
             }
+        }
+    }
+
+    /// What this host cannot do at the moment, beside what it never can.
+    pub(crate) fn lacks(&mut self, sentences: Vec<String>) {
+        self.hello.facts.lacks.truncate(self.lacks_ever);
+        self.hello.facts.lacks.extend(sentences);
+        if let Some(open) = &mut self.open {
+            open.facts_due = Some(self.hello.facts.clone());
         }
     }
 

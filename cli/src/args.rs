@@ -227,6 +227,9 @@ pub(crate) struct Logs {
     /// Only this instance, for example i-42
     #[arg(long, value_name = "ID")]
     pub(crate) instance: Option<String>,
+    /// Instead of its output, calls of it: of ports whose manifest says `calls.access_log = true`
+    #[arg(long, conflicts_with_all = ["instance", "stream"])]
+    pub(crate) access: bool,
     /// Only one of the two streams of a process
     #[arg(long, value_enum, default_value = "all")]
     pub(crate) stream: Stream,
@@ -260,6 +263,9 @@ pub(crate) struct Url {
     pub(crate) service: String,
     /// The port's name in the manifest; needed when there are several
     pub(crate) port: Option<String>,
+    /// Ask this agent (host:port) and no hub
+    #[arg(long, value_name = "ADDR", env = "NAVE_AGENT")]
+    pub(crate) agent: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -42,6 +42,12 @@ pub(crate) fn agent_channel(address: &str, host: HostId, credentials: &Credentia
     nave_tls::channel(address, credentials, Expect::Agent(host), options)
 }
 
+/// A lazy channel to this machine's agent, whichever host it is; needs a tokio runtime.
+pub(crate) fn own_agent_channel(address: &str, credentials: &Credentials) -> Channel {
+    let options = ChannelOptions { connect_timeout: CONNECT_TIMEOUT, ..ChannelOptions::default() };
+    nave_tls::channel(address, credentials, Expect::AnyAgent, options)
+}
+
 /// A lazy channel to whichever member listens there; needs a tokio runtime.
 pub(crate) fn member_channel(address: &str, credentials: &Credentials) -> Channel {
     let options = ChannelOptions { connect_timeout: CONNECT_TIMEOUT, ..ChannelOptions::default() };

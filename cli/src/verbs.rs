@@ -17,6 +17,7 @@ mod services;
 pub(crate) mod snapshot;
 mod status;
 mod token;
+mod traffic;
 mod url;
 mod wait;
 

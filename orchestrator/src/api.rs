@@ -20,6 +20,7 @@ pub(crate) mod peers;
 pub(crate) mod server;
 pub(crate) mod services;
 pub(crate) mod snapshots;
+pub(crate) mod traffic;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

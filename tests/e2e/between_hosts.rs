@@ -9,7 +9,7 @@ use nave_tests::{Cluster, Setup, eventually, eventually_some};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::deploy_and_serve::get;
+use crate::deploy_and_serve::{get, pid};
 use crate::manifests::{python, web_with};
 
 /// Of each kind, each with one call under way at a time.
@@ -109,6 +109,51 @@ fn a_call_finds_its_service_on_another_host_and_says_who_calls() {
     let web = web_with("web", 1, "", "[placement]\nconstraints = ['host = \"agent-2\"']");
     cluster.apply(&web, &["--wait"]).expect(0);
     callers_outlive_the_agent_of_the_other_host(&cluster);
+    calls_are_seen(&cluster);
+    a_lost_port_is_explained(&cluster);
+}
+
+/// In `nave status` and, once a manifest wants it, line by line; which replaces no process.
+fn calls_are_seen(cluster: &Cluster) {
+    let before = pid(&cluster.wait_ready("web", 1)[0]);
+    let tables = "[ports.http.calls]\naccess_log = true\ntimeout = \"10s\"\n\n[placement]\n\
+                  constraints = ['host = \"agent-2\"']";
+    cluster.apply(&web_with("web", 1, "", tables), &["--wait"]).expect(0);
+    let hosts = cluster.json(&["hosts"]);
+    let agent = hosts[0]["address"].as_str().expect("an address").to_owned();
+    let url = cluster.nave(&["url", "web", "--agent", &agent]).expect(0).stdout;
+    let address = url.trim().trim_start_matches("http://").to_owned();
+    let logged = eventually_some("calls are logged", SOON, || {
+        ask(&address).ok()?;
+        let logged = cluster.json(&["logs", "web", "--access"]);
+        logged.as_array().filter(|lines| lines.len() > 1).cloned()
+    });
+    let line: Value = serde_json::from_str(logged[0]["text"].as_str().expect("a text")).expect("JSON");
+    assert_eq!((&line["call"], &line["class"]), (&"GET /".into(), &"success".into()), "{line}");
+    assert!(line["caller"].as_str().is_some_and(|caller| caller.starts_with("host/")), "{line}");
+    let page = cluster.json(&["status", "web"]);
+    let traffic = &page[0]["traffic"];
+    assert!(traffic["requests"]["success"].as_u64().is_some_and(|calls| calls > 100), "{traffic}");
+    assert!(traffic["success_share"].as_f64().is_some_and(|share| share > 0.9), "{traffic}");
+    assert!(traffic["p99_seconds"].as_f64() >= traffic["p50_seconds"].as_f64(), "{traffic}");
+    assert_eq!(traffic["hosts"], 2, "both were asked: {traffic}");
+    assert_eq!(pid(&cluster.wait_ready("web", 1)[0]), before, "no process was replaced");
+}
+
+fn a_lost_port_is_explained(cluster: &Cluster) {
+    let winner = std::net::TcpListener::bind("0.0.0.0:0").expect("a port");
+    let port = winner.local_addr().expect("it is bound").port();
+    let tcp = format!("protocol = \"tcp\"\nservice_port = {port}");
+    cluster.apply(&service("loser", "agent-2", STREAM, &tcp, ""), &["--wait"]).expect(0);
+    let own = format!("process {} (", std::process::id());
+    eventually("both hosts say who has the port", SOON, || {
+        let hosts = cluster.json(&["hosts"]);
+        let says = |host: &Value| {
+            let lacks = host["lacks"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            lacks.into_iter().any(|lack| lack.starts_with("loser is found at ") && lack.contains(&own))
+        };
+        hosts.as_array().is_some_and(|hosts| hosts.len() == 2 && hosts.iter().all(says))
+    });
 }
 
 /// The agent's port is the only way to its host's instances, so it is there while the agent is not.

@@ -82,6 +82,8 @@ pub enum KeeperError {
     },
 }
 
+pub use lines::{write_line, write_missing};
+
 /// Of the record that a keeper leaves to the image that it becomes; builds with another cannot follow each other.
 pub const HANDOVER_VERSION: u32 = handover::VERSION;
 

@@ -76,6 +76,17 @@ impl Stamp {
     }
 }
 
+/// Appends a record as the output of processes has them, for logs that others than the keeper write.
+pub fn write_line(unix_ns: i64, text: &[u8], out: &mut Vec<u8>) {
+    Stamp::new(unix_ns).record(out, Stream::Stdout, b'F', [text, b""]);
+}
+
+/// Appends the record that stands in the place of so many lines that could not be written.
+pub fn write_missing(unix_ns: i64, lines: u64, out: &mut Vec<u8>) {
+    let text = format!("{lines} lines dropped");
+    Stamp::new(unix_ns).record(out, Stream::Stdout, b'D', [text.as_bytes(), b""]);
+}
+
 /// Year, month and day of a day since 1970, by the well-known arithmetic of 400-year cycles from 1 March.
 fn civil(days: i64) -> (i64, i64, i64) {
     let shifted = days + 719_468;

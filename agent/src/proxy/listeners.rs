@@ -31,6 +31,7 @@ use super::table::Wanted;
 use super::workers::Workers;
 use super::{http1, http2, tcp};
 use crate::executor::ports::holder;
+use crate::notes::Notes;
 
 /// Callers that wait while no agent takes them.
 const BACKLOG: u32 = 4096;
@@ -63,6 +64,8 @@ pub(crate) struct Listeners {
     attestor: Arc<Attestor>,
     /// Where the high ports are remembered.
     high_file: PathBuf,
+    /// Who is told which addresses could not be had.
+    notes: Notes,
     inner: Mutex<Inner>,
     /// For whoever keeps them with the keeper.
     changed: Notify,
@@ -94,7 +97,12 @@ impl Listeners {
     pub(crate) fn new(workers: Workers, ends: Ends, high_file: PathBuf, attestor: Arc<Attestor>) -> Self {
         let high = read_high(&high_file);
         let inner = Mutex::new(Inner { high, ..Inner::default() });
-        Self { workers, ends, attestor, high_file, inner, changed: Notify::new() }
+        let (notes, changed) = Default::default();
+        Self { workers, ends, attestor, high_file, notes, inner, changed }
+    }
+
+    pub(crate) fn with_notes(self, notes: Notes) -> Self {
+        Self { notes, ..self }
     }
 
     pub(crate) fn threads(&self) -> impl Iterator<Item = &Handle> {
@@ -150,7 +158,20 @@ impl Listeners {
             }
             stays
         });
+        self.forget(&mut inner);
         self.changed.notify_one();
+    }
+
+    /// Complaints of addresses that nobody wants any more.
+    fn forget(&self, inner: &mut Inner) {
+        let Inner { complained, wanted, .. } = inner;
+        complained.retain(|address| {
+            let stays = wanted.values().flatten().any(|one| one.address == *address);
+            if !stays {
+                self.notes.unsay(&about(*address));
+            }
+            stays
+        });
     }
 
     /// What the keeper holds from the agent before; from now on sockets are opened.
@@ -214,6 +235,7 @@ impl Listeners {
             }
             stays
         });
+        self.forget(inner);
         if inner.adopted {
             wanted.iter().for_each(|one| self.ensure(inner, one));
         }
@@ -234,6 +256,7 @@ impl Listeners {
         let why = match self.listener(inner, wanted.address) {
             Ok(listener) => {
                 if inner.complained.remove(&wanted.address) {
+                    self.notes.unsay(&about(wanted.address));
                     info!(service = %wanted.route.service, address = %wanted.address, "the address is free now");
                 }
                 return self.open(inner, listener, wanted);
@@ -248,10 +271,10 @@ impl Listeners {
                 let instead = listener.local_addr().ok();
                 self.open(inner, listener, wanted);
                 if inner.complained.insert(wanted.address) {
-                    complain(wanted, instead, &why);
+                    self.complain(wanted, instead, &why);
                 }
             }
-            None if inner.complained.insert(wanted.address) => complain(wanted, None, &why),
+            None if inner.complained.insert(wanted.address) => self.complain(wanted, None, &why),
             None => {}
         }
     }
@@ -289,6 +312,30 @@ impl Listeners {
         None
     }
 
+    /// Says who lost which address to whom.
+    fn complain(&self, wanted: &Wanted, instead: Option<SocketAddr>, why: &io::Error) {
+        let (service, address) = (&wanted.route.service, wanted.address);
+        let found = match instead {
+            Some(instead) => format!("{service} is found at {instead} instead of {address}"),
+            None => format!("{service} is not found on this host: {address} cannot be had"),
+        };
+        let sentence = match why.kind() {
+            io::ErrorKind::AddrInUse => {
+                let holder = holder(address.port()).unwrap_or_else(|| "another program".to_owned());
+                format!("{found}: {holder} has port {}", address.port())
+            }
+            io::ErrorKind::PermissionDenied => {
+                warn!(%service, %address, "{found}: this agent may not listen below port 1024");
+                // One sentence for all: without the right it is so for every service of the web.
+                let all = "services with ports below 1024 are found on others (`nave url`): this agent may not listen there";
+                return self.notes.say("port/low", all.to_owned());
+            }
+            _ => format!("{found}: {why}"),
+        };
+        warn!(%service, %address, "{sentence}");
+        self.notes.say(&about(address), sentence);
+    }
+
     fn open(&self, inner: &mut Inner, listener: StdListener, wanted: &Wanted) {
         let thread = self.workers.nth(inner.open.len());
         let opened = (|| {
@@ -314,21 +361,9 @@ impl Listeners {
     }
 }
 
-fn complain(wanted: &Wanted, instead: Option<SocketAddr>, why: &io::Error) {
-    let (service, address) = (&wanted.route.service, wanted.address);
-    let instead = instead.map_or_else(|| "nowhere".to_owned(), |address| address.to_string());
-    match why.kind() {
-        io::ErrorKind::AddrInUse => {
-            let holder = holder(address.port()).unwrap_or_else(|| "another program".to_owned());
-            warn!(%service, %address, instead, "{holder} has the port; the service is found elsewhere on this host");
-        }
-        io::ErrorKind::PermissionDenied => {
-            warn!(%service, %address, instead, "this agent may not listen below port 1024; the service is found elsewhere on this host");
-        }
-        _ => {
-            warn!(%service, %address, instead, error = %why, "cannot listen; the service is found elsewhere on this host")
-        }
-    }
+/// Of a note.
+fn about(address: SocketAddr) -> String {
+    format!("port/{address}")
 }
 
 /// What every new connection needs.

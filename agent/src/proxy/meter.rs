@@ -21,7 +21,7 @@ use crate::clock;
 const ENDPOINTS_MAX: usize = 256;
 
 /// Upper bounds in seconds: those of OpenTelemetry's SDKs, and finer below, where calls on one host are.
-const BUCKETS: [f64; 14] =
+pub(crate) const BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// How a request ended for its caller. Of gRPC the status counts, not the HTTP one that is always 200.
@@ -49,6 +49,8 @@ impl Class {
         Self::Refused,
     ];
 
+    pub(crate) const COUNT: usize = Self::ALL.len();
+
     pub(crate) const fn of_http(status: u16) -> Self {
         match status {
             0..=199 => Self::Informational,
@@ -59,7 +61,7 @@ impl Class {
         }
     }
 
-    const fn word(self) -> &'static str {
+    pub(crate) const fn word(self) -> &'static str {
         match self {
             Self::Informational => "informational",
             Self::Success => "success",
@@ -227,6 +229,69 @@ impl CallerMeter {
     pub(crate) fn bytes(&self, to_endpoint: u64, to_caller: u64) {
         self.bytes_to_endpoint.fetch_add(to_endpoint, Relaxed);
         self.bytes_to_caller.fetch_add(to_caller, Relaxed);
+    }
+}
+
+/// What has been counted of a port, of all its callers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Totals {
+    pub(crate) classes: [u64; Class::COUNT],
+    pub(crate) latency: [u64; BUCKETS.len() + 1],
+    pub(crate) retries: u64,
+    pub(crate) connections_open: u64,
+}
+
+impl Totals {
+    pub(crate) fn add(&mut self, other: &Self) {
+        let sum =
+            |own: &mut [u64], other: &[u64]| own.iter_mut().zip(other).for_each(|(own, other)| *own += other);
+        sum(&mut self.classes, &other.classes);
+        sum(&mut self.latency, &other.latency);
+        self.retries += other.retries;
+        self.connections_open += other.connections_open;
+    }
+
+    /// What has come since; of a port that was made anew, all.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        let of_before =
+            |own: &[u64], before: &[u64]| own.iter().zip(before).all(|(own, before)| own >= before);
+        if !of_before(&self.classes, &before.classes) || !of_before(&self.latency, &before.latency) {
+            return *self;
+        }
+        let mut since = *self;
+        let less = |own: &mut [u64], before: &[u64]| {
+            own.iter_mut().zip(before).for_each(|(own, before)| *own -= before)
+        };
+        less(&mut since.classes, &before.classes);
+        less(&mut since.latency, &before.latency);
+        since.retries = self.retries.saturating_sub(before.retries);
+        since
+    }
+
+    pub(crate) fn requests(&self) -> u64 {
+        self.classes.iter().sum()
+    }
+
+    /// By the classes' words, those that are not 0.
+    pub(crate) fn by_class(&self) -> BTreeMap<String, u64> {
+        let classes = Class::ALL.iter().zip(self.classes).filter(|(_, count)| *count > 0);
+        classes.map(|(class, count)| (class.word().to_owned(), count)).collect()
+    }
+}
+
+impl RouteMeter {
+    pub(crate) fn totals(&self) -> Totals {
+        let mut totals = Totals { retries: self.retries.load(Relaxed), ..Totals::default() };
+        for (_, caller) in self.callers.read().iter() {
+            let ended = caller.connections_ended.load(Relaxed);
+            totals.add(&Totals {
+                classes: caller.classes.each_ref().map(|count| count.load(Relaxed)),
+                latency: caller.latency.each_ref().map(|count| count.load(Relaxed)),
+                retries: 0,
+                connections_open: caller.connections.load(Relaxed).saturating_sub(ended),
+            });
+        }
+        totals
     }
 }
 

@@ -19,6 +19,8 @@ use super::http1::Pool;
 use super::http2;
 use super::meter::{Refusal, RouteMeter};
 use super::peers::Peers;
+use super::records::Records;
+use super::spans::Label;
 use crate::clock;
 use crate::directory::Asks;
 
@@ -76,6 +78,8 @@ pub(crate) struct Route {
     pub(crate) idle: Pool<EndpointKey>,
     /// The other hosts' agents.
     pub(crate) peers: Arc<Peers>,
+    /// Where calls are noted.
+    pub(crate) records: Arc<Records>,
     /// Where a service is named of which no endpoint is known.
     asks: Asks,
     /// Connections of HTTP/2, which calls share.
@@ -134,6 +138,7 @@ impl Route {
             meter: RouteMeter::default(),
             idle: Pool::default(),
             peers: Arc::default(),
+            records: Arc::default(),
             asks: Asks::default(),
             http2: http2::Pool::default(),
             rules: ArcSwap::from_pointee(rules),
@@ -149,6 +154,16 @@ impl Route {
     /// With instances on other hosts.
     pub(crate) fn with_peers(self, peers: Arc<Peers>) -> Self {
         Self { peers, ..self }
+    }
+
+    pub(crate) fn with_records(self, records: Arc<Records>) -> Self {
+        Self { records, ..self }
+    }
+
+    /// For all calls of a connection.
+    pub(crate) fn label(&self, caller: &Caller, is_peer: bool) -> Arc<Label> {
+        let (service, port) = (self.service.clone(), self.port.clone());
+        Arc::new(Label { service, port, caller: caller.to_string(), is_peer })
     }
 
     /// With somebody who gets to know the endpoints of what is called.

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::meter::Routes;
 use super::peers::Peers;
+use super::records::Records;
 use super::route::Route;
 use crate::clock;
 use crate::directory::Asks;
@@ -76,6 +77,7 @@ pub(crate) struct Table {
     settings: BalancerSettings,
     routes: Routes,
     pub(crate) peers: Arc<Peers>,
+    records: Arc<Records>,
     asks: Asks,
     inner: Mutex<Inner>,
 }
@@ -96,8 +98,13 @@ impl Table {
     pub(crate) fn new(prefix: [u8; 2], own_host: HostId, routes: Routes, peers: Arc<Peers>) -> Self {
         // The seed keeps agents from probing at the same moment.
         let settings = BalancerSettings { seed: own_host.0, ..BalancerSettings::default() };
-        let (asks, inner) = Default::default();
-        Self { prefix, own_host, settings, routes, peers, asks, inner }
+        let (records, asks, inner) = Default::default();
+        Self { prefix, own_host, settings, routes, peers, records, asks, inner }
+    }
+
+    /// With what is to be noted of each call.
+    pub(crate) fn with_records(self, records: Arc<Records>) -> Self {
+        Self { records, ..self }
     }
 
     /// Services that are called and of which no endpoint is known.
@@ -132,7 +139,8 @@ impl Table {
     fn route(&self, service: &Arc<str>, port: &Port) -> Arc<Route> {
         let (service, name, rules) = (service.clone(), port.name.clone(), port.rules.clone());
         let route = Route::new(service, name, port.protocol, rules, self.settings.clone());
-        Arc::new(route.with_peers(self.peers.clone()).with_asks(self.asks.clone()))
+        let route = route.with_peers(self.peers.clone()).with_asks(self.asks.clone());
+        Arc::new(route.with_records(self.records.clone()))
     }
 
     /// A port by its service's name and its own.

@@ -75,10 +75,19 @@ pub(crate) async fn serve(route: Arc<Route>, caller_stream: TcpStream, caller: C
     if route.rules().access_log {
         let (service, port, instance) = (&route.service, &route.port, dialled.pick.endpoint().key.instance);
         let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        tracing::info!(%service, %port, %instance, %caller, to_endpoint, to_caller, took_ms, ?end, "connection");
-    } else {
-        debug!(service = %route.service, ?end, "connection");
+        let line = serde_json::json!({
+            "port": **port,
+            "caller": caller.to_string(),
+            "instance": instance.to_string(),
+            "class": class.word(),
+            "to_endpoint": to_endpoint,
+            "to_caller": to_caller,
+            "took_ms": took_ms,
+            "retries": tries.len(),
+        });
+        route.records.access.write(service, line.to_string());
     }
+    debug!(service = %route.service, ?end, "connection");
 }
 
 /// The caller has reset the connection. One that has only closed its sending side still waits for an answer.

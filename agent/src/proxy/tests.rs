@@ -53,6 +53,8 @@ fn start(dir: &Path, shutdown: &CancellationToken) -> Proxy {
         workers: 2,
         ports_file: dir.join("proxy-ports"),
         routes: Routes::default(),
+        records: Arc::default(),
+        notes: Notes::default(),
         credentials: None,
         attest: ("box".to_owned(), None),
     };

@@ -56,6 +56,7 @@ pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
             until: args.until.map(to_proto),
             contains: args.grep.clone().unwrap_or_default(),
             resume: printer.cursors(),
+            access: args.access,
         };
         let trouble = match hub
             .read_status(|mut member| {
@@ -119,7 +120,7 @@ impl<'a> Printer<'a> {
             out::note(&response.warning);
         }
         // All prefixes of a batch are as wide as its widest.
-        let widths = response.lines.iter().map(|line| name(line).chars().count());
+        let widths = response.lines.iter().map(|line| self.name(line).chars().count());
         self.width = widths.max().unwrap_or(0).max(self.width);
         for line in &response.lines {
             self.line(line);
@@ -171,12 +172,21 @@ impl<'a> Printer<'a> {
             return prefix;
         }
         let next = self.sources.len();
-        let number = *self.sources.entry(line.instance_id.clone()).or_insert(next);
-        let name = name(line);
+        let name = self.name(line);
+        let source = if self.args.access { &line.host } else { &line.instance_id };
+        let number = *self.sources.entry(source.clone()).or_insert(next);
         self.width = self.width.max(name.chars().count());
         let name = format!("{name:width$}", width = self.width);
         let bar = out::paint(if line.stderr { Tone::Bad } else { Tone::Dim }, "|");
         format!("{prefix}{} {bar} ", out::paint(Tone::Source(number), &name))
+    }
+
+    /// A call was made on a host and by no instance of the service.
+    fn name(&self, line: &pb::LogLine) -> String {
+        match self.args.access {
+            true => line.host.clone(),
+            false => format!("{} {}", line.instance_id, line.host),
+        }
     }
 
     /// Where to go on.
@@ -188,8 +198,12 @@ impl<'a> Printer<'a> {
         if self.args.listing.json() && !self.args.follow {
             out::json(&self.rows);
         } else if self.read.is_empty() && !self.args.follow {
+            let what = match self.args.access {
+                true => "has not been called, where calls are noted",
+                false => "has written nothing",
+            };
             out::aside(format_args!(
-                "{} has written nothing{}",
+                "{} {what}{}",
                 self.args.service,
                 match (&self.args.grep, self.args.until, self.args.since) {
                     (Some(_), _, _) => " with that text",
@@ -204,10 +218,6 @@ impl<'a> Printer<'a> {
 
 fn to_proto(time: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds: time.as_second(), nanos: time.subsec_nanosecond() }
-}
-
-fn name(line: &pb::LogLine) -> String {
-    format!("{} {}", line.instance_id, line.host)
 }
 
 fn time(unix_ns: i64) -> Option<Timestamp> {

@@ -8,6 +8,7 @@ use super::ps::{self, InstanceRow};
 use super::ready_of;
 use super::runs::{self, RunRow};
 use super::services::{ServiceRow, deployment_word};
+use super::traffic::{self, TrafficRow};
 use crate::args::OfService;
 use crate::client::{Hub, note_age};
 use crate::failure::Failure;
@@ -18,6 +19,7 @@ use crate::{clock, when};
 struct StatusPage<'a> {
     service: ServiceRow<'a>,
     runs: Vec<RunRow<'a>>,
+    traffic: Option<TrafficRow>,
     instances: Vec<InstanceRow<'a>>,
     events: Vec<EventRow<'a>>,
 }
@@ -43,21 +45,28 @@ pub(super) async fn run(args: &OfService, hub: &Hub) -> Result<(), Failure> {
     let Some(service) = &got.service else {
         return Err(Failure::refused("the hub's answer has no service in it"));
     };
+    let traffic = traffic::read(hub, service).await;
     if args.listing.json() {
         // An array, like every list; it has one page.
         out::json(&StatusPage {
             service: service.into(),
             runs: service.runs.iter().map(RunRow::from).collect(),
+            traffic,
             instances: got.instances.iter().map(InstanceRow::from).collect(),
             events: got.events.iter().map(EventRow::from).collect(),
         });
         return Ok(());
     }
-    print(service, &got.instances, &got.events);
+    print(service, traffic.as_ref(), &got.instances, &got.events);
     Ok(())
 }
 
-fn print(service: &pb::Service, instances: &[pb::Instance], all_events: &[pb::Event]) {
+fn print(
+    service: &pb::Service,
+    traffic: Option<&TrafficRow>,
+    instances: &[pb::Instance],
+    all_events: &[pb::Event],
+) {
     let now = clock::now();
     let created = when::age(when::timestamp(service.created.as_ref()), now);
     let stable = match service.stable_version {
@@ -73,6 +82,7 @@ fn print(service: &pb::Service, instances: &[pb::Instance], all_events: &[pb::Ev
     let ready = ready_of(service.ready, service.desired);
     out::line(format_args!("  ready       {}, {} running", ready.painted(), service.running));
     out::line(format_args!("  deployment  {}", deployment(service, now)));
+    traffic.inspect(|traffic| traffic.print());
     if let Some(manifest) = &service.manifest {
         out::line(format_args!("  command     {}", command(&manifest.command)));
         if !manifest.needs.is_empty() {

@@ -10,17 +10,83 @@ use pb::agent_service_client::AgentServiceClient;
 
 use crate::args::Url;
 use crate::client::{Hub, note_age};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::{out, tls};
 
 /// An agent's prefix unless it is told another.
 const PREFIX: &str = "127.88";
+/// Of an agent that is told nothing else.
+const AGENT_PORT: u16 = 7410;
 /// The agent of this machine knows at once.
 const ASK: Duration = Duration::from_secs(1);
 /// A local address answers at once or not at all.
 const LOOK: Duration = Duration::from_millis(300);
 
 pub(super) async fn run(args: &Url, hub: &Hub) -> Result<(), Failure> {
+    if let Some(agent) = &args.agent {
+        return match ask_own(hub, agent, args).await {
+            Some(told) => print(&told?.1, args).await,
+            None => Err(Failure::new(Exit::Unknown, format!("no agent answers at {agent}"))),
+        };
+    }
+    match ask_hub(args, hub).await {
+        Err(failure) if failure.exit == Exit::Unknown => {
+            // Its agent knows without a hub.
+            for agent in own_agents(&hub.context().addresses) {
+                if let Some(told) = ask_own(hub, &agent, args).await {
+                    out::note("no hub answers; as this machine's agent knows it");
+                    return print(&told?.1, args).await;
+                }
+            }
+            Err(failure)
+        }
+        outcome => outcome,
+    }
+}
+
+/// Where this machine's agent listens unless it is told otherwise; with `nave dev` ten ports above a member's.
+fn own_agents(members: &[String]) -> Vec<String> {
+    let local = members.iter().filter_map(|member| member.parse::<SocketAddr>().ok());
+    let beside = local
+        .filter(|member| member.ip().is_loopback())
+        .filter_map(|member| Some(SocketAddr::new(member.ip(), member.port().checked_add(10)?)));
+    let mut all: Vec<String> =
+        beside.chain([SocketAddr::from(([127, 0, 0, 1], AGENT_PORT))]).map(|at| at.to_string()).collect();
+    all.dedup();
+    all
+}
+
+/// What an agent says of a service's ports; `None`: it does not answer.
+async fn ask_own(hub: &Hub, agent: &str, args: &Url) -> Option<Result<(String, String), Failure>> {
+    let credentials = tls::operator(hub.context()).ok()?;
+    let mut client = AgentServiceClient::new(tls::own_agent_channel(agent, &credentials));
+    let request = pb::GetServiceAddressesRequest { service: args.service.clone() };
+    let told = match tokio::time::timeout(ASK, client.get_service_addresses(request)).await.ok()? {
+        Ok(told) => told.into_inner(),
+        Err(status) if status.code() == tonic::Code::NotFound => {
+            return Some(Err(Failure::from_status(&status)));
+        }
+        Err(_) => return None,
+    };
+    // As the manifest would say them.
+    let port = |(name, protocol): (&String, &i32)| {
+        let service_port = told.addresses.get(name)?.parse::<SocketAddr>().ok()?.port();
+        Some((
+            name.clone(),
+            pb::Port { protocol: *protocol, service_port: service_port.into(), ..Default::default() },
+        ))
+    };
+    let ports = told.protocols.iter().filter_map(port).collect();
+    let manifest = pb::Manifest { name: args.service.clone(), ports, ..Default::default() };
+    Some(choose(&manifest, args.port.as_deref()).and_then(|(name, port)| {
+        let address = told.addresses.get(name).and_then(|address| address.parse().ok());
+        let address =
+            address.ok_or_else(|| Failure::refused(format!("{} has no address yet", args.service)))?;
+        Ok((name.to_owned(), text(port, address)))
+    }))
+}
+
+async fn ask_hub(args: &Url, hub: &Hub) -> Result<(), Failure> {
     let request = pb::GetServiceRequest { name: args.service.clone(), linearizable: false };
     let got = hub
         .read_status(|mut member| {
@@ -52,7 +118,13 @@ pub(super) async fn run(args: &Url, hub: &Hub) -> Result<(), Failure> {
         let what = format!("{} has no address yet: it comes with the first instance", args.service);
         return Err(Failure::refused(what).next(format!("nave scale {} 1", args.service)));
     };
-    out::line(text(port, address));
+    print(&text(port, address), args).await
+}
+
+/// Says it, and whether anything is there.
+async fn print(url: &str, args: &Url) -> Result<(), Failure> {
+    out::line(url);
+    let address = url.rsplit('/').next().unwrap_or_default();
     let dialled = tokio::net::TcpStream::connect(address);
     if !matches!(tokio::time::timeout(LOOK, dialled).await, Ok(Ok(_))) {
         out::note(format_args!(

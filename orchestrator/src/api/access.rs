@@ -56,7 +56,8 @@ pub(crate) fn callers(path: &str) -> Option<Callers> {
             | "ListInstances"
             | "ListEndpoints"
             | "Watch"
-            | "ReadLogs" => Some(Callers::OPERATOR),
+            | "ReadLogs"
+            | "GetServiceTraffic" => Some(Callers::OPERATOR),
             _ => None,
         },
         "nave.v1.HostService" => match method {
@@ -177,6 +178,7 @@ mod tests {
         ("/nave.v1.ServiceService/ListEndpoints", "o"),
         ("/nave.v1.ServiceService/Watch", "o"),
         ("/nave.v1.ServiceService/ReadLogs", "o"),
+        ("/nave.v1.ServiceService/GetServiceTraffic", "o"),
         ("/nave.v1.HostService/ListHosts", "o"),
         ("/nave.v1.HostService/GetHost", "o"),
         ("/nave.v1.HostService/DrainHost", "o"),

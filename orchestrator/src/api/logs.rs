@@ -32,6 +32,8 @@ const HOSTS_WAITING: usize = 4;
 const LOOK_FOR_HOSTS: Duration = Duration::from_millis(500);
 /// A follower asks a host again after this.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// Asked for calls of a service: each costs this member a connection and some hundred KiB.
+const CALLING_HOSTS_MAX: usize = 256;
 /// All the events that are kept for one service name the hosts it was on.
 const EVENTS_ASKED: usize = 1000;
 
@@ -55,7 +57,7 @@ pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogSt
     };
     let sources = {
         let state = hub.raft.state();
-        let sources = sources(&state, &request.service, instance);
+        let sources = sources(&state, &request, instance);
         if sources.is_empty() && state.service(&request.service).is_none() {
             return Err(errors::no_service(&request.service));
         }
@@ -79,9 +81,15 @@ pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogSt
     })))
 }
 
-/// The hosts that have instances of the service, or had them as far as the history goes back.
-fn sources(state: &ClusterState, service: &str, instance: Option<InstanceId>) -> Vec<Source> {
-    let mut hosts = BTreeSet::new();
+/// The hosts that have instances of the service, or had them as far as the history goes back. Calls of it may come from
+/// any that is connected.
+fn sources(state: &ClusterState, request: &pb::ReadLogsRequest, instance: Option<InstanceId>) -> Vec<Source> {
+    let source = |id: u64| Source { host: HostId(id), name: convert::host_name(state, id) };
+    if request.access {
+        let connected = state.hosts().filter(|host| host.status() == pb::HostStatus::Connected);
+        return connected.take(CALLING_HOSTS_MAX).map(|host| source(host.id)).collect();
+    }
+    let (service, mut hosts) = (request.service.as_str(), BTreeSet::new());
     if let Some(record) = instance.and_then(|id| state.instance(id)) {
         hosts.insert(record.host_id);
     }
@@ -97,7 +105,6 @@ fn sources(state: &ClusterState, service: &str, instance: Option<InstanceId>) ->
         }
     }
     hosts.remove(&0);
-    let source = |id: u64| Source { host: HostId(id), name: convert::host_name(state, id) };
     hosts.into_iter().map(source).collect()
 }
 
@@ -128,7 +135,7 @@ impl Reading {
             if changed.changed().await.is_err() {
                 return;
             }
-            found = sources(&self.hub.raft.state(), &self.request.service, self.instance);
+            found = sources(&self.hub.raft.state(), &self.request, self.instance);
         }
     }
 
@@ -160,6 +167,7 @@ impl Reading {
             until: self.request.until,
             contains: self.request.contains.clone(),
             resume: Vec::new(),
+            access: self.request.access,
         };
         let asked = self.request.resume.iter().filter(|cursor| cursor.host == source.name).cloned();
         let mut read: BTreeMap<String, pb::LogCursor> =
@@ -257,7 +265,8 @@ mod tests {
 
     #[test]
     fn a_service_nobody_knows_has_no_sources() {
-        assert_eq!(sources(&ClusterState::new(), "web", None), []);
-        assert_eq!(sources(&ClusterState::new(), "web", Some(InstanceId(1))), []);
+        let web = pb::ReadLogsRequest { service: "web".to_owned(), ..Default::default() };
+        assert_eq!(sources(&ClusterState::new(), &web, None), []);
+        assert_eq!(sources(&ClusterState::new(), &web, Some(InstanceId(1))), []);
     }
 }

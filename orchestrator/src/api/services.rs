@@ -13,7 +13,7 @@ use pb::service_service_server::ServiceService;
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use crate::api::{Committed, Hub, convert, errors, logs};
+use crate::api::{Committed, Hub, convert, errors, logs, traffic};
 use crate::watch::feed;
 
 /// Events shown beside one service.
@@ -307,5 +307,12 @@ impl ServiceService for Services {
         request: Request<pb::ReadLogsRequest>,
     ) -> Result<Response<Self::ReadLogsStream>, Status> {
         logs::open(&self.hub, request.into_inner()).map(Response::new)
+    }
+
+    async fn get_service_traffic(
+        &self,
+        request: Request<pb::GetServiceTrafficRequest>,
+    ) -> Result<Response<pb::GetServiceTrafficResponse>, Status> {
+        traffic::get(&self.hub, &request.into_inner().service).await.map(Response::new)
     }
 }

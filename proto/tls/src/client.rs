@@ -38,6 +38,8 @@ pub enum Expect {
     MemberId(MemberId),
     /// This host's agent.
     Agent(HostId),
+    /// The agent of whatever host answers there: for an address that only this machine's can have.
+    AnyAgent,
 }
 
 impl Expect {
@@ -46,6 +48,7 @@ impl Expect {
             (Self::Member, Role::Member(_)) => true,
             (Self::MemberId(expected), Role::Member(found)) => expected == *found,
             (Self::Agent(expected), Role::Agent(found)) => expected == *found,
+            (Self::AnyAgent, Role::Agent(_)) => true,
             _ => false,
         }
     }
@@ -57,6 +60,7 @@ impl fmt::Display for Expect {
             Self::Member => f.write_str("a member"),
             Self::MemberId(id) => write!(f, "member/{id}"),
             Self::Agent(id) => write!(f, "agent/{id}"),
+            Self::AnyAgent => f.write_str("an agent"),
         }
     }
 }

@@ -20,6 +20,7 @@ use super::request::{Outgoing, Request, request};
 use super::trace::Trace;
 use crate::proxy::meter::{CallerMeter, Refusal as Why};
 use crate::proxy::route::{Caller, Route};
+use crate::proxy::spans::Label;
 use crate::proxy::to::CALLER;
 
 /// How long a caller may be silent between two requests, whatever the port allows.
@@ -47,17 +48,20 @@ pub(super) struct Calling {
     added: Vec<u8>,
     pub(super) budget: Arc<RetryBudget>,
     pub(super) meter: Arc<CallerMeter>,
+    pub(super) label: Arc<Label>,
 }
 
 impl Calling {
     fn new(route: &Route, caller: &Caller) -> Self {
         let added = format!("{CALLER}: {caller}\r\n").into_bytes();
-        Self { added, budget: route.budget(caller), meter: route.meter.caller(caller) }
+        let label = route.label(caller, false);
+        Self { added, budget: route.budget(caller), meter: route.meter.caller(caller), label }
     }
 
     /// Of another host, whose agent retries and counts.
     pub(super) fn of_peer(route: &Route, caller: &Caller) -> Self {
-        Self { added: Vec::new(), budget: route.budget(caller), meter: Arc::default() }
+        let label = route.label(caller, true);
+        Self { added: Vec::new(), budget: route.budget(caller), meter: Arc::default(), label }
     }
 }
 

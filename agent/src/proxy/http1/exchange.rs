@@ -29,7 +29,9 @@ use super::tunnel::tunnel;
 use super::upstream::Upstream;
 use crate::proxy::dial::connect;
 use crate::proxy::meter::{Class, Refusal as Why};
+use crate::proxy::records::Call;
 use crate::proxy::route::{Route, Tries};
+use crate::proxy::spans::Name;
 use crate::proxy::to::{TO, To};
 use crate::proxy::wire::Wire;
 
@@ -259,13 +261,22 @@ impl<'a> Exchange<'a> {
     /// The request is over, with that try.
     fn ended(&self, pick: &mut Pick, outcome: Outcome, class: Class) {
         self.tried(pick, outcome);
-        self.calling.meter.request(class, self.begun.elapsed());
+        self.note(class, Some(pick.endpoint().key), self.tries.len());
+    }
+
+    fn note(&self, class: Class, endpoint: Option<EndpointKey>, retries: usize) {
+        let took = self.begun.elapsed();
+        self.calling.meter.request(class, took);
+        let (trace, name) = (self.request.trace, Name::of_head(self.outgoing));
+        let call = Call { trace, name, endpoint, class, took, retries };
+        self.route.records.call(&self.calling.label, self.rules, call);
     }
 
     /// Says no. The connection goes on only when nothing of the request is left on it.
     async fn refuse<S: Stream>(&self, client: &mut Client<S>, refusal: &Refusal, whole: bool) -> After {
         self.route.meter.refused(refusal.why);
-        self.calling.meter.request(Class::Refused, self.begun.elapsed());
+        let tries = self.tries.keys();
+        self.note(Class::Refused, tries.last().copied(), tries.len().saturating_sub(1));
         let keep_alive = self.keep_alive && whole;
         client.refuse(refusal, keep_alive, self.request.head_only).await
     }

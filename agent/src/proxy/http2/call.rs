@@ -18,17 +18,19 @@ use h2::{Reason, RecvStream};
 use http::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
-use nave_agent_core::balancer::{Ask, NoPick, Outcome, Pick, RetryBudget};
+use nave_agent_core::balancer::{Ask, EndpointKey, NoPick, Outcome, Pick, RetryBudget};
 use nave_agent_core::directory::PortRules;
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::body::{BodyError, Replay, pass};
 use super::grpc::{self, Code};
 use crate::clock;
 use crate::proxy::http1::trace::Trace;
 use crate::proxy::meter::{CallerMeter, Class, Refusal};
+use crate::proxy::records;
 use crate::proxy::route::{Caller, Route, Tries};
+use crate::proxy::spans::{Label, Name};
 
 /// Who called, said to the callee; what a caller says itself is replaced.
 const CALLER: HeaderName = HeaderName::from_static("nave-caller");
@@ -41,16 +43,17 @@ const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Who calls on a connection, and what is counted for it.
 #[derive(Debug)]
 pub(super) struct Calling {
-    caller: Caller,
     said: Option<HeaderValue>,
     budget: Arc<RetryBudget>,
     meter: Arc<CallerMeter>,
+    label: Arc<Label>,
 }
 
 impl Calling {
     pub(super) fn new(route: &Route, caller: Caller) -> Self {
         let said = HeaderValue::try_from(caller.to_string()).ok();
-        Self { said, budget: route.budget(&caller), meter: route.meter.caller(&caller), caller }
+        let label = route.label(&caller, false);
+        Self { said, budget: route.budget(&caller), meter: route.meter.caller(&caller), label }
     }
 }
 
@@ -75,6 +78,9 @@ pub(super) struct Call {
     /// Of the whole call.
     deadline: Option<Instant>,
     tries: Tries,
+    trace: Trace,
+    /// Who was asked last.
+    asked: Option<EndpointKey>,
 }
 
 /// What one try came to.
@@ -108,7 +114,7 @@ impl Call {
         if let Some(said) = &calling.said {
             headers.insert(CALLER, said.clone());
         }
-        trace(&mut headers);
+        let trace = trace(&mut headers);
         let uri = absolute(parts.uri, &headers, &route.service);
         let begun = Instant::now();
         let asked = grpc::timeout(&headers);
@@ -116,7 +122,8 @@ impl Call {
         let head = Head { method: parts.method, uri, is_grpc: grpc::is_grpc(&headers), headers };
         let body = Replay::new(body, rules.replay_bytes_max);
         let deadline = within.map(|within| begun + within.min(FAR));
-        Self { route, calling, rules, head, body, respond, begun, deadline, tries: Tries::default() }
+        let (tries, asked) = (Tries::default(), None);
+        Self { route, calling, rules, head, body, respond, begun, deadline, tries, trace, asked }
     }
 
     pub(super) async fn run(mut self) {
@@ -129,13 +136,12 @@ impl Call {
                 self.refuse(Refusal::Requests, &text)
             }
         };
-        self.calling.meter.request(class, self.begun.elapsed());
-        if self.rules.access_log {
-            let (service, port, caller) = (&route.service, &route.port, &self.calling.caller);
-            let took_us = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-            let (method, path, retries) = (&self.head.method, self.head.uri.path(), self.tries.len());
-            info!(%service, %port, %caller, %method, path, ?class, retries, took_us, "request");
-        }
+        let took = self.begun.elapsed();
+        self.calling.meter.request(class, took);
+        let name = Name::new(self.head.method.as_str().as_bytes(), self.head.uri.path().as_bytes());
+        let retries = self.tries.len().saturating_sub(usize::from(class == Class::Refused));
+        let note = records::Call { trace: self.trace, name, endpoint: self.asked, class, took, retries };
+        route.records.call(&self.calling.label, &self.rules, note);
     }
 
     async fn go(&mut self) -> Class {
@@ -183,6 +189,7 @@ impl Call {
     /// One try on one endpoint.
     async fn attempt(&mut self, mut pick: Pick, hash: Option<u64>) -> Tried {
         let begun = Instant::now();
+        self.asked = Some(pick.endpoint().key);
         let leased = self.route.http2.lease(&self.route, pick.endpoint(), self.rules.connect_timeout);
         let lease = match leased.await {
             Ok(lease) => lease,
@@ -498,13 +505,14 @@ fn may_repeat(method: &Method) -> bool {
 }
 
 /// Continues the caller's trace, or begins one.
-fn trace(headers: &mut HeaderMap) {
+fn trace(headers: &mut HeaderMap) -> Trace {
     let fresh = Trace::random(&mut rand::rng());
     let known = headers.get(TRACEPARENT).and_then(|value| Trace::parse(value.as_bytes()));
     let trace = known.map_or(fresh, |known| known.continued(fresh));
     if let Ok(value) = HeaderValue::from_bytes(&trace.value()) {
         headers.insert(TRACEPARENT, value);
     }
+    trace
 }
 
 /// With an authority, which the next hop must have: the caller's, else its Host, else the service's name.
