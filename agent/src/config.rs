@@ -40,6 +40,9 @@ pub struct AgentConfig {
     /// as root gives services a resolver that asks it first.
     #[serde(default = "default_dns")]
     pub dns: bool,
+    /// As root, a table of nftables that lets only the agent and the service itself connect to an instance's own port.
+    #[serde(default = "default_firewall")]
+    pub firewall: bool,
     /// CPU for services in thousandths of a core; 0: all of the machine's.
     #[serde(default)]
     pub cpu_millicores: u64,
@@ -79,6 +82,7 @@ impl AgentConfig {
             labels: BTreeMap::new(),
             address_prefix: default_address_prefix(),
             dns: default_dns(),
+            firewall: default_firewall(),
             cpu_millicores: 0,
             memory_bytes: 0,
             port_min: default_port_min(),
@@ -180,6 +184,10 @@ fn default_metrics_listen() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 7490))
 }
 fn default_dns() -> bool {
+    true
+}
+
+fn default_firewall() -> bool {
     true
 }
 

@@ -120,6 +120,7 @@ fn capabilities(cgroups: &Cgroups, root: bool) -> (Vec<String>, Vec<String>) {
             [
                 "services run as the agent's own user and are not protected from each other",
                 "services share /tmp, and isolation.read_only, hide and capabilities are refused",
+                "instances' own ports are open to every process of this host",
             ]
             .map(|what| format!("{what}: the agent is not root")),
         ),

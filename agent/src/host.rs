@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use pb::hub_message::Message as FromHub;
 use pb::keeper_reply::Reply;
 use pb::ledger_record::Record;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -30,6 +30,7 @@ use crate::clock;
 use crate::directory::DirectoryHandle;
 use crate::executor::Executor;
 use crate::executor::directories::KeptLogs;
+use crate::firewall::{Guarded, Owner, Told};
 use crate::hub::HubEvent;
 use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
@@ -116,6 +117,7 @@ pub(crate) struct HostTask {
     prune_at: Monotonic,
     witness: Arc<Mutex<Witness>>,
     proxy: Option<Proxy>,
+    firewall: Option<watch::Sender<Told>>,
     /// What the proxy was told of each instance: of which epoch, and what.
     told: BTreeMap<InstanceId, (u64, LocalWord)>,
     directory: DirectoryHandle,
@@ -157,6 +159,7 @@ impl HostTask {
             prune_at: clock::monotonic() + PRUNE_EVERY,
             witness: Arc::default(),
             proxy: None,
+            firewall: None,
             told: BTreeMap::new(),
             directory,
             interest_due: true,
@@ -170,6 +173,11 @@ impl HostTask {
         let this = Self { proxy: Some(proxy), ..self };
         this.feed_proxy(&this.directory.everything());
         this
+    }
+
+    /// With one that guards the instances' ports.
+    pub(crate) fn with_firewall(self, firewall: watch::Sender<Told>) -> Self {
+        Self { firewall: Some(firewall), ..self }
     }
 
     /// With one that has watched the processes already.
@@ -224,6 +232,7 @@ impl HostTask {
         self.tell_proxy();
         self.carry_out(work).await?;
         self.tell_proxy();
+        self.tell_firewall();
         let now = clock::monotonic();
         self.look_after_logs(now);
         let wall = WallOffset::measure(now, clock::wall_unix_ns());
@@ -611,6 +620,26 @@ impl HostTask {
                 proxy.local_gone(*instance, *epoch);
             }
             stays
+        });
+    }
+
+    /// Whose port is whose. A turn compares some hundred numbers; only a change is acted upon, elsewhere.
+    fn tell_firewall(&self) {
+        let Some(firewall) = &self.firewall else { return };
+        let mut guarded = Guarded::new();
+        for one in self.reconciler.supervisors().filter(|one| !one.is_gone()) {
+            let user = one.wanted().manifest.as_ref().map_or("", |manifest| manifest.user.as_str());
+            let owner = Owner { user: user.to_owned(), uid: one.wanted().uid };
+            for port in one.ports().values() {
+                guarded.entry(*port).or_default().insert(owner.clone());
+            }
+        }
+        firewall.send_if_modified(|before| {
+            let is_news = before.as_ref() != Some(&guarded);
+            if is_news {
+                *before = Some(guarded);
+            }
+            is_news
         });
     }
 

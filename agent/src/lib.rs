@@ -16,6 +16,7 @@ mod directory;
 mod dns;
 mod executor;
 mod facts;
+mod firewall;
 mod host;
 mod hub;
 mod identity;

@@ -13,7 +13,7 @@ use nave_proto::pb;
 use parking_lot::Mutex;
 use rand::Rng as _;
 use tokio::net::{TcpListener, UdpSocket};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -32,6 +32,7 @@ use crate::executor::ports::holder;
 use crate::executor::spawn::SpawnContext;
 use crate::executor::users;
 use crate::facts;
+use crate::firewall::{FirewallTask, Told};
 use crate::host::{HostTask, Inbox, Outbox};
 use crate::hub::{HubTask, Members};
 use crate::identity::{Identity, IdentityError, RenewTask, enrol};
@@ -340,7 +341,17 @@ async fn with_keeper(
     lasting.notes.repeat();
     let outbox = Outbox { uplink, metrics, shown, notes: lasting.notes.clone() };
     let main = HostTask::new(reconciler, ledger, executor, inbox, outbox, directory);
-    let main = main.witnessed_by(witness.clone()).with_proxy(proxy.clone());
+    let mut main = main.witnessed_by(witness.clone()).with_proxy(proxy.clone());
+    if config.firewall && users::own_uid().is_root() {
+        let (ports, wanted) = watch::channel(Told::default());
+        let (firewall, ends) =
+            (FirewallTask::new(cluster, host, wanted, lasting.notes.clone()), shutdown.clone());
+        tasks.spawn(async move {
+            firewall.run(ends).await;
+            Ok(())
+        });
+        main = main.with_firewall(ports);
+    }
     // Not before the proxy knows the services: a call to one that it does not know yet would be turned away.
     proxy.accept(listener, &credentials).map_err(|source| RunError::Listen {
         key: "listen",

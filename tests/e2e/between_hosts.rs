@@ -16,7 +16,7 @@ use crate::manifests::{python, web_with};
 const CALLERS: usize = 2;
 
 /// Answers with the caller's name as its agent gives it.
-const CALLED: &str = r#"
+pub(crate) const CALLED: &str = r#"
 import http.server, os
 class Say(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -43,7 +43,7 @@ Server((os.environ["HOST"], int(os.environ["PORT"])), Echo).serve_forever()
 "#;
 
 /// Calls both, claims to be somebody else, and says what came of it.
-const CALLER: &str = r#"
+pub(crate) const CALLER: &str = r#"
 import http.server, json, os, socket, urllib.request, urllib.error
 def page(url):
     try:
@@ -75,12 +75,12 @@ class Look(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer((os.environ["HOST"], int(os.environ["PORT"])), Look).serve_forever()
 "#;
 
-fn service(name: &str, host: &str, program: &str, port: &str, more: &str) -> String {
+pub(crate) fn service(name: &str, host: &str, program: &str, port: &str, more: &str) -> String {
     let there = format!("\n[placement]\nconstraints = ['host = \"{host}\"']\n");
     python(name, program, port, more) + &there
 }
 
-fn look(cluster: &Cluster, service: &str) -> Option<Value> {
+pub(crate) fn look(cluster: &Cluster, service: &str) -> Option<Value> {
     let port = cluster.ps(service).first()?["ports"]["main"].as_u64()?;
     serde_json::from_str(&get(port, "/")?).ok()
 }
@@ -132,7 +132,7 @@ fn calls_are_seen(cluster: &Cluster) {
     assert_eq!((&line["call"], &line["class"]), (&"GET /".into(), &"success".into()), "{line}");
     assert!(line["caller"].as_str().is_some_and(|caller| caller.starts_with("host/")), "{line}");
     let page = cluster.json(&["status", "web"]);
-    let traffic = &page[0]["traffic"];
+    let traffic = &page["traffic"];
     assert!(traffic["requests"]["success"].as_u64().is_some_and(|calls| calls > 100), "{traffic}");
     assert!(traffic["success_share"].as_f64().is_some_and(|share| share > 0.9), "{traffic}");
     assert!(traffic["p99_seconds"].as_f64() >= traffic["p50_seconds"].as_f64(), "{traffic}");
@@ -262,7 +262,7 @@ fn echo(address: &str) -> Result<String, String> {
 }
 
 /// One call on a connection of its own; `Err`: what came instead of an answer.
-fn ask(address: &str) -> Result<String, String> {
+pub(crate) fn ask(address: &str) -> Result<String, String> {
     use std::io::{Read as _, Write as _};
     let ask = || {
         let mut stream = std::net::TcpStream::connect(address)?;

@@ -30,6 +30,7 @@ mod limits;
 mod logs;
 mod manifests;
 mod members;
+mod namespaces;
 mod never_twice;
 mod partitions;
 mod proxy_deaths;

@@ -86,7 +86,7 @@ fn an_agent_cannot_speak_for_another_host() {
     assert_eq!(refusal.1.code(), tonic::Code::PermissionDenied, "{:?}", refusal.1);
 }
 
-fn agent_credentials(data: &Path) -> Credentials {
+pub(crate) fn agent_credentials(data: &Path) -> Credentials {
     eventually_some("the agent keeps its certificate", SOON, || {
         Credentials::load(&data.join("agent.crt"), &data.join("agent.key"), &data.join("ca.crt")).ok()
     })

@@ -57,7 +57,8 @@ pub struct Role {
     /// What runs it: the `nave` under test, or a copy that may be replaced.
     pub program: PathBuf,
     process: Option<Process>,
-    machine: Option<Namespace>,
+    /// Where it runs, when the cluster is on a network.
+    pub machine: Option<Namespace>,
 }
 
 impl Role {
@@ -109,9 +110,10 @@ impl Role {
     }
 
     /// Rewrites its configuration.
-    fn listen_on(&self, host: &str) -> anyhow::Result<()> {
+    fn listen_on(&self, host: &str, firewall: bool) -> anyhow::Result<()> {
         let mut table: toml::Table = std::fs::read_to_string(&self.config)?.parse()?;
         table.insert("listen".into(), format!("{host}:{}", self.port).into());
+        table.insert("firewall".into(), firewall.into());
         std::fs::write(&self.config, table.to_string()).context("write a configuration")
     }
 
@@ -171,7 +173,8 @@ impl Cluster {
             role.machine = machine(n);
         }
         for (n, agent) in agents.iter().enumerate().filter(|_| network.is_some()) {
-            agent.listen_on(&host(setup.members + n))?;
+            // A namespace has rules of its own.
+            agent.listen_on(&host(setup.members + n), true)?;
         }
         Ok(Self { dir, base_port, members, agents, network, _turn: turn })
     }
@@ -453,6 +456,8 @@ fn agent(
     table.insert("token_file".into(), path(&init.join("join-token")).into());
     table.insert("name".into(), name.clone().into());
     table.insert("listen".into(), format!("127.0.0.1:{port}").into());
+    // The machine's own rules are left alone.
+    table.insert("firewall".into(), false.into());
     table.insert("metrics_listen".into(), format!("127.0.0.1:{metrics}").into());
     // Clusters of other tests have theirs on this machine too, and their ports differ.
     table.insert("address_prefix".into(), format!("127.{}", 88 + port % 160).into());

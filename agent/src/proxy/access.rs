@@ -225,7 +225,7 @@ mod tests {
         lines.send(line("second")).unwrap();
         drop(lines);
         second.run(&to_write);
-        assert_eq!(texts(directory.path()), ["first", "3 lines dropped", "second"]);
+        assert_eq!(texts(directory.path()), ["first", "[nave: 3 lines dropped]", "second"]);
 
         let long = "x".repeat(15_000);
         let mut third = writer();

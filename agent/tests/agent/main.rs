@@ -31,6 +31,7 @@ fn config(dir: &Path, hub: &str, token: &str) -> AgentConfig {
     let mut config = AgentConfig::new(dir.join("data"), vec![hub.to_owned()]);
     config.token_file = Some(token_file);
     config.name = "north".into();
+    config.firewall = false;
     config.listen = ([127, 0, 0, 1], free_port()).into();
     config.metrics_listen = ([127, 0, 0, 1], free_port()).into();
     config

@@ -127,6 +127,8 @@ impl Layout {
         let mut config = AgentConfig::new(role.folder.clone(), members.collect());
         config.token_file = Some(self.token_file.clone());
         config.name.clone_from(&role.name);
+        // A developer's machine keeps the rules it has.
+        config.firewall = false;
         config.listen = loopback(agent_port(port, number));
         config.advertise = Some(config.listen.to_string());
         config.metrics_listen = loopback(port + AGENT_METRICS + u16::from(number) - 1);

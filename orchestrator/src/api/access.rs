@@ -213,6 +213,8 @@ mod tests {
         ("/nave.v1.AgentService/ReadHostLogs", ""),
         ("/nave.v1.AgentService/GetAgentInfo", ""),
         ("/nave.v1.AgentService/GetServiceAddresses", ""),
+        ("/nave.v1.AgentService/GetHostTraffic", ""),
+        ("/nave.v1.AgentService/ReadSpans", ""),
         ("/nave.v1.ServiceService/Nothing", ""),
         ("/", ""),
         ("", ""),
