@@ -55,6 +55,21 @@ impl Names for HostNames {
         let callable = self.ways.to(service)?;
         callable.ports.iter().find(|one| *one.name == *port).map(|one| one.address.port())
     }
+
+    fn single(&self, service: &str, ordinal: &str) -> Option<Ipv4Addr> {
+        self.ways.single(service, Self::ordinal(ordinal)?)
+    }
+
+    fn single_port(&self, service: &str, ordinal: &str, port: &str) -> Option<u16> {
+        self.ways.single_port(service, Self::ordinal(ordinal)?, port)
+    }
+}
+
+impl HostNames {
+    fn ordinal(ordinal: &str) -> Option<u32> {
+        // One number has one name.
+        ordinal.parse().ok().filter(|number: &u32| number.to_string() == ordinal)
+    }
 }
 
 impl DnsServer {

@@ -15,6 +15,7 @@ mod peers;
 mod recent;
 mod records;
 mod route;
+mod singles;
 mod spans;
 mod stream;
 mod table;
@@ -26,7 +27,7 @@ mod wire;
 mod workers;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -38,6 +39,7 @@ use nave_agent_core::balancer::EndpointKey;
 use nave_agent_core::directory::{Host, Protocol, Service};
 use nave_proto::ids::{HostId, InstanceId};
 use nave_tls::{ClientPolicy, Credentials, IncomingLimits, PeerIdentity, TlsConnection};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -95,6 +97,8 @@ pub(crate) struct ProxyConfig {
     pub(crate) workers: usize,
     /// Where ports that had to be chosen are remembered.
     pub(crate) ports_file: PathBuf,
+    /// Where addresses of single instances are remembered.
+    pub(crate) singles_file: PathBuf,
     /// What a scrape reads.
     pub(crate) routes: Routes,
     /// What is noted of each call.
@@ -118,6 +122,8 @@ struct Shared {
     table: Table,
     listeners: Listeners,
     attestor: Arc<Attestor>,
+    /// Table and listeners hear of changes in the same order.
+    changes: Mutex<()>,
     /// The agent's own port is served.
     accepts: AtomicBool,
     handed_out: ArcSwapOption<mpsc::Sender<TlsConnection>>,
@@ -215,11 +221,12 @@ impl Proxy {
             .with_notes(config.notes);
         let peers = Arc::new(config.credentials.map(Peers::new).unwrap_or_default());
         let table = Table::new(config.prefix, config.own_host, config.routes, peers);
-        let table = table.with_records(config.records);
+        let table = table.with_records(config.records).with_singles(config.singles_file);
         let shared = Arc::new(Shared {
             table,
             listeners,
             attestor,
+            changes: Mutex::default(),
             accepts: AtomicBool::default(),
             handed_out: ArcSwapOption::default(),
             ended,
@@ -250,12 +257,14 @@ impl Proxy {
     /// The service is now this.
     pub(crate) fn put(&self, service: Arc<Service>) {
         let name = service.name.clone();
+        let _in_order = self.shared.changes.lock();
         let wanted = self.shared.table.put(service);
         self.shared.listeners.want(&name, wanted);
     }
 
     /// The service is gone.
     pub(crate) fn remove(&self, service: &str) {
+        let _in_order = self.shared.changes.lock();
         self.shared.listeners.unwant(service);
         self.shared.table.remove(service);
     }
@@ -313,7 +322,23 @@ impl Proxy {
 
     /// Where callers on this host find the service's ports, by name; empty while that is not known.
     pub(crate) fn addresses(&self, service: &str) -> BTreeMap<String, SocketAddr> {
-        self.shared.listeners.addresses(service)
+        self.shared.listeners.addresses(service, None)
+    }
+
+    /// The address on this host that leads to the instance of this ordinal alone, wherever it is; `None`: nobody knows
+    /// such an instance. It is made when it is first asked for, and stays the same from then on.
+    pub(crate) fn single(&self, service: &str, ordinal: u32) -> Option<Ipv4Addr> {
+        let _in_order = self.shared.changes.lock();
+        let single = self.shared.table.single(service, ordinal)?;
+        if let Some((name, wanted)) = single.news {
+            self.shared.listeners.want(&name, wanted);
+        }
+        Some(single.address)
+    }
+
+    /// Its ports, by name.
+    pub(crate) fn single_addresses(&self, service: &str, ordinal: u32) -> BTreeMap<String, SocketAddr> {
+        self.shared.listeners.addresses(service, Some(ordinal))
     }
 
     /// What the main loop knows of an endpoint of this host. It takes effect before this returns.

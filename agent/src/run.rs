@@ -194,6 +194,7 @@ impl Lasting {
             own_host: identity.host,
             workers: 0,
             ports_file: data.path().join("proxy-ports"),
+            singles_file: data.path().join("proxy-singles"),
             routes: self.routes.clone(),
             records: self.records.clone(),
             notes: self.notes.clone(),

@@ -30,6 +30,8 @@ class Look(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         env = {name: value for name, value in os.environ.items() if name.startswith("WEB_")}
         found = {"env": env, "web": names("web.nave.internal"), "nobody": names("nobody.nave.internal"),
+                 "first": names("0.web.nave.internal"), "third": names("2.web.nave.internal"),
+                 "by_ordinal": [page("http://0.web.nave.internal/"), page("http://1.web.nave.internal/")],
                  "by_env": page(os.environ["WEB_URL"] + "/"), "by_name": page("http://web.nave.internal/")}
         body = json.dumps(found).encode()
         self.send_response(200)
@@ -65,9 +67,13 @@ fn by_environment_by_dns_and_by_the_command_line_with_and_without_a_hub() {
     assert_eq!(found["env"]["WEB_MINE"], "kept", "the manifest's own");
     assert!(found["by_env"].as_str().is_some_and(|said| said.starts_with("hi from i-")), "{found}");
     check_names(&found, &url);
+    if geteuid().is_root() {
+        (0..5).for_each(|_| check_singles(&cluster, &look(&cluster).expect("the caller answers")));
+    }
     let behind = cluster.json(&["endpoints", "web"]);
     assert_eq!(behind.as_array().map(Vec::len), Some(2), "{behind}");
 
+    let before = found;
     let data = cluster.agents[0].dir.join("data");
     eventually("the directory is on disk", SOON, || {
         std::fs::read(data.join("directory"))
@@ -88,6 +94,10 @@ fn by_environment_by_dns_and_by_the_command_line_with_and_without_a_hub() {
         (!geteuid().is_root() || again["web"].is_array()).then_some(again)
     });
     check_names(&found, &url);
+    let singles = |found: &Value| (found["first"].clone(), found["by_ordinal"].clone());
+    if geteuid().is_root() {
+        assert_eq!(singles(&found), singles(&before), "as before, without a hub");
+    }
 }
 
 /// The address of `web`, as a resolver asks for it after an answer that was too long.
@@ -121,4 +131,21 @@ fn check_names(found: &Value, url: &str) {
     let asked_by_tcp = over_tcp(address).expect("the name server answers over TCP too");
     assert!(asked_by_tcp.ends_with(&address.parse::<Ipv4Addr>().expect("an address").octets()));
     assert!(found["by_name"].as_str().is_some_and(|said| said.starts_with("hi from i-")), "{found}");
+    assert!(found["third"].is_string(), "there are two: {found}");
+    assert!(found["first"].is_array() && found["first"] != found["web"], "an address of its own: {found}");
+}
+
+/// Who answers to the name of each ordinal: always the same instance.
+fn check_singles(cluster: &Cluster, found: &Value) {
+    let said: Vec<String> = (0..2)
+        .map(|ordinal| {
+            let rows = cluster.ps("web");
+            let row = rows.iter().find(|row| row["ordinal"] == ordinal).expect("an instance");
+            format!("hi from {}", row["id"].as_str().expect("an id"))
+        })
+        .collect();
+    for (ordinal, said) in said.iter().enumerate() {
+        let heard = found["by_ordinal"][ordinal].as_str().unwrap_or_default();
+        assert!(heard.starts_with(said), "{said} is not {heard}");
+    }
 }

@@ -1,6 +1,7 @@
 //! How processes of this host reach a service: at the address where the proxy listens for it.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use nave_agent_core::callable::{Callable, CallablePort, address_variables};
@@ -34,6 +35,19 @@ impl Ways {
     /// Second half of its address; `None`: nobody knows it. Whoever asks is about to call it.
     pub(crate) fn suffix(&self, service: &str) -> Option<u16> {
         self.directory.service(service).map(|service| service.suffix)
+    }
+
+    /// The address that leads to one instance of a service alone.
+    pub(crate) fn single(&self, service: &str, ordinal: u32) -> Option<Ipv4Addr> {
+        // Whoever asks is about to call it.
+        self.directory.service(service)?;
+        self.proxy.single(service, ordinal)
+    }
+
+    /// One of its ports.
+    pub(crate) fn single_port(&self, service: &str, ordinal: u32, port: &str) -> Option<u16> {
+        self.single(service, ordinal)?;
+        self.proxy.single_addresses(service, ordinal).get(port).map(SocketAddr::port)
     }
 
     fn callable(&self, service: &Service) -> Callable {

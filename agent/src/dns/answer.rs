@@ -1,6 +1,6 @@
 //! One question, one answer. Pure: who knows the services is an argument.
 //!
-//! `web.nave.internal` has the service's address (A; every other type is empty at once, since callers ask for AAAA
+//! `0.web.nave.internal` is one instance alone, by its ordinal. `web.nave.internal` has the service's address (A; every other type is empty at once, since callers ask for AAAA
 //! beside it and wait for both); `_http._tcp.web.nave.internal` has its port (SRV), also where that is not the declared
 //! one. What is in the zone and not known does not exist; what is outside is refused, and the libc asks the next
 //! server: glibc goes on at once after REFUSED, and musl, which asks all servers at a time, leaves it out. To forward
@@ -26,6 +26,10 @@ pub(crate) trait Names {
     fn address(&self, service: &str) -> Option<Ipv4Addr>;
     /// Where callers on this host find one of its ports.
     fn port(&self, service: &str, port: &str) -> Option<u16>;
+    /// The address on this host that leads to one instance alone, by its ordinal.
+    fn single(&self, service: &str, ordinal: &str) -> Option<Ipv4Addr>;
+    /// Where callers find one of its ports.
+    fn single_port(&self, service: &str, ordinal: &str, port: &str) -> Option<u16>;
 }
 
 /// The answer to a packet; `None`: it is no question, so nobody waits for one.
@@ -88,6 +92,13 @@ fn resolve<'a>(names: &impl Names, question: &Question<'a>) -> (RCODE, Vec<Resou
             .strip_prefix('_')
             .and_then(|port| names.port(service, port))
             .map(|port| asks(TYPE::SRV).then(|| target(service, port))),
+        [ordinal, service] => names
+            .single(service, ordinal)
+            .map(|address| asks(TYPE::A).then(|| RData::A(A { address: address.to_bits() }))),
+        [port, "_tcp", ordinal, service] => port
+            .strip_prefix('_')
+            .and_then(|port| names.single_port(service, ordinal, port))
+            .map(|port| asks(TYPE::SRV).then(|| target(&format!("{ordinal}.{service}"), port))),
         _ => None,
     };
     let Some(data) = data else { return (RCODE::NameError, Vec::new()) };
@@ -114,6 +125,14 @@ mod tests {
 
         fn port(&self, service: &str, port: &str) -> Option<u16> {
             (service == "web" && port == "http").then_some(20_080)
+        }
+
+        fn single(&self, service: &str, ordinal: &str) -> Option<Ipv4Addr> {
+            (service == "web" && ordinal == "0").then_some(Ipv4Addr::new(127, 88, 255, 254))
+        }
+
+        fn single_port(&self, service: &str, ordinal: &str, port: &str) -> Option<u16> {
+            (service == "web" && ordinal == "0" && port == "http").then_some(80)
         }
     }
 
@@ -152,11 +171,16 @@ mod tests {
         assert_eq!(ask("nave.internal", TYPE::A), empty);
         assert_eq!(ask("_http._tcp.web.nave.internal", TYPE::SRV), one("web.nave.internal:20080"));
         assert_eq!(ask("_http._tcp.web.nave.internal", TYPE::A), empty);
+        assert_eq!(ask("0.web.nave.internal", TYPE::A), one("127.88.255.254"));
+        assert_eq!(ask("0.web.nave.internal", TYPE::AAAA), empty);
+        assert_eq!(ask("_http._tcp.0.web.nave.internal", TYPE::SRV), one("0.web.nave.internal:80"));
     }
 
     #[test]
     fn what_is_not_known_does_not_exist_and_what_is_others_is_refused() {
-        for name in ["db.nave.internal", "0.web.nave.internal", "_x._tcp.web.nave.internal"] {
+        for name in
+            ["db.nave.internal", "1.web.nave.internal", "0.db.nave.internal", "_x._tcp.web.nave.internal"]
+        {
             assert_eq!(ask(name, TYPE::A).0, RCODE::NameError, "{name}");
         }
         for name in ["web", "example.org", "nave.internal.example.org", "internal"] {

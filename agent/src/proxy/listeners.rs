@@ -210,11 +210,12 @@ impl Listeners {
         self.changed.notified().await;
     }
 
-    /// Where callers on this host find the service's ports, by name.
-    pub(crate) fn addresses(&self, service: &str) -> BTreeMap<String, SocketAddr> {
+    /// Where callers on this host find the ports of the service, or of a single instance of it, by name.
+    pub(crate) fn addresses(&self, service: &str, single: Option<u32>) -> BTreeMap<String, SocketAddr> {
         let inner = self.inner.lock();
         let mut addresses = BTreeMap::new();
-        for wanted in inner.wanted.get(service).into_iter().flatten() {
+        let wanted = inner.wanted.get(service).into_iter().flatten();
+        for wanted in wanted.filter(|wanted| wanted.route.single == single) {
             let own = inner.open.contains_key(&wanted.address).then_some(wanted.address);
             let stands_for =
                 |(bound, open): (&SocketAddr, &Open)| (open.proper == wanted.address).then_some(*bound);

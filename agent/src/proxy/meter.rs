@@ -297,15 +297,25 @@ impl RouteMeter {
 
 /// All routes, for the scrape: the table puts a new list here whenever it changes.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Routes(pub(crate) Arc<ArcSwap<Vec<Arc<Route>>>>);
+pub(crate) struct Routes(
+    /// Of services, by service and port.
+    pub(crate) Arc<ArcSwap<Vec<Arc<Route>>>>,
+    /// To single instances of them.
+    pub(crate) Arc<ArcSwap<Vec<Arc<Route>>>>,
+);
+
+impl Routes {
+    pub(crate) fn all(&self) -> Vec<Arc<Route>> {
+        [self.0.load().as_slice(), self.1.load().as_slice()].concat()
+    }
+}
 
 type Labels = Vec<(&'static str, String)>;
 
 impl Collector for Routes {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let routes = self.0.load_full();
         let mut all = Exposition::default();
-        routes.iter().for_each(|route| all.add(route));
+        self.all().iter().for_each(|route| all.add(route));
         all.encode(&mut encoder)
     }
 }
@@ -329,7 +339,11 @@ struct Exposition {
 
 impl Exposition {
     fn add(&mut self, route: &Route) {
-        let of_route: Labels = vec![("service", route.service.to_string()), ("port", route.port.to_string())];
+        let port = match route.single {
+            None => route.port.to_string(),
+            Some(ordinal) => format!("{}#{ordinal}", route.port),
+        };
+        let of_route: Labels = vec![("service", route.service.to_string()), ("port", port)];
         let with = |name, value: String| [of_route.as_slice(), &[(name, value)]].concat();
         for (caller, meter) in route.meter.callers.read().iter() {
             self.add_caller(&with("caller", caller.to_string()), meter);

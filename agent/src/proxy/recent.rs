@@ -51,7 +51,7 @@ impl Recent {
 
     fn look(&self, now: Monotonic) {
         let mut services = BTreeMap::<Arc<str>, Totals>::new();
-        for route in self.routes.0.load().iter() {
+        for route in self.routes.all() {
             let totals = route.meter.totals();
             if totals.requests() > 0 {
                 services.entry(route.service.clone()).or_default().add(&totals);
@@ -71,7 +71,7 @@ impl Recent {
 
     fn of_at(&self, service: &str, now: Monotonic) -> pb::ServiceTraffic {
         let (mut totals, mut ejected) = (Totals::default(), 0);
-        for route in self.routes.0.load().iter().filter(|route| *route.service == *service) {
+        for route in self.routes.all().iter().filter(|route| *route.service == *service) {
             totals.add(&route.meter.totals());
             ejected += route.balancer.view(now).iter().filter(|endpoint| endpoint.ejected).count();
         }

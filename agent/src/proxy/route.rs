@@ -71,6 +71,8 @@ impl fmt::Display for Caller {
 pub(crate) struct Route {
     pub(crate) service: Arc<str>,
     pub(crate) port: Arc<str>,
+    /// Leads to the instance of this ordinal alone.
+    pub(crate) single: Option<u32>,
     pub(crate) protocol: Protocol,
     pub(crate) balancer: Balancer,
     pub(crate) meter: RouteMeter,
@@ -133,6 +135,7 @@ impl Route {
         Self {
             service,
             port,
+            single: None,
             protocol,
             balancer: Balancer::new(settings),
             meter: RouteMeter::default(),
@@ -154,6 +157,11 @@ impl Route {
     /// With instances on other hosts.
     pub(crate) fn with_peers(self, peers: Arc<Peers>) -> Self {
         Self { peers, ..self }
+    }
+
+    /// To one instance of the service.
+    pub(crate) fn to_single(self, ordinal: u32) -> Self {
+        Self { single: Some(ordinal), ..self }
     }
 
     pub(crate) fn with_records(self, records: Arc<Records>) -> Self {

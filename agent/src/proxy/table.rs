@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nave_agent_core::address::service_address;
@@ -11,11 +12,13 @@ use nave_agent_core::directory::{EndpointState, Port, Protocol, Service};
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use parking_lot::Mutex;
+use tracing::warn;
 
 use super::meter::Routes;
 use super::peers::Peers;
 use super::records::Records;
 use super::route::Route;
+use super::singles::Singles;
 use crate::clock;
 use crate::directory::Asks;
 
@@ -79,27 +82,48 @@ pub(crate) struct Table {
     pub(crate) peers: Arc<Peers>,
     records: Arc<Records>,
     asks: Asks,
+    singles_file: PathBuf,
     inner: Mutex<Inner>,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     services: BTreeMap<Arc<str>, Entry>,
+    /// Second halves of the addresses of single instances, by service and ordinal.
+    singles: Singles,
     words: BTreeMap<EndpointKey, (Arc<str>, LocalWord)>,
 }
 
 #[derive(Debug)]
 struct Entry {
     service: Arc<Service>,
-    ports: BTreeMap<Arc<str>, Arc<Route>>,
+    ports: Ports,
+    /// To single instances of it, by ordinal.
+    singles: BTreeMap<u32, Ports>,
+}
+
+type Ports = BTreeMap<Arc<str>, Arc<Route>>;
+
+/// The way to a single instance.
+#[derive(Debug)]
+pub(crate) struct Single {
+    pub(crate) address: Ipv4Addr,
+    /// The service, and all that its callers are to find, when that has changed.
+    pub(crate) news: Option<(Arc<str>, Vec<Wanted>)>,
 }
 
 impl Table {
     pub(crate) fn new(prefix: [u8; 2], own_host: HostId, routes: Routes, peers: Arc<Peers>) -> Self {
         // The seed keeps agents from probing at the same moment.
         let settings = BalancerSettings { seed: own_host.0, ..BalancerSettings::default() };
-        let (records, asks, inner) = Default::default();
-        Self { prefix, own_host, settings, routes, peers, records, asks, inner }
+        let (records, asks, singles_file, inner) = Default::default();
+        Self { prefix, own_host, settings, routes, peers, records, asks, singles_file, inner }
+    }
+
+    /// Remembers the addresses of single instances in this file.
+    pub(crate) fn with_singles(self, singles_file: PathBuf) -> Self {
+        let singles = Singles::read(&singles_file);
+        Self { singles_file, inner: Mutex::new(Inner { singles, ..Inner::default() }), ..self }
     }
 
     /// With what is to be noted of each call.
@@ -115,32 +139,70 @@ impl Table {
     /// The service is now this; returns where its callers are to find its ports.
     pub(crate) fn put(&self, service: Arc<Service>) -> Vec<Wanted> {
         let mut inner = self.inner.lock();
-        let Inner { services, words } = &mut *inner;
+        let Inner { services, words, singles: suffixes } = &mut *inner;
         let name = service.name.clone();
-        let mut known = services.remove(&name).map(|entry| entry.ports).unwrap_or_default();
-        let mut ports = BTreeMap::new();
-        for port in &service.ports {
-            // Another protocol is another port: connections of the old one keep their route.
-            let route = known.remove(&port.name).filter(|route| route.protocol == port.protocol);
-            let route = route.unwrap_or_else(|| self.route(&name, port));
-            route.set_rules(port.rules.clone());
-            route.set_allow(service.allow.clone());
-            ports.insert(port.name.clone(), route);
-        }
-        let entry = Entry { service, ports };
+        let known = services.remove(&name);
+        let (known, mut known_singles) = known.map(|entry| (entry.ports, entry.singles)).unwrap_or_default();
+        let ports = self.ports(&service, known, None);
+        let singles = suffixes.ordinals(&name).map(|ordinal| {
+            (ordinal, self.ports(&service, known_singles.remove(&ordinal).unwrap_or_default(), Some(ordinal)))
+        });
+        let entry = Entry { ports, singles: singles.collect(), service };
         words.retain(|key, (of, word)| *of != name || *word != LocalWord::Gone || entry.lists(*key));
         entry.update(self.own_host, words);
-        let wanted = self.wanted(&entry);
+        let wanted = self.wanted(&entry, suffixes);
         services.insert(name, entry);
         self.show(services);
         wanted
     }
 
-    fn route(&self, service: &Arc<str>, port: &Port) -> Arc<Route> {
+    /// The routes of the service's ports as they are now.
+    fn ports(&self, service: &Service, mut known: Ports, single: Option<u32>) -> Ports {
+        let port = |port: &Port| {
+            // Another protocol is another port: connections of the old one keep their route.
+            let route = known.remove(&port.name).filter(|route| route.protocol == port.protocol);
+            let route = route.unwrap_or_else(|| self.route(&service.name, port, single));
+            route.set_rules(port.rules.clone());
+            route.set_allow(service.allow.clone());
+            (port.name.clone(), route)
+        };
+        service.ports.iter().map(port).collect()
+    }
+
+    /// The way to the instance of this ordinal; `None`: nobody knows such an instance, or there are too many ways.
+    pub(crate) fn single(&self, service: &str, ordinal: u32) -> Option<Single> {
+        let mut inner = self.inner.lock();
+        let Inner { services, words, singles } = &mut *inner;
+        let name = services.get_key_value(service)?.0.clone();
+        if let Some(suffix) = singles.suffix(service, ordinal) {
+            return Some(Single { address: service_address(self.prefix, suffix.into())?, news: None });
+        }
+        let taken: Vec<u16> = services.values().map(|entry| entry.service.suffix).collect();
+        let entry = services.get_mut(service)?;
+        if !entry.service.endpoints.iter().any(|endpoint| endpoint.ordinal == ordinal) {
+            return None;
+        }
+        let suffix = singles.allot(service, ordinal, &taken)?;
+        if let Err(error) = singles.write(&self.singles_file) {
+            warn!(%error, file = %self.singles_file.display(), "cannot remember an address");
+        }
+        let ports = self.ports(&entry.service, Ports::new(), Some(ordinal));
+        entry.singles.insert(ordinal, ports);
+        entry.update(self.own_host, words);
+        let (address, wanted) = (service_address(self.prefix, suffix.into())?, self.wanted(entry, singles));
+        self.show(services);
+        Some(Single { address, news: Some((name, wanted)) })
+    }
+
+    fn route(&self, service: &Arc<str>, port: &Port, single: Option<u32>) -> Arc<Route> {
         let (service, name, rules) = (service.clone(), port.name.clone(), port.rules.clone());
         let route = Route::new(service, name, port.protocol, rules, self.settings.clone());
         let route = route.with_peers(self.peers.clone()).with_asks(self.asks.clone());
-        Arc::new(route.with_records(self.records.clone()))
+        let route = route.with_records(self.records.clone());
+        Arc::new(match single {
+            Some(ordinal) => route.to_single(ordinal),
+            None => route,
+        })
     }
 
     /// A port by its service's name and its own.
@@ -151,16 +213,22 @@ impl Table {
         at.ok().map(|at| routes[at].clone())
     }
 
-    fn wanted(&self, entry: &Entry) -> Vec<Wanted> {
-        let Some(ip) = service_address(self.prefix, u32::from(entry.service.suffix)) else {
-            return Vec::new();
+    fn wanted(&self, entry: &Entry, singles: &Singles) -> Vec<Wanted> {
+        let mut wanted = Vec::new();
+        let mut want = |suffix: u16, ports: &Ports| {
+            let Some(ip) = service_address(self.prefix, u32::from(suffix)) else { return };
+            wanted.extend(entry.service.ports.iter().filter_map(|port| {
+                let address = SocketAddr::new(IpAddr::V4(ip), port.service_port);
+                Some(Wanted { route: ports.get(&port.name)?.clone(), address })
+            }));
         };
-        let ports = entry.service.ports.iter();
-        let wanted = ports.filter_map(|port| {
-            let address = SocketAddr::new(IpAddr::V4(ip), port.service_port);
-            Some(Wanted { route: entry.ports.get(&port.name)?.clone(), address })
-        });
-        wanted.collect()
+        want(entry.service.suffix, &entry.ports);
+        for (ordinal, ports) in &entry.singles {
+            if let Some(suffix) = singles.suffix(&entry.service.name, *ordinal) {
+                want(suffix, ports);
+            }
+        }
+        wanted
     }
 
     /// The service is gone; its connections end by themselves.
@@ -168,7 +236,12 @@ impl Table {
         let mut inner = self.inner.lock();
         inner.words.retain(|_, (of, word)| **of != *name || *word != LocalWord::Gone);
         if let Some(entry) = inner.services.remove(name) {
-            entry.ports.values().for_each(|route| route.update(Vec::new()));
+            entry.routes().for_each(|route| route.update(Vec::new()));
+        }
+        if inner.singles.forget(name)
+            && let Err(error) = inner.singles.write(&self.singles_file)
+        {
+            warn!(%error, file = %self.singles_file.display(), "cannot forget an address");
         }
         self.show(&inner.services);
     }
@@ -176,12 +249,14 @@ impl Table {
     fn show(&self, services: &BTreeMap<Arc<str>, Entry>) {
         let routes = services.values().flat_map(|entry| entry.ports.values().cloned()).collect();
         self.routes.0.store(Arc::new(routes));
+        let singles = services.values().flat_map(|entry| entry.singles.values().flat_map(Ports::values));
+        self.routes.1.store(Arc::new(singles.cloned().collect()));
     }
 
     /// What the main loop knows of an endpoint of this host, which takes effect before this returns.
     pub(crate) fn local(&self, service: &str, key: EndpointKey, word: LocalWord) {
         let mut inner = self.inner.lock();
-        let Inner { services, words } = &mut *inner;
+        let Inner { services, words, .. } = &mut *inner;
         let entry = services.get_key_value(service);
         let name = entry.map_or_else(|| Arc::from(service), |(name, _)| name.clone());
         if words.get(&key).is_some_and(|(_, before)| *before == word) {
@@ -194,7 +269,7 @@ impl Table {
         let Some((_, entry)) = entry else { return };
         match word {
             LocalWord::Gone | LocalWord::Draining => {
-                for route in entry.ports.values() {
+                for route in entry.routes() {
                     route.balancer.set_state(clock::monotonic(), key, word.state());
                     route.wake();
                 }
@@ -215,12 +290,12 @@ impl Table {
     /// Closes connections to endpoints and other hosts that nobody uses.
     pub(crate) fn sweep(&self) {
         self.peers.idle.sweep();
-        self.routes.0.load().iter().for_each(|route| route.sweep());
+        self.routes.all().iter().for_each(|route| route.sweep());
     }
 
     /// Calls under way on ports of these protocols.
     pub(crate) fn under_way(&self, of: impl Fn(Protocol) -> bool) -> u64 {
-        let routes = self.routes.0.load();
+        let routes = self.routes.all();
         let routes = routes.iter().filter(|route| of(route.protocol));
         let calls = routes.flat_map(|route| route.balancer.view(clock::monotonic()));
         calls.map(|endpoint| endpoint.in_flight).sum()
@@ -228,8 +303,7 @@ impl Table {
 
     /// Calls under way to an instance.
     pub(crate) fn in_flight(&self, instance: InstanceId) -> u64 {
-        let routes = self.routes.0.load();
-        routes.iter().map(|route| route.balancer.in_flight(instance)).sum()
+        self.routes.all().iter().map(|route| route.balancer.in_flight(instance)).sum()
     }
 }
 
@@ -238,9 +312,13 @@ impl Entry {
         self.service.endpoints.iter().any(|one| one.instance == key.instance && one.epoch == key.epoch)
     }
 
+    fn routes(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.ports.values().chain(self.singles.values().flat_map(Ports::values))
+    }
+
     fn update(&self, own_host: HostId, words: &BTreeMap<EndpointKey, (Arc<str>, LocalWord)>) {
-        for (port, route) in &self.ports {
-            route.update(self.specs(port, own_host, words));
+        for route in self.routes() {
+            route.update(self.specs(&route.port, route.single, own_host, words));
         }
     }
 
@@ -248,11 +326,13 @@ impl Entry {
     fn specs(
         &self,
         port: &str,
+        single: Option<u32>,
         own_host: HostId,
         words: &BTreeMap<EndpointKey, (Arc<str>, LocalWord)>,
     ) -> Vec<EndpointSpec> {
         let mut specs = Vec::new();
-        for endpoint in &self.service.endpoints {
+        let is_meant = |ordinal: u32| single.is_none_or(|single| single == ordinal);
+        for endpoint in self.service.endpoints.iter().filter(|one| is_meant(one.ordinal)) {
             let key = EndpointKey { instance: endpoint.instance, epoch: endpoint.epoch };
             let word = words.get(&key).filter(|_| endpoint.host == own_host).map(|(_, word)| word);
             let (state, number) = match word {
@@ -267,7 +347,8 @@ impl Entry {
             };
             specs.push(EndpointSpec { key, reach, state, weight: 1 });
         }
-        for (key, (service, word)) in words {
+        // Which ordinal such a one has only the directory says.
+        for (key, (service, word)) in words.iter().filter(|_| single.is_none()) {
             let LocalWord::Ready(ports) = word else { continue };
             let is_news = **service == *self.service.name && !self.lists(*key);
             if let Some(number) = ports.get(port).filter(|_| is_news) {
@@ -356,6 +437,45 @@ mod tests {
         table.put(service(vec![endpoint(2, HostId(2))]));
         assert!(!table.inner.lock().words.contains_key(&key(3)), "it is gone for both, so it is forgotten");
         assert_eq!(table.service_of(key(2)).as_deref(), Some("web"));
+    }
+
+    #[test]
+    fn a_single_instance_has_an_address_of_its_own_and_keeps_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = || {
+            let table = Table::new([127, 88], OWN, Routes::default(), Arc::default());
+            table.with_singles(dir.path().join("singles"))
+        };
+        let second = |instance, host| Endpoint { ordinal: 1, ..endpoint(instance, host) };
+        let both = || service(vec![endpoint(1, OWN), second(2, HostId(2))]);
+        let first = table();
+        assert_eq!(first.put(both()).len(), 1);
+        assert!(first.single("web", 2).is_none() && first.single("db", 0).is_none(), "nobody knows them");
+        let single = first.single("web", 1).unwrap();
+        assert_eq!(single.address, Ipv4Addr::new(127, 88, 255, 254));
+        let (_, wanted) = single.news.unwrap();
+        assert_eq!((callable(&wanted[0].route), callable(&wanted[1].route)), (vec![1, 2], vec![2]));
+        assert!(first.single("web", 1).unwrap().news.is_none());
+        let held =
+            wanted[1].route.balancer.pick(clock::monotonic(), &mut rand::rng(), &Ask::default()).unwrap();
+        assert_eq!(first.in_flight(InstanceId(2)), 1, "a stop waits for its calls too");
+        drop(held);
+        let known = first.find("web", "http").unwrap();
+        assert!(Arc::ptr_eq(&known, &wanted[0].route), "another agent asks for the service");
+
+        first.put(service(vec![second(3, OWN)]));
+        assert_eq!(callable(&wanted[1].route), [3], "it has moved");
+        first.local("web", key(3), LocalWord::Draining);
+        first.put(service(vec![second(3, OWN), second(4, HostId(2))]));
+        let picked =
+            wanted[1].route.balancer.pick(clock::monotonic(), &mut rand::rng(), &Ask::default()).unwrap();
+        assert_eq!(picked.endpoint().key, key(4), "the successor, not what drains");
+
+        let next = table();
+        let again = next.put(both());
+        assert_eq!(again[1].address, ([127, 88, 255, 254], 80).into(), "after a restart of the agent");
+        next.remove("web");
+        assert_eq!(table().put(both()).len(), 1, "it went with its service");
     }
 
     #[test]

@@ -52,6 +52,7 @@ fn start(dir: &Path, shutdown: &CancellationToken) -> Proxy {
         own_host: OWN,
         workers: 2,
         ports_file: dir.join("proxy-ports"),
+        singles_file: dir.join("proxy-singles"),
         routes: Routes::default(),
         records: Arc::default(),
         notes: Notes::default(),
