@@ -423,16 +423,25 @@ fn a_drain_does_not_wait_for_ever_for_what_cannot_leave() {
     assert_eq!((left_on(&world, "alpha", "db"), left_on(&world, "alpha", "web")), (1, 1));
     world.settle_for(NEEDED_STOP_WAIT_NS / SECOND);
     assert_eq!((left_on(&world, "alpha", "db"), left_on(&world, "alpha", "web")), (0, 1), "db was {db}");
-    // One that is not ready is of no use here, and its replacement may be what the other waits for.
-    let mut world = with_needs(2, false);
-    let host = world.hosts_of("db").remove(0);
-    world.set_draining(if host == "alpha" { "beta" } else { "alpha" }, true);
+}
+
+#[test]
+fn what_is_not_ready_leaves_a_drained_host_though_others_need_it() {
+    let mut world = World::with_hosts(2);
+    world.update_facts("beta", |facts| facts.cpu_millicores = 0);
+    // It has to stop here before it can start there, and what needs it moves only once it is ready.
+    let template = world.deploy(with_port(with_cpu(manifest("db", 1), 100), 8080));
+    world.deploy(pb::Manifest { needs: vec!["db".into()], ..with_cpu(manifest("web", 1), 100) });
     world.settle();
-    world.set_draining(if host == "alpha" { "beta" } else { "alpha" }, false);
-    world.say(world.wanted("db")[0].id, failed());
-    world.set_draining(&host, true);
+    world.update_facts("beta", |facts| facts.cpu_millicores = 4000);
+    world.sick.push(("db".into(), template));
+    world.say(world.wanted("db")[0].id, running(false));
+    world.set_draining("alpha", true);
     world.settle();
-    assert_eq!(waits(&world, world.host_id(&host).0), [] as [String; 0]);
+    assert_eq!((left_on(&world, "alpha", "db"), left_on(&world, "alpha", "web")), (0, 1));
+    world.sick.clear();
+    world.settle();
+    assert_eq!(waits(&world, world.host_id("alpha").0), [] as [String; 0]);
 }
 
 #[test]
