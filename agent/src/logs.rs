@@ -120,7 +120,7 @@ fn is_service_name(name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs::OpenOptions;
     use std::io::Write as _;
 
@@ -164,7 +164,8 @@ mod tests {
         }
     }
 
-    fn texts(reader: &mut LogReader) -> Vec<String> {
+    /// All that is to be read now.
+    pub(crate) fn texts(reader: &mut LogReader) -> Vec<String> {
         let mut all = Vec::new();
         loop {
             let batch = reader.next_batch().unwrap();

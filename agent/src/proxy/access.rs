@@ -186,30 +186,26 @@ mod tests {
     use nave_proto::pb;
 
     use super::*;
-    use crate::logs::LogReader;
+    use crate::logs::{self, LogReader};
 
     fn texts(directory: &Path) -> Vec<String> {
         let request = pb::ReadHostLogsRequest { service: "web".to_owned(), ..Default::default() };
-        let mut reader = LogReader::new(directory, "here".to_owned(), &request).unwrap();
-        let mut all = Vec::new();
-        loop {
-            let batch = reader.next_batch().unwrap();
-            if batch.is_empty() {
-                return all;
-            }
-            all.extend(batch.iter().map(|line| String::from_utf8(line.text.to_vec()).unwrap()));
+        logs::tests::texts(&mut LogReader::new(directory, "here".to_owned(), &request).unwrap())
+    }
+
+    fn writer(directory: &Path) -> Writer {
+        Writer {
+            directory: directory.to_owned(),
+            dropped: Arc::default(),
+            files: BTreeMap::new(),
+            refused: false,
         }
     }
 
     #[test]
     fn what_is_written_is_read_as_logs_are_and_old_files_go() {
         let directory = tempfile::tempdir().unwrap();
-        let writer = || Writer {
-            directory: directory.path().to_owned(),
-            dropped: Arc::default(),
-            files: BTreeMap::new(),
-            refused: false,
-        };
+        let writer = || writer(directory.path());
         let (lines, to_write) = sync_channel(WAITING);
         let line = |text: &str| Line {
             service: "web".into(),
@@ -249,12 +245,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         // A file where the directory would be.
         std::fs::write(directory.path().join("web"), "").unwrap();
-        let mut writer = Writer {
-            directory: directory.path().to_owned(),
-            dropped: Arc::default(),
-            files: BTreeMap::new(),
-            refused: false,
-        };
+        let mut writer = writer(directory.path());
         writer.write("web".into(), 2, b"x");
         assert_eq!(writer.dropped.load(Relaxed), 2);
         std::fs::remove_file(directory.path().join("web")).unwrap();

@@ -160,7 +160,7 @@ impl Route {
     }
 
     /// To one instance of the service.
-    pub(crate) fn to_single(self, ordinal: u32) -> Self {
+    pub(crate) fn into_single(self, ordinal: u32) -> Self {
         Self { single: Some(ordinal), ..self }
     }
 

@@ -200,7 +200,7 @@ impl Table {
         let route = route.with_peers(self.peers.clone()).with_asks(self.asks.clone());
         let route = route.with_records(self.records.clone());
         Arc::new(match single {
-            Some(ordinal) => route.to_single(ordinal),
+            Some(ordinal) => route.into_single(ordinal),
             None => route,
         })
     }
