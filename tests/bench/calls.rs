@@ -20,22 +20,13 @@ pub(crate) use answer::answer;
 /// Run as a service, by the measurement itself.
 pub(crate) const ANSWER: &str = "__answer";
 
-type Room = fn() -> anyhow::Result<()>;
-
 pub(crate) fn run() -> anyhow::Result<()> {
-    let rooms: [(&str, Room); 4] =
-        [("through", through::run), ("slow", slow::run), ("deaths", deaths::run), ("known", known::run)];
-    let only = std::env::args().nth(2);
-    if let Some(only) = only.as_ref().filter(|only| !rooms.iter().any(|(name, _)| name == only)) {
-        bail!("{only:?} is none of: through, slow, deaths, known");
-    }
-    for (name, room) in rooms {
-        if only.as_ref().is_none_or(|only| only == name) {
-            println!("\n### {name}\n");
-            room()?;
-        }
-    }
-    Ok(())
+    crate::rooms(&[
+        ("through", through::run),
+        ("slow", slow::run),
+        ("deaths", deaths::run),
+        ("known", known::run),
+    ])
 }
 
 /// So many rounds instead, to try something: `nave-bench calls ROOM ROUNDS`.
@@ -45,8 +36,7 @@ fn rounds(usual: usize) -> usize {
 
 /// Where a service is called on the first host, and which agent that is.
 fn address(cluster: &Cluster, service: &str) -> anyhow::Result<(SocketAddr, usize)> {
-    let url = cluster.nave(&["url", service]).expect(0).stdout;
-    let address: SocketAddr = url.trim().rsplit('/').next().unwrap_or_default().parse().context("a URL")?;
+    let address = cluster.address(service);
     // As the harness gives them out.
     let of = |port: u16| u8::try_from(88 + port % 160).ok();
     let second = match address.ip() {

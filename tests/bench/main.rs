@@ -69,6 +69,22 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The parts of one measurement: all of them, or the one that is named after it.
+fn rooms(rooms: &[(&str, Measurement)]) -> anyhow::Result<()> {
+    let only = std::env::args().nth(2);
+    if let Some(only) = only.as_ref().filter(|only| !rooms.iter().any(|(name, _)| name == only)) {
+        let known: Vec<&str> = rooms.iter().map(|(name, _)| *name).collect();
+        bail!("{only:?} is none of: {}", known.join(", "));
+    }
+    for (name, room) in rooms {
+        if only.as_ref().is_none_or(|only| only == name) {
+            println!("\n### {name}\n");
+            room()?;
+        }
+    }
+    Ok(())
+}
+
 fn machine() {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");

@@ -12,29 +12,19 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use anyhow::bail;
 use nave_tests::cluster::processes_of;
 use nave_tests::{Cluster, Setup, eventually};
 
 /// A thousand processes take their time to start on two cores.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-type Room = fn() -> anyhow::Result<()>;
-
 pub(crate) fn run() -> anyhow::Result<()> {
-    let rooms: [(&str, Room); 4] =
-        [("adopt", adopt::run), ("exits", exits::run), ("footprint", footprint::run), ("chaos", chaos::run)];
-    let only = std::env::args().nth(2);
-    if let Some(only) = only.as_ref().filter(|only| !rooms.iter().any(|(name, _)| name == only)) {
-        bail!("{only:?} is none of: adopt, exits, footprint, chaos");
-    }
-    for (name, room) in rooms {
-        if only.as_ref().is_none_or(|only| only == name) {
-            println!("\n### {name}\n");
-            room()?;
-        }
-    }
-    Ok(())
+    crate::rooms(&[
+        ("adopt", adopt::run),
+        ("exits", exits::run),
+        ("footprint", footprint::run),
+        ("chaos", chaos::run),
+    ])
 }
 
 /// One member, one agent.
@@ -58,7 +48,7 @@ fn sleepers(count: usize) -> String {
 
 /// The agent's own figures; nothing when it does not answer.
 fn metrics(cluster: &Cluster) -> Option<String> {
-    let mut stream = TcpStream::connect(("127.0.0.1", cluster.base_port + 30)).ok()?;
+    let mut stream = TcpStream::connect(("127.0.0.1", cluster.agent_metrics_port(0))).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
     write!(stream, "GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n").ok()?;
     let mut answer = String::new();

@@ -166,7 +166,7 @@ fn nobody_answers(mute: SocketAddr, none: SocketAddr) {
 }
 
 fn all_is_counted(cluster: &Cluster) {
-    let metrics = get(u64::from(cluster.base_port + 30), "/metrics").expect("the agent counts");
+    let metrics = get(u64::from(cluster.agent_metrics_port(0)), "/metrics").expect("the agent counts");
     let counted = |service: &str, reason: &str| -> usize {
         let of = |line: &&str| {
             line.starts_with("nave_agent_proxy_refusals_total{")

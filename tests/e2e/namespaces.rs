@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nave_proto::ids::HostId;
 use nave_tests::cluster::SOON;
@@ -15,6 +15,7 @@ use nave_tests::nave::run;
 use nave_tests::netns::Namespace;
 use nave_tests::{Cluster, Setup, eventually_some};
 use nave_tls::{Credentials, Dialer, Expect};
+use tokio::time::Instant;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 

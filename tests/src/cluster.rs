@@ -167,7 +167,7 @@ impl Cluster {
             .map(|k| member(&init, k, port(k), port(20 + k)))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let mut agents = (0..setup.agents)
-            .map(|k| agent(dir.path(), &init, &addresses, k, port(10 + k), port(30 + k)))
+            .map(|k| agent(dir.path(), &init, &addresses, k, port(10 + k), metrics_port(base_port, k)))
             .collect::<anyhow::Result<Vec<_>>>()?;
         for (n, role) in members.iter_mut().chain(&mut agents).enumerate() {
             role.machine = machine(n);
@@ -177,6 +177,11 @@ impl Cluster {
             agent.listen_on(&host(setup.members + n), true)?;
         }
         Ok(Self { dir, base_port, members, agents, network, _turn: turn })
+    }
+
+    /// Where agent `k` answers `/metrics`, on loopback.
+    pub fn agent_metrics_port(&self, k: usize) -> u16 {
+        metrics_port(self.base_port, k)
     }
 
     pub fn dir(&self) -> &Path {
@@ -417,6 +422,10 @@ pub fn processes_of(data: &Path) -> Vec<u32> {
 fn is_nave(pid: u32) -> bool {
     let own = |exe: PathBuf| exe.file_name().is_some_and(|name| name == "nave" || name == "nave (deleted)");
     std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == nave::binary() || own(exe))
+}
+
+fn metrics_port(base_port: u16, agent: usize) -> u16 {
+    base_port + 30 + u16::try_from(agent).expect("few agents")
 }
 
 /// Ports for members: +0 to +9 of a cluster's block.

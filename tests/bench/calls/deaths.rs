@@ -118,7 +118,7 @@ fn measure(cluster: &Cluster, stands: &mut Stands, own: usize, of: usize) -> any
 }
 
 fn metrics_of(cluster: &Cluster, agent: usize) -> SocketAddr {
-    let port = cluster.base_port + 30 + u16::try_from(agent).expect("two agents");
+    let port = cluster.agent_metrics_port(agent);
     SocketAddr::from(([127, 0, 0, 1], port))
 }
 

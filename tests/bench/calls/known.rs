@@ -40,7 +40,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let before = mebibytes(agent);
         place(&api, leader, SERVICES * EACH, EACH).await?;
         let all = SERVICES * EACH;
-        let metrics = cluster.base_port + 30;
+        let metrics = cluster.agent_metrics_port(0);
         until("the agent knows all", || known(metrics) == all).await?;
         sleep(SETTLES).await;
         let (cpu, since) = ([agent, keeper].map(cpu_seconds), Instant::now());

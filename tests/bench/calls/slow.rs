@@ -38,7 +38,8 @@ fn one(what: &str, agents: usize) -> anyhow::Result<()> {
     );
     cluster.apply(&manifest, &["--wait"]).expect(0);
     let rows = cluster.wait_ready("calls", 3);
-    let slow = rows.iter().find(|row| row["ordinal"].to_string() == SLOW).map(|row| row["id"].clone());
+    let slow =
+        rows.iter().find(|row| row["ordinal"].as_u64() == SLOW.parse().ok()).map(|row| row["id"].clone());
     let slow = slow.and_then(|id| id.as_str().map(str::to_owned)).unwrap_or_default();
     let (address, _) = address(&cluster, "calls")?;
     eventually("the address answers", PATIENCE, || std::net::TcpStream::connect(address).is_ok());
