@@ -21,6 +21,7 @@ mod stream;
 mod table;
 mod tcp;
 mod to;
+mod tries;
 #[cfg(test)]
 mod two_hosts;
 mod wire;

@@ -6,13 +6,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nave_agent_core::balancer::{Ask, EndpointSpec, NoPick, Outcome, Pick, Reach};
+use nave_agent_core::balancer::{EndpointSpec, NoPick, Outcome, Pick, Reach};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-use super::route::{Caller, Route, Tries};
+use super::route::{Caller, Route};
 use super::stream::For;
 use super::to::To;
+use super::tries::Tries;
 use super::wire::Wire;
 use crate::clock;
 
@@ -36,6 +37,15 @@ pub(crate) async fn connect(address: SocketAddr, within: Duration) -> io::Result
     };
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+/// What a connect that failed says of the endpoint. On this host only one whose queue of connections is full lets a
+/// connect time out: it is there, and busy.
+pub(crate) fn unreached(endpoint: &EndpointSpec, error: &io::Error) -> Outcome {
+    match (&endpoint.reach, error.kind()) {
+        (Reach::Local(_), io::ErrorKind::TimedOut) => Outcome::Overloaded,
+        _ => Outcome::Unreached,
+    }
 }
 
 /// Connects to an endpoint, on whichever host it is. To another host that is a stream of the caller's own.
@@ -72,16 +82,16 @@ pub(crate) async fn dial(
 ) -> Result<Dialled, NoPick> {
     let rules = route.rules();
     loop {
-        let ask = Ask { tried: tries.keys(), hash };
-        let mut pick = route.pick(&ask, deadline).await?;
+        let mut pick = route.next(tries, hash, deadline).await?;
         let begun = Instant::now();
         match reach(route, pick.endpoint(), For::Caller(caller), rules.connect_timeout).await {
             Ok(stream) => return Ok(Dialled { pick, stream, took: begun.elapsed() }),
             Err(error) => {
-                pick.finish(clock::monotonic(), Outcome::Unreached, begun.elapsed());
+                pick.finish(clock::monotonic(), unreached(pick.endpoint(), &error), begun.elapsed());
                 route.meter.tried(pick.endpoint().key, true);
-                tries.add(pick.endpoint(), &error);
-                if tries.len() > usize::try_from(rules.retries_max).unwrap_or(usize::MAX) {
+                tries.add(pick.endpoint(), &error, true);
+                let retries_max = usize::try_from(rules.retries_max).unwrap_or(usize::MAX);
+                if !tries.may_go_on(retries_max, rules.pending_timeout) {
                     return Err(NoPick::AllTried);
                 }
                 route.meter.retried();

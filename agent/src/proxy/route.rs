@@ -21,6 +21,7 @@ use super::meter::{Refusal, RouteMeter};
 use super::peers::Peers;
 use super::records::Records;
 use super::spans::Label;
+use super::tries::Tries;
 use crate::clock;
 use crate::directory::Asks;
 
@@ -253,6 +254,36 @@ impl Route {
         Place::take(&self.requests, self.rules.load().requests_max)
     }
 
+    /// An endpoint for the next try of a call. When all have been tried, those that took nothing of it are asked again
+    /// after a moment, for as long as an endpoint would be waited for: one whose queue of connections is full, or whose
+    /// process is just being started anew, answers a little later.
+    ///
+    /// # Errors
+    /// As for [`pick`](Self::pick).
+    pub(crate) async fn next(
+        &self,
+        tries: &mut Tries,
+        hash: Option<u64>,
+        deadline: Option<Instant>,
+    ) -> Result<Pick, NoPick> {
+        loop {
+            let picked = self.pick(&Ask { tried: tries.keys(), hash }, deadline).await;
+            if !matches!(picked, Err(NoPick::AllTried)) {
+                return picked;
+            }
+            let rules = self.rules();
+            let due = tries.due(rules.pending_timeout);
+            let due = due.filter(|due| deadline.is_none_or(|deadline| *due < deadline));
+            let Some(due) = due.filter(|_| tries.forgive_unreached()) else { return picked };
+            let Some(_place) = Place::take(&self.pending, rules.pending_max) else {
+                self.meter.refused(Refusal::PendingFull);
+                return picked;
+            };
+            // Earlier when the endpoints change.
+            let _either = timeout_at(due, self.changed.notified()).await;
+        }
+    }
+
     /// An endpoint for one try. While there is none at all, it is waited for, by a bounded number of callers for a
     /// bounded time and not beyond `deadline`: a service that is being restarted is back within that.
     ///
@@ -302,49 +333,6 @@ impl Route {
 /// Between two looks whether one that failed may be asked again.
 const LOOK_AGAIN_MIN: Duration = Duration::from_millis(2);
 
-/// The tries of one call that came to nothing, to say so to whoever made it.
-#[derive(Debug, Default)]
-pub(crate) struct Tries {
-    keys: Vec<EndpointKey>,
-    whys: Vec<String>,
-}
-
-impl Tries {
-    pub(crate) fn add(&mut self, endpoint: &EndpointSpec, why: impl fmt::Display) {
-        self.keys.push(endpoint.key);
-        self.whys.push(format!("{}: {why}", endpoint.key.instance));
-    }
-
-    /// For [`Ask::tried`].
-    pub(crate) fn keys(&self) -> &[EndpointKey] {
-        &self.keys
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.whys.len()
-    }
-
-    /// It may be tried once more; the try still counts. Whether it was among them.
-    pub(crate) fn forgive(&mut self, endpoint: EndpointKey) -> bool {
-        let before = self.keys.len();
-        self.keys.retain(|key| *key != endpoint);
-        self.keys.len() < before
-    }
-
-    /// What to tell the caller: the service, the endpoints that were tried, and why each did not serve.
-    pub(crate) fn explain(&self, route: &Route, end: Option<NoPick>) -> String {
-        let mut text = format!("nave: {} cannot be reached", route.service);
-        if let Some(end) = end.filter(|end| self.keys.is_empty() || *end != NoPick::AllTried) {
-            text.push_str(&format!(": {end}"));
-        }
-        if !self.whys.is_empty() {
-            text.push_str(&format!("; tried {}", self.whys.join(", ")));
-        }
-        text.push_str(&format!(" (nave endpoints {})", route.service));
-        text
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -386,15 +374,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_all_were_tried_for_is_not_waited_for_and_is_explained() {
+    async fn what_all_have_failed_is_not_waited_for_and_is_explained() {
         let route = route(PortRules::default());
         route.update(vec![endpoint(1, EndpointState::Ready), endpoint(2, EndpointState::Ready)]);
         let mut tries = Tries::default();
         for _ in 0..2 {
-            let pick = route.pick(&Ask { tried: tries.keys(), hash: None }, None).await.unwrap();
-            tries.add(pick.endpoint(), "connection refused");
+            let pick = route.next(&mut tries, None, None).await.unwrap();
+            tries.add(pick.endpoint(), "connection refused", false);
         }
-        let end = route.pick(&Ask { tried: tries.keys(), hash: None }, None).await.unwrap_err();
+        let end = route.next(&mut tries, None, None).await.unwrap_err();
         assert_eq!(end, NoPick::AllTried);
         let said = tries.explain(&route, Some(end));
         assert!(said.starts_with("nave: web cannot be reached; tried i-"), "{said}");
@@ -402,6 +390,37 @@ mod tests {
             said.contains("i-1: connection refused") && said.contains("i-2: connection refused"),
             "{said}"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_took_is_offered_again_for_a_while() {
+        let route = route(PortRules::default());
+        route.update(vec![endpoint(1, EndpointState::Ready), endpoint(2, EndpointState::Ready)]);
+        let (begun, mut tries) = (Instant::now(), Tries::default());
+        let end = loop {
+            match route.next(&mut tries, None, None).await {
+                Ok(pick) => {
+                    tries.add(pick.endpoint(), "connect timed out", pick.endpoint().key.instance.0 == 1)
+                }
+                Err(end) => break end,
+            }
+        };
+        assert_eq!(end, NoPick::AllTried);
+        let took = begun.elapsed().as_millis();
+        assert!((2500..=3000).contains(&took), "{took} ms");
+        let said = tries.explain(&route, Some(end));
+        assert!(
+            said.contains("i-1: connect timed out (") && said.contains("i-2: connect timed out"),
+            "{said}"
+        );
+        assert_eq!(said.matches(" times)").count(), 1, "{said}");
+        // The caller's own time counts.
+        let (begun, mut tries) = (Instant::now(), Tries::default());
+        let deadline = Some(begun + Duration::from_millis(500));
+        while let Ok(pick) = route.next(&mut tries, None, deadline).await {
+            tries.add(pick.endpoint(), "connect timed out", true);
+        }
+        assert!(begun.elapsed().as_millis() <= 500);
     }
 
     #[test]

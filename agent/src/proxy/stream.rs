@@ -11,14 +11,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nave_agent_core::balancer::{Outcome, Pick, Reach};
+use nave_agent_core::balancer::{Pick, Reach};
 use nave_agent_core::directory::Protocol;
 use nave_tls::{ClientConnection, TlsConnection};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-use super::dial::connect;
+use super::dial::{connect, unreached};
 use super::route::{Caller, Route};
 use super::tcp;
 use super::to::To;
@@ -111,7 +111,7 @@ where
     match connect(address, route.rules().connect_timeout).await {
         Ok(stream) => Ok((route, pick, stream)),
         Err(error) => {
-            pick.finish(clock::monotonic(), Outcome::Unreached, began.elapsed());
+            pick.finish(clock::monotonic(), unreached(pick.endpoint(), &error), began.elapsed());
             Err(format!("{} cannot be reached: {error}", pick.endpoint().key.instance))
         }
     }

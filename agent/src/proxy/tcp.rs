@@ -15,7 +15,8 @@ use tracing::{debug, warn};
 
 use super::dial::dial;
 use super::meter::{Class, Refusal};
-use super::route::{Caller, Route, Tries};
+use super::route::{Caller, Route};
+use super::tries::Tries;
 use super::wire::Wire;
 use crate::clock;
 

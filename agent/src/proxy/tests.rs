@@ -62,10 +62,20 @@ fn start(dir: &Path, shutdown: &CancellationToken) -> Proxy {
     Proxy::start(config, shutdown.clone()).unwrap()
 }
 
+/// Waits until nobody has the address. A child that another test has forked keeps this process's sockets up to its exec.
+async fn until_free(address: SocketAddr) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while TcpListener::bind(address).is_err() {
+        assert!(Instant::now() < until, "somebody has {address}");
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Who answers; `None`: the connection was closed without a word.
+#[track_caller]
 fn ask(address: SocketAddr) -> Option<u64> {
     let mut byte = [0];
-    let mut stream = TcpStream::connect(address).unwrap();
+    let mut stream = TcpStream::connect(address).unwrap_or_else(|error| panic!("{address}: {error}"));
     stream.read_exact(&mut byte).ok().map(|()| u64::from(byte[0]))
 }
 
@@ -145,6 +155,8 @@ async fn a_taken_address_has_a_stand_in_that_stays_until_the_right_one_is_free()
         instead.insert(address);
         shutdown.cancel();
         proxy.ended().await;
+        drop(proxy);
+        until_free(address).await;
     }
     assert_eq!(instead.len(), 1, "the same after a restart");
     let shutdown = CancellationToken::new();
@@ -152,6 +164,7 @@ async fn a_taken_address_has_a_stand_in_that_stays_until_the_right_one_is_free()
     proxy.put(service(port, &[&endpoint]));
     proxy.shared.listeners.adopt(BTreeMap::new());
     drop(taken);
+    until_free(([0, 0, 0, 0], port).into()).await;
     proxy.shared.listeners.retry();
     let address = proxy.addresses("db")["db"];
     assert_eq!(address.port(), port);

@@ -7,6 +7,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use bytes::Buf as _;
 use nave_agent_core::balancer::{Ask, EndpointKey, NoPick, Outcome, Pick, Reach};
 use nave_agent_core::directory::PortRules;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::buffer::poll_fill;
 use super::connection::{After, Calling, Client};
@@ -27,17 +28,20 @@ use super::response::{Response, Returning, response};
 use super::sender::{SendError, Sender, Taken};
 use super::tunnel::tunnel;
 use super::upstream::Upstream;
-use crate::proxy::dial::connect;
+use crate::proxy::dial::{connect, unreached};
 use crate::proxy::meter::{Class, Refusal as Why};
 use crate::proxy::records::Call;
-use crate::proxy::route::{Route, Tries};
+use crate::proxy::route::Route;
 use crate::proxy::spans::Name;
 use crate::proxy::to::{TO, To};
+use crate::proxy::tries::Tries;
 use crate::proxy::wire::Wire;
 
 /// How long an endpoint may take to begin its answer when the port sets no time of its own: an endpoint that takes a
 /// connection and says nothing must not hold its caller for ever.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// While a connection is being made, whether another has come free.
+const LOOK_FOR_FREE_EVERY: Duration = Duration::from_millis(20);
 /// How long a body, either way, may stand still.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// A response's head.
@@ -100,7 +104,9 @@ pub(super) struct Exchange<'a> {
     first_byte: Option<Duration>,
     /// Who is asked next, when that had to be known before.
     next: Option<Pick>,
-    tries_max: usize,
+    retries_max: usize,
+    /// It comes from another agent, which has chosen the endpoint and tries others itself.
+    given: bool,
     /// On whose old connection a try has failed. From then on only new ones are used.
     stale: Option<EndpointKey>,
 }
@@ -128,7 +134,8 @@ impl<'a> Exchange<'a> {
             tried_at: now,
             first_byte: None,
             next: None,
-            tries_max: usize::try_from(rules.retries_max).unwrap_or(usize::MAX),
+            retries_max: usize::try_from(rules.retries_max).unwrap_or(usize::MAX),
+            given: false,
             stale: None,
         }
     }
@@ -144,7 +151,7 @@ impl<'a> Exchange<'a> {
         pick: Pick,
     ) -> Self {
         let balanced = Self::new(route, rules, calling, request, outgoing, keep_alive);
-        Self { next: Some(pick), tries_max: 0, ..balanced }
+        Self { next: Some(pick), retries_max: 0, given: true, ..balanced }
     }
 
     pub(super) async fn run<S: Stream>(mut self, client: &mut Client<S>) -> After {
@@ -184,14 +191,14 @@ impl<'a> Exchange<'a> {
                 Tried::Failed(failure) => failure,
             };
             self.tried(&mut pick, failure.outcome);
-            self.tries.add(pick.endpoint(), &failure.refusal.text);
+            self.tries.add(pick.endpoint(), &failure.refusal.text, failure.safe);
             if failure.stale {
                 self.stale = Some(pick.endpoint().key);
             }
             drop(pick);
             if self.next.is_none() && !self.may_retry(&failure, &taken) {
                 let text = self.tries.explain(self.route, None);
-                let refusal = Refusal { text, not_processed: failure.safe, ..failure.refusal };
+                let refusal = Refusal { text, not_processed: self.given && failure.safe, ..failure.refusal };
                 return self.refuse(client, &refusal, taken.body.is_done()).await;
             }
             self.route.meter.retried();
@@ -205,13 +212,13 @@ impl<'a> Exchange<'a> {
             return Ok(next);
         }
         let (hash, deadline) = (self.request.hash, self.deadline());
-        let picked = self.route.pick(&Ask { tried: self.tries.keys(), hash }, deadline).await;
+        let picked = self.route.next(&mut self.tries, hash, deadline).await;
         let Some(stale) = self.stale.filter(|_| matches!(picked, Err(NoPick::AllTried))) else {
             return picked;
         };
         // Nobody else is there, and it, or its agent, may only have been started anew.
         match self.tries.forgive(stale) {
-            true => self.route.pick(&Ask { tried: self.tries.keys(), hash }, deadline).await,
+            true => self.route.next(&mut self.tries, hash, deadline).await,
             false => picked,
         }
     }
@@ -237,13 +244,15 @@ impl<'a> Exchange<'a> {
         let repeats = failure.stale || failure.outcome != Outcome::Cancelled;
         let again = failure.safe || (self.request.idempotent && repeats);
         again
-            && self.can_retry(taken, self.tries.len())
+            && !self.given
+            && self.tries.may_go_on(self.retries_max, self.rules.pending_timeout)
+            && self.can_repeat(taken)
             // What was never sent costs no endpoint anything, and only one try of a request is made on an old connection.
-            && (failure.stale || failure.outcome == Outcome::Unreached || self.calling.budget.retry(crate::clock::monotonic()))
+            && (failure.stale || failure.safe || self.calling.budget.retry(crate::clock::monotonic()))
     }
 
-    fn can_retry(&self, taken: &Taken, tries: usize) -> bool {
-        taken.replay.bytes().is_some() && tries <= self.tries_max && !self.is_late()
+    fn can_repeat(&self, taken: &Taken) -> bool {
+        taken.replay.bytes().is_some() && !self.is_late()
     }
 
     fn is_late(&self) -> bool {
@@ -291,7 +300,7 @@ impl<'a> Exchange<'a> {
         (self.tried_at, self.first_byte) = (Instant::now(), None);
         let mut upstream = match self.connection(pick).await {
             Ok(upstream) => upstream,
-            Err(error) => return Tried::Failed(unreached(&error)),
+            Err(error) => return Tried::Failed(never_sent(unreached(pick.endpoint(), &error), &error)),
         };
         let addressed = upstream.stream.is_peer().then(|| self.addressed(key));
         let mut sender = Sender::new(addressed.as_deref().unwrap_or(self.outgoing));
@@ -332,7 +341,7 @@ impl<'a> Exchange<'a> {
             return Ok(waiting);
         }
         let stream = match pick.endpoint().reach {
-            Reach::Local(address) => Wire::Local(connect(address, self.rules.connect_timeout).await?),
+            Reach::Local(address) => return self.opened_or_freed(address, pick).await,
             Reach::Remote { host, .. } => {
                 let _turn = self.route.peers.turn(host).await?;
                 if let Some(waiting) = self.waiting(pick) {
@@ -342,6 +351,23 @@ impl<'a> Exchange<'a> {
             }
         };
         Ok(Upstream::new(stream))
+    }
+
+    /// A new connection, or one that comes free before: an endpoint whose queue of connections is full still serves
+    /// those it has.
+    async fn opened_or_freed(&self, address: SocketAddr, pick: &Pick) -> io::Result<Upstream> {
+        let connecting = connect(address, self.rules.connect_timeout);
+        tokio::pin!(connecting);
+        loop {
+            match timeout(LOOK_FOR_FREE_EVERY, &mut connecting).await {
+                Ok(stream) => return Ok(Upstream::new(Wire::Local(stream?))),
+                Err(_) => {
+                    if let Some(waiting) = self.waiting(pick) {
+                        return Ok(waiting);
+                    }
+                }
+            }
+        }
     }
 
     fn waiting(&self, pick: &Pick) -> Option<Upstream> {
@@ -380,7 +406,7 @@ impl<'a> Exchange<'a> {
     fn other(&self, pick: &Pick, taken: &Taken) -> Option<Pick> {
         let tried: Vec<EndpointKey> =
             self.tries.keys().iter().copied().chain([pick.endpoint().key]).collect();
-        if !self.request.idempotent || !self.can_retry(taken, tried.len()) {
+        if !self.request.idempotent || tried.len() > self.retries_max || !self.can_repeat(taken) {
             return None;
         }
         let (now, ask) = (crate::clock::monotonic(), Ask { tried: &tried, hash: self.request.hash });
@@ -493,14 +519,9 @@ fn outcome(status: u16) -> Outcome {
     }
 }
 
-fn unreached(error: &io::Error) -> Failure {
+fn never_sent(outcome: Outcome, error: &io::Error) -> Failure {
     let text = format!("it cannot be reached: {error}");
-    Failure {
-        refusal: Refusal::new(503, Why::NoEndpoint, text),
-        outcome: Outcome::Unreached,
-        safe: true,
-        stale: false,
-    }
+    Failure { refusal: Refusal::new(503, Why::NoEndpoint, text), outcome, safe: true, stale: false }
 }
 
 /// An endpoint that does not speak the port's protocol. It may have done what it was asked.

@@ -26,11 +26,13 @@ use tracing::warn;
 use super::body::{BodyError, Replay, pass};
 use super::grpc::{self, Code};
 use crate::clock;
+use crate::proxy::dial::unreached;
 use crate::proxy::http1::trace::Trace;
 use crate::proxy::meter::{CallerMeter, Class, Refusal};
 use crate::proxy::records;
-use crate::proxy::route::{Caller, Route, Tries};
+use crate::proxy::route::{Caller, Route};
 use crate::proxy::spans::{Label, Name};
+use crate::proxy::tries::Tries;
 
 /// Who called, said to the callee; what a caller says itself is replaced.
 const CALLER: HeaderName = HeaderName::from_static("nave-caller");
@@ -149,12 +151,12 @@ impl Call {
             return self.refuse(Refusal::Malformed, "nave: CONNECT is not carried");
         }
         self.calling.budget.request(clock::monotonic());
-        let hash = self.hash();
+        let (route, hash) = (self.route.clone(), self.hash());
         let mut next = None;
         loop {
             let pick = match next.take() {
                 Some(pick) => pick,
-                None => match self.route.pick(&Ask { tried: self.tries.keys(), hash }, self.deadline).await {
+                None => match route.next(&mut self.tries, hash, self.deadline).await {
                     Ok(pick) => pick,
                     Err(end) => return self.give_up(Refusal::NoEndpoint, Some(end)),
                 },
@@ -177,7 +179,7 @@ impl Call {
         failure.refusal == Refusal::NoEndpoint
             && (failure.safe || may_repeat(&self.head.method))
             && self.body.repeatable().get()
-            && self.tries.len() <= self.retries_max()
+            && self.tries.may_go_on(self.retries_max(), self.rules.pending_timeout)
             && self.deadline.is_none_or(|deadline| Instant::now() < deadline)
             && (failure.unsent || self.calling.budget.retry(clock::monotonic()))
     }
@@ -193,7 +195,10 @@ impl Call {
         let leased = self.route.http2.lease(&self.route, pick.endpoint(), self.rules.connect_timeout);
         let lease = match leased.await {
             Ok(lease) => lease,
-            Err(error) => return self.failed(pick, begun, Outcome::Unreached, &error, Sent::Nothing),
+            Err(error) => {
+                let outcome = unreached(pick.endpoint(), &error);
+                return self.failed(pick, begun, outcome, &error, Sent::Nothing);
+            }
         };
         let try_until = self.rules.try_timeout.map(|within| begun + within.min(FAR));
         let until = [try_until, self.deadline].into_iter().flatten().min().unwrap_or(begun + FAR);
@@ -314,8 +319,8 @@ impl Call {
         pick.finish(clock::monotonic(), outcome, begun.elapsed());
         let key = pick.endpoint().key;
         self.route.meter.tried(key, matches!(outcome, Outcome::Failure | Outcome::Unreached));
-        self.tries.add(pick.endpoint(), why);
         let (safe, unsent) = (sent != Sent::All, sent == Sent::Nothing);
+        self.tries.add(pick.endpoint(), why, unsent);
         Tried::Failed(Failure { refusal: Refusal::NoEndpoint, safe, unsent })
     }
 

@@ -9,7 +9,7 @@ use nave_agent_core::balancer::{BalancerSettings, EndpointKey, EndpointSpec, Rea
 use nave_agent_core::directory::{EndpointState, PortRules, Protocol};
 use nave_proto::ids::InstanceId;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +34,15 @@ impl Stage {
         F: Fn(usize, TcpStream) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.serve(TcpListener::bind("127.0.0.1:0").await.unwrap(), act)
+    }
+
+    /// The same for a listener that is there already.
+    pub(super) fn serve<F, Fut>(&mut self, listener: TcpListener, act: F) -> SocketAddr
+    where
+        F: Fn(usize, TcpStream) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
         let address = listener.local_addr().unwrap();
         self.tasks.spawn(async move {
             let mut connections = JoinSet::new();
@@ -88,6 +96,18 @@ impl Stage {
         ));
         Caller { stream: near.unwrap(), route: route.clone() }
     }
+}
+
+/// A listener that has room for two connections which nobody accepts; a third is made to wait.
+pub(super) fn narrow() -> TcpListener {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    socket.listen(1).unwrap()
+}
+
+/// Connections that take all the room of [`narrow`].
+pub(super) async fn crowd(address: SocketAddr) -> [TcpStream; 2] {
+    [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()]
 }
 
 /// A request's head, without whatever is behind it.

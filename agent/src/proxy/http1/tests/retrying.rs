@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use nave_agent_core::directory::PortRules;
+use nave_proto::ids::InstanceId;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::harness::{Stage, read_head};
+use super::harness::{Stage, crowd, narrow, read_head, within};
 
 /// Of two endpoints each is asked first in half of the tries; that one is never asked in so many is not seen in a life.
 const CHANCES: usize = 64;
@@ -22,6 +24,58 @@ async fn what_was_never_sent_goes_elsewhere_whatever_it_is() {
         let mut caller = stage.call(&[gone, there], PortRules::default()).await;
         assert!(caller.ask(ask).await.starts_with("HTTP/1.1 200 OK"));
     }
+}
+
+#[tokio::test]
+async fn an_endpoint_with_a_full_queue_is_asked_until_it_has_room() {
+    let mut stage = Stage::default();
+    let listener = narrow();
+    let address = listener.local_addr().unwrap();
+    let crowd = crowd(address).await;
+    let rules =
+        PortRules { connect_timeout: Duration::from_millis(30), retries_max: 0, ..PortRules::default() };
+    let mut caller = stage.call(&[address], rules).await;
+    caller.say(POST).await;
+    within(async {
+        while caller.route.meter.totals().retries == 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    drop(crowd);
+    stage.serve(listener, |_, mut stream| async move {
+        if read_head(&mut stream).await.is_some() {
+            stream.write_all(OK.as_bytes()).await.unwrap();
+        }
+    });
+    assert!(caller.hear_all().await.starts_with("HTTP/1.1 200 OK"));
+}
+
+#[tokio::test]
+async fn a_connection_that_comes_free_is_taken_while_another_is_being_made() {
+    let mut stage = Stage::default();
+    let listener = narrow();
+    let address = listener.local_addr().unwrap();
+    let rules = PortRules { connect_timeout: Duration::from_secs(300), ..PortRules::default() };
+    let mut first = stage.call(&[address], rules).await;
+    first.say("GET /first HTTP/1.1\r\nHost: web\r\n\r\n").await;
+    let (mut served, _) = within(listener.accept()).await.unwrap();
+    assert!(within(read_head(&mut served)).await.unwrap().starts_with("GET /first "));
+    let _crowd = crowd(address).await;
+    let route = first.route.clone();
+    let mut second = stage.call_route(&route).await;
+    second.say("GET /second HTTP/1.1\r\nHost: web\r\n\r\n").await;
+    within(async {
+        while route.balancer.in_flight(InstanceId(0)) < 2 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    served.write_all(OK.as_bytes()).await.unwrap();
+    assert_eq!(first.hear(OK.len()).await, OK);
+    assert!(within(read_head(&mut served)).await.unwrap().starts_with("GET /second "));
+    served.write_all(OK.as_bytes()).await.unwrap();
+    assert_eq!(second.hear(OK.len()).await, OK);
 }
 
 #[tokio::test]
