@@ -1,16 +1,12 @@
-//! The agent's proxy beside others that people put there: the same backend (nginx, one worker), the same load (wrk,
-//! h2load, and a reader of bytes), one after the other on one machine, each with two worker threads. Said for each:
-//! requests per second, the half and the last hundredth of the answers, its own CPU seconds for a million requests, and
-//! its resident memory under that load. What is not installed is said and left out; `ENVOY` and `CADDY` name binaries.
-//! `nave-bench proxy http1 Nave HAProxy` measures only these.
+//! The agent's proxy beside others that people put there: the same backend (nginx, one worker, a service of Nave), the
+//! same load (wrk, h2load, and a reader of bytes), one after the other on one machine, each with two worker threads. Said
+//! for each: requests per second, the half and the last hundredth of the answers, its own CPU seconds for a million
+//! requests, and its resident memory under that load. What is not installed is said and left out; `ENVOY` and `CADDY`
+//! name binaries. `nave-bench proxy http1 Nave HAProxy` measures only these.
 
 mod load;
 mod rivals;
 mod subject;
-
-use std::path::Path;
-
-use nave_tests::{Cluster, Setup};
 
 use load::Load;
 pub(crate) use load::source;
@@ -44,11 +40,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
         );
         println!("|---|---|---|---|---|---|");
         if is_wanted("nobody") {
-            row("nobody", load, &Subject::direct(&backend, load))?;
+            row("nobody", load, &Subject::direct(&backend, load)?)?;
         }
         if is_wanted("Nave") {
-            let mut nave = Nave::start(folder.path())?;
-            row("Nave", load, &nave.subject(load)?)?;
+            row("Nave", load, &backend.through_nave(load))?;
         }
         for rival in rivals::RIVALS.into_iter().filter(|rival| is_wanted(rival.name)) {
             match rival.start(folder.path(), &backend, load)? {
@@ -75,25 +70,4 @@ fn row(name: &str, load: Load, subject: &Subject) -> anyhow::Result<()> {
         subject.resident_mebibytes()
     );
     Ok(())
-}
-
-/// One member and one agent, with the backend as services.
-struct Nave {
-    cluster: Cluster,
-}
-
-impl Nave {
-    fn start(folder: &Path) -> anyhow::Result<Self> {
-        let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
-        cluster.wait_for_agents(1);
-        for load in [Load::Http1, Load::Http2, Load::Tcp] {
-            cluster.apply(&subject::manifest(folder, load)?, &["--wait"]).expect(0);
-        }
-        Ok(Self { cluster })
-    }
-
-    fn subject(&mut self, load: Load) -> anyhow::Result<Subject> {
-        let address = self.cluster.address(load.service());
-        Ok(Subject::at(address, vec![self.cluster.agents[0].agent_pid()]))
-    }
 }

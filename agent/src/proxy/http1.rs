@@ -3,7 +3,7 @@
 //! two reads and two writes. What two readers could read in two ways is refused before anything is sent.
 //!
 //! [`serve`] is the door. Heads ([`request`], [`response`]) and bodies ([`framing`]) are pure; [`sender`] and
-//! [`receiver`] move bytes; [`exchange`] decides what is tried again.
+//! [`receiver`] move bytes, [`passing`] both at once; [`exchange`] decides what is tried again.
 
 mod alarm;
 mod buffer;
@@ -12,6 +12,7 @@ mod exchange;
 mod framing;
 mod inbound;
 mod lines;
+mod passing;
 mod receiver;
 mod refusal;
 mod replay;

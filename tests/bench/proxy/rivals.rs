@@ -1,5 +1,5 @@
 //! Other proxies, as Debian or their own wheels package them, with two workers each and nothing else changed that the
-//! load does not need.
+//! load does not need. They run as root, whom the guard of an instance's port lets pass.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -66,7 +66,7 @@ impl Rival {
         let named = std::env::var_os(self.variable).map(PathBuf::from);
         let Some(program) = named.or_else(|| find(self.binary)) else { return Ok(None) };
         let port = backend.free_port(self.number);
-        let Some(config) = (self.config)(load, port, backend.port(load)) else { return Ok(None) };
+        let Some(config) = (self.config)(load, port, backend.port(load)?) else { return Ok(None) };
         let file = folder.join(format!("{}-{}.yaml", self.binary, load.service()));
         std::fs::write(&file, config)?;
         let log = folder.join(format!("{}-{}.log", self.binary, load.service()));
@@ -103,7 +103,7 @@ fn nginx(load: Load, port: u16, backend: u16) -> Option<String> {
         Load::Tcp => return None,
     };
     Some(format!(
-        "daemon off; worker_processes 2; pid /tmp/nave-bench-{port}.pid; error_log stderr crit;
+        "daemon off; user root; worker_processes 2; pid /tmp/nave-bench-{port}.pid; error_log stderr crit;
 events {{ worker_connections 4096; }}
 http {{
   access_log off; keepalive_requests 1000000000; keepalive_timeout 60s;

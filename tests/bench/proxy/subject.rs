@@ -2,12 +2,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use nave_tests::machine::free_ports;
 use nave_tests::process::{Process, cpu_seconds, resident_bytes};
 use nave_tests::wait::eventually;
+use nave_tests::{Cluster, Setup};
 
 use super::SOURCE;
 use super::load::Load;
@@ -33,11 +34,11 @@ impl Drop for Subject {
 }
 
 impl Subject {
-    pub(super) fn direct(backend: &Backend, load: Load) -> Self {
-        Self { host: LOOPBACK, port: backend.port(load), pids: Vec::new(), process: None }
+    pub(super) fn direct(backend: &Backend, load: Load) -> anyhow::Result<Self> {
+        Ok(Self { host: LOOPBACK, port: backend.port(load)?, pids: Vec::new(), process: None })
     }
 
-    pub(super) fn at(address: SocketAddr, pids: Vec<u32>) -> Self {
+    fn at(address: SocketAddr, pids: Vec<u32>) -> Self {
         Self { host: address.ip(), port: address.port(), pids, process: None }
     }
 
@@ -82,49 +83,39 @@ pub(super) fn find(name: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(name)).find(|path| path.is_file())
 }
 
-/// nginx for requests and a source of bytes, outside of Nave.
+/// nginx for requests and a source of bytes: services of a member and an agent. Whoever is measured calls the same
+/// processes, so what Nave does to its services (a cgroup, a weight) is the same for all.
 pub(super) struct Backend {
+    cluster: Cluster,
+    /// For whoever comes in front.
     base: u16,
-    processes: [Process; 3],
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        for process in &mut self.processes {
-            process.signal(nix::sys::signal::Signal::SIGTERM);
-        }
-    }
 }
 
 impl Backend {
     pub(super) fn start(folder: &Path) -> anyhow::Result<Self> {
-        let base = free_ports();
-        let nginx = |load: Load, port: u16| {
-            let config = folder.join(format!("{}.conf", load.service()));
-            std::fs::write(&config, nginx(load, &port.to_string()))?;
-            let mut command = Command::new(find("nginx").unwrap_or_default());
-            command.arg("-c").arg(&config).args(["-e", "stderr"]);
-            Process::start(load.service(), &mut command, &folder.join(format!("{}.log", load.service())))
-        };
-        let mut source = Command::new(std::env::current_exe()?);
-        source.arg(SOURCE).env("PORT", (base + 2).to_string());
-        let source = Process::start("source", &mut source, &folder.join("source.log"))?;
-        let processes = [nginx(Load::Http1, base)?, nginx(Load::Http2, base + 1)?, source];
-        (base..base + 3).for_each(listens);
-        Ok(Self { base, processes })
-    }
-
-    pub(super) fn port(&self, load: Load) -> u16 {
-        match load {
-            Load::Http1 => self.base,
-            Load::Http2 => self.base + 1,
-            Load::Tcp => self.base + 2,
+        let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
+        cluster.wait_for_agents(1);
+        for load in [Load::Http1, Load::Http2, Load::Tcp] {
+            cluster.apply(&manifest(folder, load)?, &["--wait"]).expect(0);
         }
+        Ok(Self { cluster, base: free_ports() })
     }
 
-    /// For whoever comes in front, the third of them and so on.
+    /// Of the process itself, on this host's loopback.
+    pub(super) fn port(&self, load: Load) -> anyhow::Result<u16> {
+        let rows = self.cluster.try_json(&["endpoints", load.service()]);
+        let port = rows.as_ref().and_then(|rows| rows[0]["port"].as_u64());
+        Ok(u16::try_from(port.context("the backend has no port")?)?)
+    }
+
+    /// At the service's address.
+    pub(super) fn through_nave(&self, load: Load) -> Subject {
+        Subject::at(self.cluster.address(load.service()), vec![self.cluster.agents[0].agent_pid()])
+    }
+
+    /// For whoever comes in front, the first of them and so on.
     pub(super) fn free_port(&self, number: u16) -> u16 {
-        self.base + 3 + number
+        self.base + number
     }
 }
 
@@ -143,8 +134,7 @@ http {{
     )
 }
 
-/// The same backend as a service.
-pub(super) fn manifest(folder: &Path, load: Load) -> anyhow::Result<String> {
+fn manifest(folder: &Path, load: Load) -> anyhow::Result<String> {
     let (service, protocol) = match load {
         Load::Http1 => (load.service(), "http"),
         Load::Http2 => (load.service(), "http2"),

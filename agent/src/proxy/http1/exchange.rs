@@ -8,25 +8,23 @@
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Buf as _;
 use nave_agent_core::balancer::{Ask, EndpointKey, NoPick, Outcome, Pick, Reach};
 use nave_agent_core::directory::PortRules;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, timeout};
 
-use super::buffer::poll_fill;
 use super::connection::{After, Calling, Client};
 use super::framing::{Body, Framing};
-use super::receiver::{ReceiveError, Receiver};
+use super::passing::{Fault, Passing, Patience, ReceiveFault, STALL_TIMEOUT};
+use super::receiver::Receiver;
 use super::refusal::Refusal;
 use super::replay::Replay;
 use super::request::Request;
 use super::response::{Response, Returning, response};
-use super::sender::{SendError, Sender, Taken};
-use super::tunnel::tunnel;
+use super::sender::{Sender, Taken};
 use super::upstream::Upstream;
 use crate::proxy::dial::{connect, unreached};
 use crate::proxy::meter::{Class, Refusal as Why};
@@ -42,8 +40,6 @@ use crate::proxy::wire::Wire;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// While a connection is being made, whether another has come free.
 const LOOK_FOR_FREE_EVERY: Duration = Duration::from_millis(20);
-/// How long a body, either way, may stand still.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// A response's head.
 const RESPONSE_HEAD_BYTES_MAX: usize = 128 * 1024;
 
@@ -83,6 +79,15 @@ struct Failure {
     /// A connection that had carried requests before ended under this one. It may have been about to: that says nothing
     /// of the endpoint, which may be asked again on a new one.
     stale: bool,
+}
+
+/// What one try shows beside its end.
+#[derive(Debug, Default)]
+struct Learnt {
+    /// From its beginning to the head of its answer.
+    first_byte: Option<Duration>,
+    /// Who is to be asked instead.
+    next: Option<Pick>,
 }
 
 /// One request on its way.
@@ -304,19 +309,9 @@ impl<'a> Exchange<'a> {
         };
         let addressed = upstream.stream.is_peer().then(|| self.addressed(key));
         let mut sender = Sender::new(addressed.as_deref().unwrap_or(self.outgoing));
-        let mut passing = Passing {
-            client: &mut *client,
-            upstream: &mut upstream,
-            sender: &mut sender,
-            taken,
-            sent: None,
-            patience: self.patience(),
-            progress_at: Instant::now(),
-            first_byte: None,
-            next: None,
-        };
-        let tried = self.pass(&mut passing, pick).await;
-        let (first_byte, next) = (passing.first_byte, passing.next.take());
+        let mut passing = Passing::new(client, &mut upstream, &mut sender, taken, self.patience());
+        let mut learnt = Learnt::default();
+        let tried = self.pass(&mut passing, pick, &mut learnt).await;
         sender.abandon(&mut client.buffer);
         if matches!(&tried, Tried::Answered(answered) if answered.reusable) {
             match pick.endpoint().reach {
@@ -324,7 +319,7 @@ impl<'a> Exchange<'a> {
                 Reach::Remote { host, .. } => self.route.peers.idle.give(host, upstream),
             }
         }
-        (self.first_byte, self.next) = (first_byte, next);
+        (self.first_byte, self.next) = (learnt.first_byte, learnt.next);
         tried
     }
 
@@ -378,7 +373,12 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    async fn pass<S: Stream>(&self, passing: &mut Passing<'_, '_, S>, pick: &mut Pick) -> Tried {
+    async fn pass<S: Stream>(
+        &self,
+        passing: &mut Passing<'_, '_, S>,
+        pick: &mut Pick,
+        learnt: &mut Learnt,
+    ) -> Tried {
         let response = match self.answer(passing).await {
             Ok(response) => response,
             Err(tried) => return tried,
@@ -390,11 +390,11 @@ impl<'a> Exchange<'a> {
         }
         let took = self.tried_at.elapsed();
         pick.first_byte(crate::clock::monotonic(), took);
-        passing.first_byte = Some(took);
+        learnt.first_byte = Some(took);
         if matches!(response.status, 502..=504)
             && let Some(other) = self.other(pick, passing.taken)
         {
-            passing.next = Some(other);
+            learnt.next = Some(other);
             let text = format!("it answered {}", response.status);
             let refusal = Refusal::new(response.status, Why::NoEndpoint, text);
             return Tried::Failed(Failure { refusal, outcome: Outcome::Failure, safe: false, stale: false });
@@ -452,7 +452,12 @@ impl<'a> Exchange<'a> {
 
     async fn pass_on<S: Stream>(&self, passing: &mut Passing<'_, '_, S>, response: Response) -> Tried {
         if response.is_switch() {
-            return passing.tunnel(self.rules.idle_timeout).await;
+            return match passing.tunnel(self.rules.idle_timeout).await {
+                Ok(()) => {
+                    Tried::Answered(Answered { status: SWITCHED, reusable: false, after: After::Close })
+                }
+                Err(_) => Tried::Broken(Outcome::Cancelled),
+            };
         }
         let receiver =
             Receiver::new(response.framing, &mut passing.upstream.buffer, &mut passing.client.scratch);
@@ -460,8 +465,7 @@ impl<'a> Exchange<'a> {
             Ok(receiver) => receiver,
             Err(bad) => return Tried::Failed(nonsense(&bad.to_string())),
         };
-        passing.patience.still = STALL_TIMEOUT;
-        passing.progress_at = Instant::now();
+        passing.begin_body(STALL_TIMEOUT);
         match poll_fn(|cx| passing.poll_body(cx, &mut receiver)).await {
             Ok(()) => {}
             Err(ReceiveFault::Caller) => return Tried::Broken(Outcome::Cancelled),
@@ -469,7 +473,7 @@ impl<'a> Exchange<'a> {
                 return Tried::Broken(Outcome::Failure);
             }
         }
-        let sent = matches!(passing.sent, Some(Ok(()))) && passing.taken.body.is_done();
+        let sent = passing.is_sent();
         let goes_on = sent && self.keep_alive && response.framing != Framing::UntilClose;
         Tried::Answered(Answered {
             status: response.status,
@@ -532,146 +536,5 @@ fn nonsense(why: &str) -> Failure {
         outcome: Outcome::Failure,
         safe: false,
         stale: false,
-    }
-}
-
-/// Why no answer came.
-#[derive(Debug)]
-enum Fault {
-    Caller,
-    Body(super::framing::BadBody),
-    Late,
-    Endpoint(io::Error),
-}
-
-/// Why the rest of an answer did not come.
-#[derive(Debug, Clone, Copy)]
-enum ReceiveFault {
-    Caller,
-    Endpoint,
-    Late,
-}
-
-/// Both ends, and how far the request has gone.
-#[derive(Debug)]
-struct Passing<'a, 'h, S> {
-    client: &'a mut Client<S>,
-    upstream: &'a mut Upstream,
-    sender: &'a mut Sender<'h>,
-    taken: &'a mut Taken,
-    /// How the sending ended.
-    sent: Option<Result<(), SendError>>,
-    patience: Patience,
-    progress_at: Instant,
-    /// From the try's beginning to the head of its answer.
-    first_byte: Option<Duration>,
-    /// Who is to be asked instead.
-    next: Option<Pick>,
-}
-
-/// How long a request may take.
-#[derive(Debug, Clone, Copy)]
-struct Patience {
-    /// All of it.
-    whole: Option<Instant>,
-    /// Without a byte either way.
-    still: Duration,
-}
-
-impl<S: Stream> Passing<'_, '_, S> {
-    /// An answer before the answer.
-    async fn say_interim(&mut self) -> io::Result<()> {
-        let due = Instant::now() + STALL_TIMEOUT;
-        let Client { stream, scratch, alarm, .. } = &mut *self.client;
-        let say = async {
-            stream.write_all(scratch).await?;
-            stream.flush().await
-        };
-        alarm.within(due, say).await.map_err(|_| io::ErrorKind::TimedOut)?
-    }
-
-    /// The endpoint has switched protocols: bytes from now on, until both are done.
-    async fn tunnel(&mut self, idle: Duration) -> Tried {
-        if self.say_interim().await.is_err() {
-            return Tried::Broken(Outcome::Cancelled);
-        }
-        let Client { stream, buffer, alarm, .. } = &mut *self.client;
-        let upstream = &mut *self.upstream;
-        tunnel((stream, buffer), (&mut upstream.stream, &mut upstream.buffer), alarm, idle).await;
-        Tried::Answered(Answered { status: SWITCHED, reusable: false, after: After::Close })
-    }
-
-    fn poll_send(&mut self, cx: &mut Context<'_>, progress: &mut bool) {
-        if self.sent.is_some() {
-            return;
-        }
-        let polled = self.sender.poll(
-            cx,
-            &mut self.client.stream,
-            &mut self.client.buffer,
-            self.taken,
-            &mut self.upstream.stream,
-            progress,
-        );
-        if let Poll::Ready(sent) = polled {
-            self.sent = Some(sent);
-        }
-    }
-
-    /// Ready when more of the answer's head has come.
-    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        let mut progress = false;
-        self.poll_send(cx, &mut progress);
-        match &self.sent {
-            Some(Err(SendError::Caller)) => return Poll::Ready(Err(Fault::Caller)),
-            Some(Err(SendError::Body(bad))) => return Poll::Ready(Err(Fault::Body(*bad))),
-            // An endpoint that takes no more may have answered.
-            Some(Err(SendError::Endpoint(_)) | Ok(())) | None => {}
-        }
-        let read = poll_fill(&mut self.upstream.stream, cx, &mut self.upstream.buffer);
-        match read {
-            Poll::Ready(Ok(0)) => {
-                return Poll::Ready(Err(Fault::Endpoint(io::ErrorKind::UnexpectedEof.into())));
-            }
-            Poll::Ready(Ok(_)) => return Poll::Ready(Ok(())),
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(Fault::Endpoint(error))),
-            Poll::Pending => {}
-        }
-        if matches!(self.sent, Some(Ok(()))) && self.client.poll_gone(cx) {
-            return Poll::Ready(Err(Fault::Caller));
-        }
-        self.poll_late(cx, progress).map(|()| Err(Fault::Late))
-    }
-
-    /// Ready when patience has run out.
-    fn poll_late(&mut self, cx: &mut Context<'_>, progress: bool) -> Poll<()> {
-        if progress {
-            self.progress_at = Instant::now();
-        }
-        let still = self.progress_at + self.patience.still;
-        let due = self.patience.whole.map_or(still, |whole| whole.min(still));
-        self.client.alarm.poll(due, cx)
-    }
-
-    fn poll_body(&mut self, cx: &mut Context<'_>, receiver: &mut Receiver) -> Poll<Result<(), ReceiveFault>> {
-        let mut progress = false;
-        self.poll_send(cx, &mut progress);
-        let received = receiver.poll(
-            cx,
-            &self.client.scratch,
-            &mut self.upstream.stream,
-            &mut self.upstream.buffer,
-            &mut self.client.stream,
-            &mut progress,
-        );
-        match received {
-            Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
-            Poll::Ready(Err(ReceiveError::Caller)) => return Poll::Ready(Err(ReceiveFault::Caller)),
-            Poll::Ready(Err(ReceiveError::Body(_) | ReceiveError::Endpoint(_))) => {
-                return Poll::Ready(Err(ReceiveFault::Endpoint));
-            }
-            Poll::Pending => {}
-        }
-        self.poll_late(cx, progress).map(|()| Err(ReceiveFault::Late))
     }
 }
