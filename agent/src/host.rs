@@ -457,14 +457,15 @@ impl HostTask {
     /// Whom the services of this host, and what else runs here, can call from now on.
     fn feed_proxy(&self, change: &DirectoryChange) {
         let Some(proxy) = &self.proxy else { return };
+        // Hosts first: an endpoint whose host is not known is one that cannot be reached.
+        if change.hosts {
+            proxy.hosts(self.directory.read(Directory::hosts));
+        }
         for name in &change.services {
             match self.directory.read(|known| known.service(name)) {
                 Some(service) => proxy.put(Arc::new(service)),
                 None => proxy.remove(name),
             }
-        }
-        if change.hosts {
-            proxy.hosts(self.directory.read(Directory::hosts));
         }
     }
 

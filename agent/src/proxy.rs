@@ -165,10 +165,14 @@ impl Shared {
             };
             debug!(%host, "another agent is connected");
             let shared = self.clone();
-            self.listeners.serve(move |ending| async move {
+            let closes = self.listeners.deaf();
+            self.listeners.serve(move |last_answers| async move {
                 let find = |service: &str, port: &str| shared.table.find(service, port);
                 match protocol == peers::HTTP1 {
-                    true => Box::pin(http1::serve_peer(connection, find, ending)).await,
+                    true => {
+                        let ending = http1::Ending { last_answers, closes };
+                        Box::pin(http1::serve_peer(connection, find, ending)).await;
+                    }
                     false => Box::pin(stream::serve_peer(connection, find)).await,
                 }
             });

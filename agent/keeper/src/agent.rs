@@ -22,8 +22,9 @@ use crate::sys;
 
 const FIRST_DELAY_NS: i64 = 100 * MS;
 const LAST_DELAY_NS: i64 = 5 * SECOND;
-/// Having run this long, it is started at once the next time.
-const STEADY_NS: i64 = 10 * SECOND;
+/// Having run this long, it is started at once the next time: it has taken everything up and served, and each moment
+/// without it is one in which its host's calls wait.
+const STEADY_NS: i64 = 2 * SECOND;
 /// For an adopted agent to find the new keeper's socket.
 const HELLO_WITHIN_NS: i64 = 10 * SECOND;
 /// From SIGTERM to SIGKILL: its streams drain, its spool is flushed.

@@ -26,5 +26,5 @@ mod tunnel;
 mod upstream;
 
 pub(crate) use connection::serve;
-pub(crate) use inbound::serve_peer;
+pub(crate) use inbound::{Ending, serve_peer};
 pub(crate) use upstream::Pool;

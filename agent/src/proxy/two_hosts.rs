@@ -8,10 +8,12 @@ use nave_agent_core::balancer::{BalancerSettings, EndpointKey, EndpointSpec, Rea
 use nave_agent_core::directory::{EndpointState, Host, PortRules, Protocol};
 use nave_proto::ids::{ClusterId, HostId, InstanceId};
 use nave_tls::{AGENT_VALIDITY, Authority, ClientPolicy, Credentials, IncomingLimits, Role};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::http1::Ending;
 use super::peers::{HTTP1, Peers, STREAM};
 use super::route::Route;
 use super::{http1, stream};
@@ -49,6 +51,8 @@ pub(crate) fn local(instance: u64, address: SocketAddr) -> EndpointSpec {
 pub(crate) struct TwoHosts {
     pub(crate) near: Arc<Route>,
     pub(crate) far: Arc<Route>,
+    /// Of the far agent as it is.
+    ending: Arc<Mutex<Ending>>,
     _far_agent: JoinSet<()>,
 }
 
@@ -60,27 +64,39 @@ impl TwoHosts {
         let host = Host { id: FAR, name: "far".into(), address: listener.local_addr().unwrap().to_string() };
         let far = Arc::new(route(protocol));
         let mut far_agent = JoinSet::new();
-        far_agent.spawn(serve(listener, agent(&authority, shown), far.clone()));
+        let ending = Arc::<Mutex<Ending>>::default();
+        far_agent.spawn(serve(listener, agent(&authority, shown), far.clone(), ending.clone()));
         let peers = Peers::new(agent(&authority, NEAR));
         peers.set(&[host]);
         let near = Arc::new(route(protocol).with_peers(Arc::new(peers)));
-        Self { near, far, _far_agent: far_agent }
+        Self { near, far, ending, _far_agent: far_agent }
+    }
+
+    /// The far agent ends, and the next one takes up its port.
+    pub(crate) fn restart(&self) {
+        let before = std::mem::take(&mut *self.ending.lock());
+        before.last_answers.cancel();
+        before.closes.cancel();
     }
 }
 
-async fn serve(listener: TcpListener, credentials: Credentials, known: Arc<Route>) {
+async fn serve(
+    listener: TcpListener,
+    credentials: Credentials,
+    known: Arc<Route>,
+    ending: Arc<Mutex<Ending>>,
+) {
     let config = nave_tls::server_config_of(&credentials, ClientPolicy::default(), &[b"h2", HTTP1, STREAM]);
-    let never = CancellationToken::new();
-    let incoming = nave_tls::incoming(listener, config, IncomingLimits::default(), never.clone());
+    let incoming = nave_tls::incoming(listener, config, IncomingLimits::default(), CancellationToken::new());
     let mut incoming = std::pin::pin!(incoming);
     let mut connections = JoinSet::new();
     while let Some(Ok(connection)) = incoming.next().await {
-        let (known, never) = (known.clone(), never.clone());
+        let (known, ending) = (known.clone(), ending.lock().clone());
         let find =
             move |service: &str, port: &str| (service == "web" && port == "main").then(|| known.clone());
         connections.spawn(async move {
             match connection.protocol() {
-                Some(HTTP1) => http1::serve_peer(connection, find, never).await,
+                Some(HTTP1) => http1::serve_peer(connection, find, ending).await,
                 _ => stream::serve_peer(connection, find).await,
             }
         });

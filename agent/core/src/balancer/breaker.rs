@@ -23,7 +23,8 @@ pub struct BreakerSettings {
     /// The first wait; each next one is twice as long.
     pub backoff_min: Duration,
     pub backoff_max: Duration,
-    /// The longest wait for one that could not be reached: asking again costs a failed connect, not a failed request.
+    /// The same for one that could not be reached: asking again costs a failed connect, not a failed request.
+    pub unreached_backoff_min: Duration,
     pub unreached_backoff_max: Duration,
 }
 
@@ -35,6 +36,7 @@ impl Default for BreakerSettings {
             requests_min: 20,
             backoff_min: Duration::from_secs(1),
             backoff_max: Duration::from_secs(60),
+            unreached_backoff_min: Duration::from_millis(50),
             unreached_backoff_max: Duration::from_secs(2),
         }
     }
@@ -193,8 +195,11 @@ impl Breaker {
             true => 0,
             false => self.trips.load(Relaxed),
         };
-        let longest = if unreached { settings.unreached_backoff_max } else { settings.backoff_max };
-        let wait = settings.backoff_min.saturating_mul(1 << trips.min(16)).min(longest);
+        let (first, longest) = match unreached {
+            true => (settings.unreached_backoff_min, settings.unreached_backoff_max),
+            false => (settings.backoff_min, settings.backoff_max),
+        };
+        let wait = first.saturating_mul(1 << trips.min(16)).min(longest);
         let until = now + wait.mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0));
         let gate = (until.0 & !UNREACHED).clamp(CLOSED + 2, PROBING - 2) | i64::from(unreached);
         let opened = self.gate.compare_exchange(from, gate, Relaxed, Relaxed).is_ok();
@@ -264,10 +269,12 @@ mod tests {
 
     #[test]
     fn waits_grow_to_their_bound_which_is_short_for_what_was_not_reached() {
-        for (outcome, longest) in [(Failure, 60), (Unreached, 2)] {
+        for (outcome, first, longest) in [(Failure, 1_000, 60), (Unreached, 50, 2)] {
             let breaker = Breaker::default();
             let mut now = START;
             assert!((0..5).any(|_| breaker.record(now, outcome, &settings(), 1.0)));
+            let until = now + Duration::from_millis(first);
+            assert_eq!(breaker.gate(), Gate::Open { until, unreached: outcome == Unreached });
             for _ in 0..10 {
                 let Gate::Open { until, unreached } = breaker.gate() else { panic!("{:?}", breaker.gate()) };
                 assert_eq!(unreached, outcome == Unreached);

@@ -38,7 +38,10 @@ const KEPT_BYTES_MAX: usize = 16 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
     Next,
+    /// It has its answer, and that was the last.
     Close,
+    /// It has no whole answer, and must not take this end for one.
+    Cut,
 }
 
 /// Who calls, and what is counted for it on this port.
@@ -106,9 +109,10 @@ pub(crate) async fn serve(route: Arc<Route>, stream: TcpStream, caller: Caller, 
             return;
         }
         let exchange = Exchange::new(&route, &rules, &caller, request, &mut outgoing, keep_alive);
-        if exchange.run(&mut client).await == After::Close {
-            client.close().await;
-            return;
+        match exchange.run(&mut client).await {
+            After::Next => {}
+            After::Close => return client.close().await,
+            After::Cut => return,
         }
         client.shrink();
         if outgoing.capacity() > KEPT_BYTES_MAX {
@@ -216,7 +220,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     }
 
     /// Says that nothing more comes, and lets the caller read what has.
-    async fn linger(&mut self) {
+    pub(super) async fn linger(&mut self) {
         if self.stream.shutdown().await.is_err() {
             return;
         }

@@ -191,7 +191,7 @@ impl<'a> Exchange<'a> {
                 }
                 Tried::Broken(outcome) => {
                     self.ended(&mut pick, outcome, Class::Cut);
-                    return After::Close;
+                    return After::Cut;
                 }
                 Tried::Failed(failure) => failure,
             };
@@ -499,19 +499,34 @@ fn failed<S>(passing: &Passing<'_, '_, S>, fault: Fault) -> Tried {
             safe: false,
             stale: false,
         }),
-        Fault::Endpoint(error) => {
-            // A connection that had waited was closed before the endpoint can have read anything new from it:
-            // not known for sure, so only what was never written is safe for any method.
-            let safe = !passing.sender.touched;
-            let text = match passing.upstream.used {
-                true => format!("it closed a waiting connection: {error}"),
-                false => format!("it closed the connection without an answer: {error}"),
-            };
-            let stale = passing.upstream.used;
-            let outcome = if stale { Outcome::Cancelled } else { Outcome::Failure };
-            Tried::Failed(Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome, safe, stale })
-        }
+        // An agent closes a connection with a farewell only when it has begun nothing of what came on it.
+        Fault::Closed if passing.upstream.stream.is_peer() => Tried::Failed(Failure {
+            refusal: Refusal::new(
+                503,
+                Why::NoEndpoint,
+                "its agent closed the connection without beginning it",
+            ),
+            outcome: Outcome::Cancelled,
+            safe: true,
+            stale: true,
+        }),
+        Fault::Closed => ended_early(passing, &io::ErrorKind::UnexpectedEof.into()),
+        Fault::Endpoint(error) => ended_early(passing, &error),
     }
+}
+
+/// The endpoint's connection ended before its answer.
+fn ended_early<S>(passing: &Passing<'_, '_, S>, error: &io::Error) -> Tried {
+    // A connection that had waited was closed before the endpoint can have read anything new from it: not known for sure,
+    // so only what was never written is safe for any method.
+    let safe = !passing.sender.touched;
+    let stale = passing.upstream.used;
+    let text = match stale {
+        true => format!("it closed a waiting connection: {error}"),
+        false => format!("it closed the connection without an answer: {error}"),
+    };
+    let outcome = if stale { Outcome::Cancelled } else { Outcome::Failure };
+    Tried::Failed(Failure { refusal: Refusal::new(502, Why::NoEndpoint, text), outcome, safe, stale })
 }
 
 /// What the endpoint's answer says of its health.

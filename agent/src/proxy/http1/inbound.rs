@@ -20,8 +20,18 @@ use crate::proxy::to::To;
 /// How a head is read before it is known whom it is for.
 const RULES: nave_agent_core::directory::PortRules = nave_agent_core::directory::PortRules::DEFAULT;
 
+/// When this agent ends: the answers from then on say that they are the last, and then, what waits is closed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ending {
+    pub(crate) last_answers: CancellationToken,
+    pub(crate) closes: CancellationToken,
+}
+
 /// Serves a connection of another agent until it ends. `find` knows the ports of this host's services.
-pub(crate) async fn serve_peer<S, F>(stream: S, find: F, ending: CancellationToken)
+///
+/// A connection on which nothing was begun is closed with a farewell, one that is cut without: so the other agent knows
+/// whether a request that got no answer may be sent again.
+pub(crate) async fn serve_peer<S, F>(stream: S, find: F, ending: Ending)
 where
     S: AsyncRead + AsyncWrite + Unpin,
     F: Fn(&str, &str) -> Option<Arc<Route>>,
@@ -29,7 +39,12 @@ where
     let mut client = Client::new(stream, RULES.header_bytes_max);
     let mut outgoing = Vec::with_capacity(1024);
     loop {
-        let request = match client.next(&RULES, &[], true, &mut outgoing).await {
+        let next = tokio::select! {
+            biased;
+            next = client.next(&RULES, &[], true, &mut outgoing) => next,
+            () = ending.closes.cancelled() => return client.linger().await,
+        };
+        let request = match next {
             Ok(request) => request,
             Err(None) => return,
             Err(Some(refusal)) => {
@@ -37,7 +52,7 @@ where
                 return;
             }
         };
-        let keep_alive = request.keep_alive && !ending.is_cancelled();
+        let keep_alive = request.keep_alive && !ending.last_answers.is_cancelled();
         let after = match admit(&find, &request) {
             Ok((route, caller, pick)) => {
                 let (rules, calling) = (route.rules(), Calling::of_peer(&route, &caller));
@@ -51,11 +66,11 @@ where
                 client.refuse(&refusal, keep_alive && whole, request.head_only).await
             }
         };
-        if after == After::Close {
-            client.close().await;
-            return;
+        match after {
+            After::Next => client.shrink(),
+            After::Close => return client.close().await,
+            After::Cut => return,
         }
-        client.shrink();
     }
 }
 

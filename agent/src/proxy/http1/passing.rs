@@ -26,6 +26,8 @@ pub(super) enum Fault {
     Caller,
     Body(BadBody),
     Late,
+    /// The endpoint has said that it says no more, and had said nothing.
+    Closed,
     Endpoint(io::Error),
 }
 
@@ -133,6 +135,7 @@ impl<'a, 'h, S: Stream> Passing<'a, 'h, S> {
         }
         let read = poll_fill(&mut self.upstream.stream, cx, &mut self.upstream.buffer);
         match read {
+            Poll::Ready(Ok(0)) if self.upstream.buffer.is_empty() => return Poll::Ready(Err(Fault::Closed)),
             Poll::Ready(Ok(0)) => {
                 return Poll::Ready(Err(Fault::Endpoint(io::ErrorKind::UnexpectedEof.into())));
             }

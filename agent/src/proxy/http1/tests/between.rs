@@ -1,9 +1,13 @@
 //! Requests from one host to another.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use nave_agent_core::balancer::Reach;
 use nave_agent_core::directory::{EndpointState, Protocol};
 use nave_proto::ids::{HostId, InstanceId};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio_util::sync::CancellationToken;
 
 use super::harness::{Caller, Stage, read_head};
 use crate::proxy::two_hosts::{FAR, TwoHosts, endpoint, local, remote};
@@ -137,6 +141,81 @@ async fn the_callees_agent_keeps_the_list() {
     caller.say(GET).await;
     let head = caller.hear_head().await;
     assert!(head.starts_with("HTTP/1.1 403 "), "{head}");
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_loses_no_request_and_does_none_twice() {
+    const POSTS: usize = 400;
+    let mut hosts = Hosts::new(FAR).await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    let there = hosts
+        .stage
+        .endpoint(move |_, mut stream| {
+            let counted = counted.clone();
+            async move {
+                while read_head(&mut stream).await.is_some() {
+                    stream.read_exact(&mut [0; 4]).await.unwrap();
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    stream.write_all(OK.as_bytes()).await.unwrap();
+                }
+            }
+        })
+        .await;
+    hosts.near.update(vec![remote(1)]);
+    hosts.far.update(vec![local(1, there)]);
+    let (mut caller, done) = (hosts.call().await, CancellationToken::new());
+    let posts = async {
+        for post in 0..POSTS {
+            caller.say(POST).await;
+            let head = caller.hear_head().await;
+            assert!(head.starts_with("HTTP/1.1 200 "), "{post}: {head}");
+            caller.hear(2).await;
+        }
+        done.cancel();
+    };
+    let restarts = async {
+        let mut pause = 0;
+        while !done.is_cancelled() {
+            hosts.hosts.restart();
+            pause = (pause + 37) % 211; // now between requests, now within one
+            for _ in 0..100 + pause {
+                tokio::task::yield_now().await;
+            }
+        }
+    };
+    super::harness::within(async { tokio::join!(posts, restarts) }).await;
+    assert_eq!(asked.load(Ordering::Relaxed), POSTS);
+}
+
+#[tokio::test]
+async fn what_an_endpoint_there_has_had_is_not_sent_again_whatever_became_of_it() {
+    let mut hosts = Hosts::new(FAR).await;
+    let head = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n";
+    for answer in ["", head, "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nbroken"] {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = asked.clone();
+        let there = hosts
+            .stage
+            .endpoint(move |_, mut stream| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                async move {
+                    read_head(&mut stream).await.unwrap();
+                    stream.read_exact(&mut [0; 4]).await.unwrap();
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                }
+            })
+            .await;
+        for number in 0..20 {
+            hosts.near.update(vec![remote(number)]);
+            hosts.far.update(vec![local(number, there)]);
+            let mut caller = hosts.call().await;
+            caller.say(POST).await;
+            caller.stream.shutdown().await.unwrap();
+            assert!(!caller.hear_all().await.ends_with("ok"));
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), 20);
+    }
 }
 
 #[tokio::test]
