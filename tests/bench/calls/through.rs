@@ -1,6 +1,6 @@
 //! Three instances on two hosts under 2,000 calls a second, one of ten a POST, while one kind of change happens again and
 //! again. Planned changes may fail nothing; a killed instance only a POST that it had been sent; a killed agent only
-//! what was under way through it, and nobody is ever refused. No POST may be done twice. `nave-bench calls through 3
+//! what was under way through it, and nobody is ever refused; agents with all instances here and with all there. No POST may be done twice. `nave-bench calls through 3
 //! drained` is three rounds of the one with this word.
 
 use std::collections::BTreeMap;
@@ -30,21 +30,38 @@ enum Change {
     InstanceKilled,
     Update,
     Drain,
-    AgentRestarted,
-    AgentKilled,
+    /// In turn: the callers', whose connections are its own, and the other.
+    AgentRestarted(Place),
+    AgentKilled(Place),
     LeaderKilled,
 }
 
+/// Where all instances are, as the callers see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Here,
+    There,
+}
+
 impl Change {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::Nothing,
         Self::InstanceKilled,
         Self::Update,
         Self::Drain,
-        Self::AgentRestarted,
-        Self::AgentKilled,
+        Self::AgentRestarted(Place::Here),
+        Self::AgentRestarted(Place::There),
+        Self::AgentKilled(Place::Here),
+        Self::AgentKilled(Place::There),
         Self::LeaderKilled,
     ];
+
+    const fn place(self) -> Option<Place> {
+        match self {
+            Self::AgentRestarted(place) | Self::AgentKilled(place) => Some(place),
+            _ => None,
+        }
+    }
 
     const fn name(self) -> &'static str {
         match self {
@@ -52,8 +69,10 @@ impl Change {
             Self::InstanceKilled => "an instance is killed",
             Self::Update => "a rolling update",
             Self::Drain => "a host is drained",
-            Self::AgentRestarted => "an agent is restarted",
-            Self::AgentKilled => "an agent is killed",
+            Self::AgentRestarted(Place::Here) => "an agent is restarted, instances on the callers' host",
+            Self::AgentRestarted(Place::There) => "an agent is restarted, instances on the other host",
+            Self::AgentKilled(Place::Here) => "an agent is killed, instances on the callers' host",
+            Self::AgentKilled(Place::There) => "an agent is killed, instances on the other host",
             Self::LeaderKilled => "the hub's leader is killed",
         }
     }
@@ -65,8 +84,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
     let mut cluster = Cluster::start(&Setup { members: 3, agents: 2 });
     cluster.wait_for_agents(2);
-    cluster.apply(&manifest(folder.path(), 0)?, &["--wait"]).expect(0);
-    let (address, _) = address(&cluster, "calls")?;
+    cluster.apply(&manifest(folder.path(), 0, None)?, &["--wait"]).expect(0);
+    let (address, own) = address(&cluster, "calls")?;
     eventually("the address answers", PATIENCE, || std::net::TcpStream::connect(address).is_ok());
     println!(
         "| under 2,000 calls/s | times | calls | failed | of these POSTs that an instance had got | refused | p50 ms | p99 ms | longest ms |"
@@ -76,6 +95,13 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let only = std::env::args().nth(4);
     let wanted = |change: &Change| only.as_ref().is_none_or(|only| change.name().contains(only.as_str()));
     for change in Change::ALL.into_iter().filter(wanted) {
+        let host = change.place().map(|place| match place {
+            Place::Here => cluster.agents[own].name.clone(),
+            Place::There => cluster.agents[1 - own].name.clone(),
+        });
+        if let Some(host) = &host {
+            cluster.apply(&manifest(folder.path(), 0, Some(host))?, &["--wait"]).expect(0);
+        }
         for file in std::fs::read_dir(folder.path())? {
             std::fs::File::create(file?.path())?;
         }
@@ -88,18 +114,24 @@ pub(crate) fn run() -> anyhow::Result<()> {
         }
         let calls = load.stop();
         wrong.extend(row(change, times, calls, &posts(folder.path())?));
+        if host.is_some() {
+            cluster.apply(&manifest(folder.path(), 0, None)?, &["--wait"]).expect(0);
+        }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(())
 }
 
-fn manifest(folder: &Path, version: usize) -> anyhow::Result<String> {
+/// `host`: where all instances have to be.
+fn manifest(folder: &Path, version: usize, host: Option<&str>) -> anyhow::Result<String> {
+    let place = host.map(|host| format!("[placement]\nconstraints = ['host = \"{host}\"']\n"));
     let program = std::env::current_exe()?;
     Ok(format!(
         "name = \"calls\"\ncommand = [{program:?}, {ANSWER:?}, {folder:?}]\ncount = {INSTANCES}\n\
          env = {{ VERSION = \"{version}\" }}\n[ports.main]\nprotocol = \"http\"\nservice_port = 8080\n\
          [health]\nhttp = \"/ready\"\ninterval = \"200ms\"\n[restart]\nbudget = \"1000 in 5m\"\n\
-         [update]\nmin_ready = \"100ms\"\n"
+         [update]\nmin_ready = \"100ms\"\n{}",
+        place.unwrap_or_default()
     ))
 }
 
@@ -118,15 +150,15 @@ fn make(change: Change, cluster: &mut Cluster, folder: &Path, round: usize) -> a
             });
         }
         Change::Update => {
-            cluster.apply(&manifest(folder, round + 1)?, &["--wait"]).expect(0);
+            cluster.apply(&manifest(folder, round + 1, None)?, &["--wait"]).expect(0);
         }
         Change::Drain => {
             let name = cluster.agents[agent].name.clone();
             cluster.nave(&["drain", &name, "--wait"]).expect(0);
             cluster.nave(&["undrain", &name]).expect(0);
         }
-        Change::AgentRestarted => replace(cluster, agent, Signal::SIGTERM),
-        Change::AgentKilled => replace(cluster, agent, Signal::SIGKILL),
+        Change::AgentRestarted(_) => replace(cluster, agent, Signal::SIGTERM),
+        Change::AgentKilled(_) => replace(cluster, agent, Signal::SIGKILL),
         Change::LeaderKilled => {
             let leader = cluster.wait_for_leader();
             cluster.members[leader].kill();
@@ -179,7 +211,7 @@ fn row(change: Change, times: usize, calls: Vec<Call>, posts: &BTreeMap<u64, usi
         .filter(|call| match change {
             Change::InstanceKilled => !was_sent(call, posts),
             // Cut by the agent's end; of one on the other host, its instance's answer is lost to a POST.
-            Change::AgentKilled => !matches!(call.answer, Err(Failed::Cut(_))) && !was_sent(call, posts),
+            Change::AgentKilled(_) => !matches!(call.answer, Err(Failed::Cut(_))) && !was_sent(call, posts),
             _ => true,
         })
         .collect();
