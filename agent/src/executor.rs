@@ -6,6 +6,7 @@
 
 mod confine;
 pub(crate) mod directories;
+mod fetches;
 mod hooks;
 pub(crate) mod ports;
 pub(crate) mod spawn;
@@ -32,6 +33,7 @@ use crate::pressure::Pressure;
 use crate::probes::{Check, Probes};
 use crate::provision::artifacts::cutoff::Cutoff;
 use directories::KeptLogs;
+use fetches::Fetches;
 use hooks::Hooks;
 use spawn::SpawnContext;
 
@@ -76,6 +78,7 @@ pub(crate) struct Executor {
     notify: NotifyTasks,
     pressure: Pressure,
     hooks: Hooks,
+    fetches: Fetches,
     /// Per instance, what waits behind the job that runs.
     queues: BTreeMap<InstanceId, VecDeque<Job>>,
     /// `None`: a job that nothing waits for.
@@ -97,6 +100,7 @@ impl Executor {
             notify: NotifyTasks::new(inputs.clone()),
             pressure: Pressure::new(inputs.clone()),
             hooks: Hooks::new(inputs.clone()),
+            fetches: Fetches::new(inputs.clone()),
             inputs,
             queues: BTreeMap::new(),
             running: JoinSet::new(),
@@ -129,6 +133,20 @@ impl Executor {
                 preparation.cutoff.cut();
             }
         }
+    }
+
+    /// For a successor of the instance, while that runs.
+    pub(crate) fn fetch_ahead(&mut self, instance: InstanceId, order: Box<pb::FetchOrder>) {
+        self.fetches.begin(self.context.clone(), instance, order);
+    }
+
+    pub(crate) fn cancel_fetch(&mut self, instance: InstanceId) {
+        self.fetches.cancel(&self.context, instance);
+    }
+
+    /// Nothing is ordered any more: what would go on for long is cut short and waited for.
+    pub(crate) async fn end(&mut self) {
+        self.fetches.end().await;
     }
 
     pub(crate) fn run_hook(&mut self, instance: InstanceId, order: Box<HookOrder>) {

@@ -1,7 +1,7 @@
 //! What this machine is and can enforce, as told to the hub at every hello: capacity for placement,
 //! capabilities for constraints, and a sentence for people about each thing it cannot do.
 
-use nave_proto::pb;
+use nave_proto::{FETCHES_AHEAD, pb};
 
 use crate::cgroups::{Cgroups, Controller, Place};
 use crate::clock;
@@ -133,6 +133,7 @@ fn capabilities(cgroups: &Cgroups, root: bool) -> (Vec<String>, Vec<String>) {
         true => can.push("seccomp".to_owned()),
         false => lacks.push("isolation.seccomp is refused: this kernel has no seccomp filters".to_owned()),
     }
+    can.push(FETCHES_AHEAD.to_owned());
     (can, lacks)
 }
 

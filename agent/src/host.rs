@@ -187,6 +187,12 @@ impl HostTask {
 
     /// Runs until `shutdown`, at the end of a turn; processes are left alone.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) -> Result<(), RunError> {
+        let ended = self.turns(shutdown).await;
+        self.executor.end().await;
+        ended
+    }
+
+    async fn turns(&mut self, shutdown: CancellationToken) -> Result<(), RunError> {
         self.say_interest();
         self.tell_users();
         self.executor.list();
@@ -541,6 +547,8 @@ impl HostTask {
             }
             Action::Prepare(order) => self.executor.prepare(instance, order),
             Action::CancelPreparation { key } => self.executor.cancel_preparation(instance, key),
+            Action::FetchAhead(order) => self.executor.fetch_ahead(instance, order),
+            Action::CancelFetch => self.executor.cancel_fetch(instance),
             Action::RunHook(order) => self.executor.run_hook(instance, order),
             Action::EndHook { key, hook } => {
                 let wanted = self.reconciler.supervisor(instance).map(Supervisor::wanted);

@@ -33,7 +33,10 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 
 /// The command format that this build writes into the log; it rises when a new command number is added.
 /// A member that meets a command it does not know stops and names both formats (see `command.proto`).
-pub const COMMAND_FORMAT: u32 = 5;
+pub const COMMAND_FORMAT: u32 = 6;
+
+/// Among the capabilities of a host: its agent knows `WantedInstance.fetch` and reports what became of it.
+pub const FETCHES_AHEAD: &str = "fetch_ahead";
 
 /// The layout version of data directories (member and agent). A directory with a greater one is refused.
 pub const DATA_FORMAT: u32 = 1;

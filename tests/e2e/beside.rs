@@ -6,9 +6,16 @@ use std::path::{Path, PathBuf};
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use nave_tests::cluster::SOON;
 use nave_tests::{Cluster, Setup, eventually};
+
+use crate::between_hosts::ask;
+use crate::deploy_and_serve::pid;
+use crate::manifests::web_with;
 
 const SECRET: &str = "hunter2-is-not-for-you";
 
@@ -160,15 +167,24 @@ fn files_with(dir: &Path, needle: &[u8]) -> Vec<PathBuf> {
 /// Serves one file over HTTP until it goes out of scope; counts how often.
 struct Shop {
     port: u16,
-    served: std::sync::Arc<std::sync::atomic::AtomicUsize>,
+    served: Arc<AtomicUsize>,
+    /// While it is not set, only half of it.
+    open: Arc<AtomicBool>,
 }
 
 impl Shop {
     fn open(content: Vec<u8>) -> Self {
+        let shop = Self::closed(content);
+        shop.let_go();
+        shop
+    }
+
+    /// Nobody gets the second half before [`Shop::let_go`].
+    fn closed(content: Vec<u8>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
-        let served = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let counter = served.clone();
+        let (served, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (counter, is_open) = (served.clone(), open.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let Ok(mut stream) = stream else { return };
@@ -178,15 +194,24 @@ impl Shop {
                     "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
                     content.len()
                 );
-                let _gone = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&content));
-                counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                let (first, second) = content.split_at(content.len() / 2);
+                let _gone = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(first));
+                while !is_open.load(Ordering::SeqCst) {
+                    nave_tests::wait::pause(Duration::from_millis(10));
+                }
+                let _gone = stream.write_all(second);
+                counter.fetch_add(1, Ordering::SeqCst);
             }
         });
-        Self { port, served }
+        Self { port, served, open }
+    }
+
+    fn let_go(&self) {
+        self.open.store(true, Ordering::SeqCst);
     }
 
     fn served(&self) -> usize {
-        self.served.load(std::sync::atomic::Ordering::SeqCst)
+        self.served.load(Ordering::SeqCst)
     }
 }
 
@@ -267,4 +292,63 @@ sha256 = "{sum}"
     });
     cluster.nave(&["delete", "late"]).expect(0);
     eventually("nobody waits for the end of that", SOON, || cluster.ps("late").is_empty());
+}
+
+#[test]
+fn one_that_has_to_stop_first_runs_on_until_its_successor_can_start() {
+    let cluster = Cluster::start(&Setup { members: 1, agents: 2 });
+    let given = tempfile::tempdir().expect("a folder");
+    let file = given.path().join("tool");
+    std::fs::write(&file, "of some size\n".repeat(100)).expect("written");
+    let shop = Shop::closed(std::fs::read(&file).expect("read"));
+    let port = nave_tests::machine::free_ports();
+    let fixed = |args: &str, tables: &str| {
+        let port = format!("protocol = \"http\"\nport = {port}\n");
+        web_with("web", 1, args, tables).replace("protocol = \"http\"\n", &port)
+    };
+    let with_tool = |greeting: &str, sum: &str, more: &str| {
+        let url = format!("http://127.0.0.1:{}/tool", shop.port);
+        let tool = format!("[[artifact]]\nname = \"tool\"\nurl = \"{url}\"\nsha256 = \"{sum}\"\n{more}");
+        fixed(&format!("--greeting {greeting}"), &tool)
+    };
+    cluster.apply(&fixed("--greeting first", ""), &["--wait"]).expect(0);
+    let first = cluster.wait_ready("web", 1).remove(0);
+    let address = cluster.address("web").to_string();
+    let answers = |greeting: &str| ask(&address).is_ok_and(|answer| answer.contains(greeting));
+    eventually("the first answers", SOON, || answers("first"));
+
+    let good = sha256(&file);
+    cluster.apply(&with_tool("second", &good, ""), &[]).expect(0);
+    eventually("it is said what is waited for", SOON, || {
+        let status = cluster.nave(&["status", "web"]).stdout;
+        status.contains("runs on until") && status.contains("artifacts of version 2")
+    });
+    let rows = cluster.ps("web");
+    assert_eq!(rows.len(), 1, "{rows:?}");
+    assert!(pid(&rows[0]) == pid(&first) && rows[0]["ready"] == true, "{rows:?}");
+    assert!(answers("first"), "while half of the download is missing");
+    shop.let_go();
+    eventually("the second answers", SOON, || answers("second"));
+    let second = cluster.wait_ready("web", 1).remove(0);
+    assert_eq!((&second["host"], shop.served()), (&first["host"], 1), "where it was fetched, and once");
+    let kinds = || -> Vec<String> {
+        let events = cluster.json(&["events", "--service", "web"]);
+        let kinds = events.as_array().expect("a list").iter().filter_map(|event| event["kind"].as_str());
+        kinds.map(str::to_owned).collect()
+    };
+    let at = |kind: &str| kinds().iter().position(|other| other == kind);
+    assert!(
+        at("instance_fetched").is_some() && at("instance_fetched") < at("instance_stopping"),
+        "{:?}",
+        kinds()
+    );
+
+    let bad = with_tool("third", &"0".repeat(64), "[update]\nprogress_deadline = \"3s\"\n");
+    let said = cluster.apply(&bad, &["--wait"]).expect(1).text();
+    for part in ["reverted to version 2", "cannot fetch the artifacts of version 3: artifact tool:", &good] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(answers("second"));
+    assert_eq!(pid(&cluster.wait_ready("web", 1)[0]), pid(&second));
+    assert_eq!(kinds().iter().filter(|kind| *kind == "instance_stopping").count(), 1, "only the first");
 }

@@ -360,6 +360,8 @@ impl Reconciler {
                 Action::PickPorts { .. }
                 | Action::Prepare(_)
                 | Action::CancelPreparation { .. }
+                | Action::FetchAhead(_)
+                | Action::CancelFetch
                 | Action::RunHook(_)
                 | Action::SetLimits { .. }
                 | Action::EndHook { .. }

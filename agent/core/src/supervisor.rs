@@ -9,6 +9,7 @@
 mod action;
 mod adopt;
 mod advance;
+mod ahead;
 mod events;
 mod health;
 mod hooks;
@@ -30,6 +31,7 @@ use nave_proto::pb;
 use rand::Rng;
 
 pub use action::{Action, Deadline, Level, ProbeOrder, SignalScope, SpawnOrder};
+pub use ahead::{FETCH_RETRY_FIRST, FETCH_RETRY_MAX};
 pub use health::{Health, LIVE_FAILURES_MAX, LIVE_GRACE, READY_FAILURES_MAX, watchdog};
 pub use hooks::{Hook, HookOrder, HookResult};
 pub use input::{
@@ -45,6 +47,7 @@ pub use state::{Drain, Pending, Running, Starting, State, StopCause, StopStep, S
 pub use stop::{DRAIN_TIMEOUT, DRAIN_WAIT, GRACE, KILL_WAIT, NEEDED_WAIT, Sweep};
 
 use crate::monotonic::Monotonic;
+use ahead::Ahead;
 use hooks::PostStop;
 use limits::Limits;
 
@@ -83,6 +86,7 @@ pub struct Supervisor {
     post_start_open: bool,
     post_stop: PostStop,
     limits: Limits,
+    ahead: Ahead,
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
     /// have been made before the order and be read after it.
     keeper_known: bool,
@@ -127,6 +131,7 @@ impl Supervisor {
             post_start_open: false,
             post_stop: PostStop::Nothing,
             limits: Limits::default(),
+            ahead: Ahead::Nothing,
             keeper_known: false,
             lease: None,
             waits_for_lease: false,
@@ -158,6 +163,7 @@ impl Supervisor {
         self.advance(now, &mut out);
         self.adjust_limits(now, &mut out);
         self.sweep_again(now, &mut out);
+        self.fetch_ahead(now, &mut out);
         self.persist(&mut out);
         self.publish_report(&mut out);
         let wake = self.next_wake();
@@ -176,6 +182,9 @@ impl Supervisor {
             Input::PortsPicked { ports } => self.ports_picked(now, rng, ports, out),
             Input::PortClash { message } => self.port_clash(now, rng, message, out),
             Input::Prepared { key, result } => self.prepared(now, rng, key, result, out),
+            Input::Fetched { template_version, result } => {
+                self.fetched(now, rng, template_version, result, out);
+            }
             Input::HookEnded { key, hook, result } => self.hook_ended(now, rng, key, hook, result, out),
             Input::Spawned { key, process, started_unix_ns } => {
                 self.spawned(now, key, process, started_unix_ns, out)

@@ -7,7 +7,7 @@
 pub(crate) mod cutoff;
 pub(crate) mod stub;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime};
 
+use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 use nix::unistd::{Gid, Uid, chown, geteuid, syncfs};
 use parking_lot::{Condvar, Mutex};
@@ -65,17 +66,29 @@ pub(crate) struct Artifacts {
     /// Being made; whoever wants one of them too waits.
     making: Mutex<BTreeSet<String>>,
     made: Condvar,
+    /// For starts that have yet to come, by the instance that makes way for them: not to be removed.
+    held: Mutex<BTreeMap<InstanceId, BTreeSet<String>>>,
 }
 
 impl Artifacts {
     pub(crate) fn new(data_dir: &Path) -> Self {
-        Self { root: data_dir.join("cache"), making: Mutex::default(), made: Condvar::new() }
+        let (making, made, held) = Default::default();
+        Self { root: data_dir.join("cache"), making, made, held }
+    }
+
+    /// Keeps these, when they are there, in place of what was kept for the instance before.
+    pub(crate) fn hold(&self, instance: InstanceId, artifacts: &[pb::Artifact]) {
+        self.held.lock().insert(instance, artifacts.iter().map(key).collect());
+    }
+
+    pub(crate) fn release(&self, instance: InstanceId) {
+        self.held.lock().remove(&instance);
     }
 
     /// Where the artifact is, once it is there: a file, or the directory that it was unpacked to. Blocks, until it is cut
     /// short at the latest.
     pub(crate) fn get(&self, artifact: &pb::Artifact, cutoff: &Cutoff) -> Result<PathBuf, ProvisionError> {
-        let key = format!("{}.{}", artifact.sha256, artifact.archive);
+        let key = key(artifact);
         let mut making = self.making.lock();
         while !making.insert(key.clone()) {
             self.made.wait_for(&mut making, LOOK_AGAIN);
@@ -143,12 +156,17 @@ impl Artifacts {
         std::fs::write(beside.join("bytes"), size.to_string()).map_err(text)
     }
 
-    /// Makes room: what no instance below `runs` links to goes, the least recently used first.
+    /// Makes room: what no instance below `runs` links to and none that comes will goes, the least recently used first.
     pub(crate) fn clean(&self, runs: &Path) {
         self.clean_to(runs, CACHE_BYTES_MAX, SETTLED);
     }
 
     fn clean_to(&self, runs: &Path, bytes_max: u64, settled: Duration) {
+        for key in self.held.lock().values().flatten() {
+            // As new as if it were used now: it stays also between the end of who holds it and the start that links to it.
+            // What is not there yet is nothing to keep.
+            let _touched = File::open(self.root.join(key)).and_then(|place| place.set_modified(now()));
+        }
         let mut all: Vec<(SystemTime, u64, PathBuf)> = entries(&self.root)
             .filter(|path| path.join("bytes").exists())
             .filter_map(|path| {
@@ -171,6 +189,11 @@ impl Artifacts {
             }
         }
     }
+}
+
+/// Its name in the cache.
+fn key(artifact: &pb::Artifact) -> String {
+    format!("{}.{}", artifact.sha256, artifact.archive)
 }
 
 /// Where the links of all instances lead.
@@ -323,5 +346,25 @@ mod tests {
         assert!(linked.exists() && fresh.exists() && old.exists() && !older.exists());
         artifacts.clean_to(&runs, 0, SETTLED);
         assert!(linked.exists() && fresh.exists() && !old.exists());
+    }
+
+    #[test]
+    fn what_was_fetched_ahead_stays_until_its_start_has_had_its_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let artifacts = Artifacts::new(dir.path());
+        let artifact = pb::Artifact { sha256: "ab".into(), archive: "zip".into(), ..Default::default() };
+        let (place, runs) = (dir.path().join("cache/ab.zip"), dir.path().join("run"));
+        std::fs::create_dir_all(&place).unwrap();
+        std::fs::write(place.join("bytes"), "100").unwrap();
+        let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
+        File::open(&place).unwrap().set_modified(long_ago).unwrap();
+        artifacts.hold(InstanceId(1), &[artifact]);
+        artifacts.clean_to(&runs, 0, SETTLED);
+        assert!(place.exists(), "held");
+        artifacts.release(InstanceId(1));
+        artifacts.clean_to(&runs, 0, SETTLED);
+        assert!(place.exists(), "who held it has made way a moment ago");
+        artifacts.clean_to(&runs, 0, Duration::ZERO);
+        assert!(!place.exists());
     }
 }

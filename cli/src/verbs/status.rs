@@ -168,7 +168,7 @@ fn next(service: &pb::Service, instances: &[pb::Instance]) -> Option<String> {
     {
         return Some(format!("`nave logs {name} --instance {} --tail 50`", bad.id));
     }
-    if !service.unplaced.is_empty() {
+    if !service.unplaced.is_empty() && service.ready < service.desired {
         return Some("`nave hosts` shows what the hosts have left".to_owned());
     }
     if deployment_word(service.deployment.as_ref()) == "failed" && service.stable_version != 0 {
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn the_next_command_fits_the_trouble() {
-        let mut service = pb::Service { name: "web".into(), ..Default::default() };
+        let mut service = pb::Service { name: "web".into(), desired: 1, ..Default::default() };
         let bad = pb::Instance { id: "i-4".into(), observed: "failed".into(), ..Default::default() };
         assert_eq!(next(&service, &[bad]).as_deref(), Some("`nave logs web --instance i-4 --tail 50`"));
         service.unplaced.push("no host has 4 cores left".into());

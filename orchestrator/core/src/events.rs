@@ -118,6 +118,27 @@ pub(crate) fn untold_exit(
     Some(("instance_exited", format!("{} {} on {host}", called(after), ended(Some(exit)))))
 }
 
+/// What became of a fetch for the successor of an instance, when that is news.
+pub(crate) fn fetch_event(
+    before: &pb::InstanceRecord,
+    after: &pb::InstanceRecord,
+    host: &str,
+) -> Option<(&'static str, String)> {
+    let fetch = after.fetch.as_ref().filter(|fetch| before.fetch.as_ref() != Some(fetch))?;
+    let who = called(after);
+    match (fetch.done, fetch.problem.as_str()) {
+        (true, _) => Some((
+            "instance_fetched",
+            format!("{host} has what the successor of {who} needs, so it can be replaced"),
+        )),
+        (false, "") => None,
+        (false, problem) => Some((
+            "instance_fetch_failed",
+            format!("{who} runs on, since {host} cannot fetch what its successor needs: {problem}"),
+        )),
+    }
+}
+
 /// What the agent notes that no earlier report has told. A kind that is no word is the agent's mistake, not an event's.
 pub(crate) fn untold_notes(
     before: &pb::InstanceRecord,

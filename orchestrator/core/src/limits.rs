@@ -99,5 +99,12 @@ pub const STEPS_PER_COMMAND: usize = 1_024;
 /// and a grace of 10 s unless the manifest says otherwise, so this is for some in a row, and for a replacement elsewhere.
 pub const NEEDED_STOP_WAIT_NS: i64 = 300 * SECOND_NS;
 
+/// For how long a slot stays empty at most because what left it has yet to leave its host, where the successor's
+/// artifacts are: a drain of 30 s, a grace of 10 s, and as much again. After that it goes elsewhere, and fetches there.
+pub const FETCHED_STOP_WAIT_NS: i64 = 80 * SECOND_NS;
+
+/// What an agent says of a fetch that failed is a sentence; more is cut off.
+pub const FETCH_PROBLEM_CHARS_MAX: usize = 500;
+
 /// One second in nanoseconds.
 pub const SECOND_NS: i64 = 1_000_000_000;

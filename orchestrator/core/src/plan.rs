@@ -7,6 +7,7 @@
 //! services they touched are looked at again. So a step lost on the way does no harm either, a service is looked
 //! at until a look finds nothing to do.
 
+mod ahead;
 mod conditions;
 mod deployment;
 mod explain;
@@ -35,6 +36,7 @@ use crate::limits::{HOSTS_JUDGED_PER_SLICE, LOOKS_PER_SLICE};
 use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::InstanceExt as _;
 
+pub use ahead::fetches_ahead;
 pub(crate) use deployment::{canaries, may_conclude};
 pub use explain::{explain, waits_for};
 pub use leaving::{Leaving, leaving};

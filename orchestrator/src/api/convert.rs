@@ -21,7 +21,8 @@ pub(crate) fn timestamp(unix_ns: i64) -> Option<Timestamp> {
 pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::Service {
     let desired = count(core::desired_count(state, &record.name));
     let ready = count(core::ready_count(state, &record.name));
-    let missing = desired > ready;
+    // Also while all that is desired is ready, and the next version is held up.
+    let explained = desired > ready || core::fetches_ahead(state, &record.name);
     let now = clock::unix_now_ns().max(state.time_unix_ns());
     pb::Service {
         name: record.name.clone(),
@@ -37,7 +38,7 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
         deleting: record.deleting,
         created: timestamp(record.created_unix_ns),
         revision: record.revision,
-        unplaced: if missing { core::explain(state, &record.name) } else { Vec::new() },
+        unplaced: if explained { core::explain(state, &record.name) } else { Vec::new() },
         runs: record.job.as_ref().map_or_else(Vec::new, |job| job.runs.clone()),
         next_run: record.job.as_ref().and_then(|job| timestamp(job.next_due_unix_ns)),
         waits_for: core::waits_for(state, &record.name, now).unwrap_or_default(),

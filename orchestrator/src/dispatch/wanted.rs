@@ -21,6 +21,8 @@ struct Wish {
     version: u64,
     desired: pb::Desired,
     restart_granted: u32,
+    /// Template whose artifacts it is to fetch ahead; 0: none.
+    fetch: u64,
 }
 
 impl Wish {
@@ -30,6 +32,7 @@ impl Wish {
             version: record.version,
             desired: record.desired(),
             restart_granted: record.restart_granted,
+            fetch: record.fetch.as_ref().map_or(0, |fetch| fetch.template_version),
         }
     }
 }
@@ -106,7 +109,14 @@ fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstan
         uid: service.map_or(0, |service| service.uid),
         grants_restarts: true,
         restart_granted: record.restart_granted,
+        fetch: record.fetch.as_ref().and_then(|fetch| order(service?, fetch.template_version)),
     }
+}
+
+/// None: that template is wanted no longer, which the plan is about to see.
+fn order(service: &pb::ServiceRecord, template_version: u64) -> Option<pb::FetchOrder> {
+    let manifest = service.manifest.as_ref().filter(|_| service.template_version == template_version)?;
+    Some(pb::FetchOrder { template_version, artifacts: manifest.artifacts.clone() })
 }
 
 #[cfg(test)]
@@ -192,6 +202,21 @@ mod tests {
         told.whole(&before, 1);
         let observed = pb::InstanceRecord { restarts: 3, attempt: 4, ..instance(1, 1, 1) };
         assert_eq!(told.delta(&state(&[observed]), 1, 10, touched(&[1])), None);
+    }
+
+    #[test]
+    fn what_a_successor_needs_is_told_once_and_only_while_that_is_wanted() {
+        let mut told = Told::nothing(HOST);
+        told.whole(&state(&[instance(1, 1, 1)]), 1);
+        let fetch = |template_version, done| {
+            let fetch = Some(pb::FetchState { template_version, done, ..Default::default() });
+            state(&[pb::InstanceRecord { fetch, ..instance(1, 1, 1) }])
+        };
+        let delta = told.delta(&fetch(1, false), 1, 10, touched(&[1])).unwrap();
+        assert_eq!(delta.put[0].fetch.as_ref().map(|order| order.template_version), Some(1));
+        assert_eq!(told.delta(&fetch(1, true), 1, 10, touched(&[1])), None, "it has it, and keeps it");
+        let delta = told.delta(&fetch(9, false), 1, 10, touched(&[1])).unwrap();
+        assert_eq!(delta.put[0].fetch, None, "of no version that is wanted");
     }
 
     #[test]

@@ -435,7 +435,13 @@ impl Host {
             Action::SetLimits { key, .. } => {
                 self.answers(cx, instance, Input::LimitsSet { key, refused: Vec::new() });
             }
-            Action::CancelPreparation { .. } => {} // it takes no long time here
+            Action::CancelPreparation { .. } | Action::CancelFetch => {} // it takes no long time here
+            Action::FetchAhead(order) => {
+                let fails = !cx.calm && cx.rng.random_bool(0.3);
+                let result = if fails { Err("artifact tool: not found".to_owned()) } else { Ok(()) };
+                let template_version = order.template_version;
+                self.answers(cx, instance, Input::Fetched { template_version, result });
+            }
             Action::Spawn(_)
             | Action::Signal { .. }
             | Action::SetDeadline { .. }

@@ -227,6 +227,8 @@ impl Keeper {
             Action::PickPorts { .. }
             | Action::Prepare(_)
             | Action::CancelPreparation { .. }
+            | Action::FetchAhead(_)
+            | Action::CancelFetch
             | Action::RunHook(_)
             | Action::SetLimits { .. }
             | Action::EndHook { .. }

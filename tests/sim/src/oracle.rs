@@ -395,6 +395,9 @@ fn step_brief(step: &pb::plan_step::Step) -> String {
         ),
         Step::Revert(revert) => format!("revert {} to v{}", revert.service, revert.to_version),
         Step::ScheduleRun(step) => format!("schedule of {}", step.service),
+        Step::FetchAhead(fetch) => {
+            format!("fetch what replaces i-{}, template {}", fetch.instance_id, fetch.template_version)
+        }
         Step::GrantRestart(grant) => format!("grant i-{} a restart", grant.instance_id),
         Step::Resize(resize) => format!("resize i-{} to v{}", resize.instance_id, resize.version),
         Step::Forget(forget) => format!("forget i-{} epoch {}", forget.instance_id, forget.epoch),

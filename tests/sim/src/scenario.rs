@@ -228,6 +228,10 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
         post_stop: hook(rng.random_bool(0.5)),
     });
     let stop = rng.random_bool(0.4);
+    // Each but one needs something else of its own, so that there is something to fetch.
+    let artifact =
+        pb::Artifact { sha256: command.to_owned(), archive: "none".to_owned(), ..Default::default() };
+    let artifacts = if command == "one" { Vec::new() } else { vec![artifact] };
     let on_disconnect = if stop { pb::OnDisconnect::Stop } else { pb::OnDisconnect::Keep };
     pb::Manifest {
         name: SERVICES[service].to_owned(),
@@ -262,6 +266,7 @@ fn manifest(rng: &mut SmallRng, service: usize) -> pb::Manifest {
         }),
         placement: Some(pb::Placement { on_disconnect: on_disconnect.into(), ..Default::default() }),
         hooks,
+        artifacts,
         ..Default::default()
     }
 }

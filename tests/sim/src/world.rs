@@ -554,6 +554,7 @@ fn first_commands(hosts: usize) -> Vec<Body> {
             memory_bytes: 4 << 30,
             os: "linux".into(),
             arch: "x86_64".into(),
+            capabilities: vec![nave_proto::FETCHES_AHEAD.into()],
             ..Default::default()
         };
         let key = u8::try_from(host + 1).unwrap_or(u8::MAX);

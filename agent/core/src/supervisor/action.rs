@@ -22,6 +22,11 @@ pub enum Action {
     Prepare(Box<SpawnOrder>),
     /// Cut that short; it is answered at once.
     CancelPreparation { key: ProcessKey },
+    /// Fetch this and keep it for a start that comes, in place of what was ordered so before; answered by
+    /// `Input::Fetched`, unless another order or [`Action::CancelFetch`] comes first.
+    FetchAhead(Box<pb::FetchOrder>),
+    /// Cut that short, or keep what it has fetched no longer.
+    CancelFetch,
     /// Run a command of the manifest, once whatever is left of an earlier one is killed; answered by
     /// `Input::HookEnded`, when it has ended or was killed at its time-out, with all that it started.
     RunHook(Box<HookOrder>),

@@ -96,7 +96,7 @@ impl Supervisor {
         }
     }
 
-    /// When [`Supervisor::advance`] will have something to do, if nothing happens before.
+    /// When [`Supervisor::step`] will have something to do, if nothing happens before.
     #[must_use]
     pub fn next_wake(&self) -> Option<Monotonic> {
         let own = match &self.state {
@@ -134,7 +134,7 @@ impl Supervisor {
             | State::Failed { .. }
             | State::Gone => None,
         };
-        own.into_iter().chain(self.sweeps.values().map(|sweep| sweep.next)).min()
+        own.into_iter().chain(self.fetch_again_at()).chain(self.sweeps.values().map(|sweep| sweep.next)).min()
     }
 
     fn clean_up(&mut self, out: &mut Vec<Action>) {

@@ -35,6 +35,8 @@ pub enum Input {
     /// Answer to [`Action::Prepare`](super::Action::Prepare), also when it was cut short: what the attempt needs is
     /// there, or why it cannot be had.
     Prepared { key: ProcessKey, result: Result<(), SpawnError> },
+    /// Answer to [`Action::FetchAhead`](super::Action::FetchAhead) of this template: all of it is there, or why not.
+    Fetched { template_version: u64, result: Result<(), String> },
     /// Answer to [`Action::RunHook`](super::Action::RunHook) and [`Action::EndHook`](super::Action::EndHook): nothing of
     /// it runs any longer.
     HookEnded { key: ProcessKey, hook: Hook, result: HookResult },

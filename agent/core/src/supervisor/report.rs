@@ -28,6 +28,7 @@ impl Supervisor {
             last_exit: self.last_exit_of_epoch(),
             notes: self.notes.clone(),
             wants_restart: of_epoch && self.stuck().is_some(),
+            fetch: self.fetch_state(),
         }
     }
 

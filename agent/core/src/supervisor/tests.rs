@@ -1,5 +1,6 @@
 //! One table or scene per rule. The random walk over all of them together is in `tests/model.rs`.
 
+mod ahead;
 mod draining;
 mod ending;
 mod health;
@@ -192,6 +193,8 @@ impl Scene {
             Action::PickPorts { .. }
             | Action::Prepare(_)
             | Action::CancelPreparation { .. }
+            | Action::FetchAhead(_)
+            | Action::CancelFetch
             | Action::RunHook(_)
             | Action::SetLimits { .. }
             | Action::EndHook { .. }

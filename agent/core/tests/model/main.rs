@@ -32,6 +32,8 @@ enum Event {
     GiveUp,
     PlaceAgain(u64),
     Change(u64),
+    /// Something is to be fetched for its successor, or nothing any more.
+    Fetch(u64, Option<u64>),
     HubCommits,
     AgentDies,
     ConnectionLost,
@@ -133,6 +135,11 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
             };
             Some(wish)
         }),
+        Event::Fetch(instance, template) => world.wish(instance, |wish| {
+            let fetch =
+                template.map(|template_version| pb::FetchOrder { template_version, artifacts: Vec::new() });
+            wish.map(|wish| pb::WantedInstance { fetch, ..wish })
+        }),
         Event::HubCommits => world.acknowledge_gone(),
         Event::AgentDies => world.crash_agent(),
         Event::ConnectionLost => world.lose_connection(),
@@ -179,6 +186,7 @@ fn anything() -> impl Strategy<Value = Event> {
         1 => Just(Event::GiveUp),
         2 => instance().prop_map(Event::PlaceAgain),
         1 => instance().prop_map(Event::Change),
+        2 => (instance(), prop::option::weighted(0.7, 1..4_u64)).prop_map(|(id, template)| Event::Fetch(id, template)),
         2 => Just(Event::HubCommits),
         4 => Just(Event::AgentDies),
         3 => Just(Event::ConnectionLost),

@@ -106,6 +106,7 @@ impl World {
                 Input::PortsPicked { .. }
                     | Input::ProbeResult { .. }
                     | Input::Prepared { .. }
+                    | Input::Fetched { .. }
                     | Input::HookEnded { .. }
                     | Input::LimitsSet { .. }
             )
@@ -401,7 +402,12 @@ impl World {
                 let input = Input::LimitsSet { key: *key, refused: Vec::new() };
                 self.told.push_back(Told::Input { instance: instance.0, input, answer: false });
             }
-            Action::CancelPreparation { .. } => {} // it has been answered
+            Action::CancelPreparation { .. } | Action::CancelFetch => {} // it has been answered
+            Action::FetchAhead(order) => {
+                let result = if self.rng.random_bool(0.5) { Ok(()) } else { Err("not found".to_owned()) };
+                let input = Input::Fetched { template_version: order.template_version, result };
+                self.told.push_back(Told::Input { instance: instance.0, input, answer: false });
+            }
             Action::RunHook(order) => {
                 self.kill_hook(instance.0);
                 self.oracle.hook_begins(instance.0, order, self.keeper.running(instance.0));
@@ -557,6 +563,9 @@ impl World {
                 continue;
             }
             assert_eq!(reported[&instance].epoch, wish.epoch);
+            let said = reported[&instance].fetch.as_ref().map(|fetch| (fetch.template_version, fetch.done));
+            let order = wish.fetch.as_ref().map(|order| (order.template_version, true));
+            assert_eq!(said, order, "i-{instance} was to fetch, and has in the end");
             match supervisor.state() {
                 State::Running(_) => {
                     assert_eq!(running, Some(supervisor.key()));

@@ -29,7 +29,7 @@ impl Cutoff {
         end(state.child);
     }
 
-    pub(super) fn is_cut(&self) -> bool {
+    pub(crate) fn is_cut(&self) -> bool {
         self.0.lock().is_cut
     }
 

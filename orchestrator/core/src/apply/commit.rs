@@ -24,9 +24,14 @@ use crate::wants::{HostExt as _, InstanceExt as _, observed};
 struct Standings(BTreeMap<String, Standing>);
 
 impl Standings {
-    fn of(&mut self, state: &ClusterState, service: &str, now: i64) -> Option<&mut Standing> {
+    fn of(
+        &mut self,
+        state: &ClusterState,
+        service: &str,
+        (now, written_by): (i64, u32),
+    ) -> Option<&mut Standing> {
         if !self.0.contains_key(service) {
-            self.0.insert(service.to_owned(), Standing::of(state, service, now)?);
+            self.0.insert(service.to_owned(), Standing::of(state, service, now, written_by)?);
         }
         self.0.get_mut(service)
     }
@@ -51,6 +56,7 @@ impl Tx<'_> {
                     standings.0.remove(&self.service_of(step.instance_id));
                     self.grant_restart(&step);
                 }
+                Step::FetchAhead(step) => self.fetch_ahead(&mut standings, &step),
                 Step::Resize(step) => self.resize(&mut standings, &step),
                 Step::Forget(step) => self.forget(&mut standings, &step),
                 Step::ScheduleRun(step) => {
@@ -62,11 +68,16 @@ impl Tx<'_> {
         Ok(pb::Accepted::default())
     }
 
+    /// When this command was written, and by which format.
+    fn written(&self) -> (i64, u32) {
+        (self.now, self.written_by)
+    }
+
     fn place(&mut self, standings: &mut Standings, step: &pb::Place) {
         let Some(manifest) = self.state.manifest(&step.service, step.version) else { return };
         let taken = Reservation::of(manifest);
         let has_data = manifest.data && !manifest.per_host;
-        let Some(standing) = standings.of(self.state, &step.service, self.now) else { return };
+        let Some(standing) = standings.of(self.state, &step.service, self.written()) else { return };
         let Some(template_version) = standing.may_place(self.state, step) else { return };
         if !self.fits(step, &taken) {
             return;
@@ -138,6 +149,7 @@ impl Tx<'_> {
         let message = format!("{} is placed on {}", called(&record), self.host_name(record.host()));
         self.event("instance_placed", Subject::instance(&record), message);
         standing.changes(self.state, None, &record);
+        self.note_filled(&record);
         if record.run != 0 {
             self.run_placed(&record);
         }
@@ -175,6 +187,7 @@ impl Tx<'_> {
             placed_unix_ns: self.now,
             draining_acknowledged: 0,
             reschedules,
+            fetch: None,
             losses: if before.lost() { losses(&before) } else { before.losses },
             ..before.as_ref().clone()
         };
@@ -194,7 +207,7 @@ impl Tx<'_> {
         if before.epoch != step.epoch || !before.wanted() {
             return;
         }
-        let Some(standing) = standings.of(self.state, &before.service, self.now) else { return };
+        let Some(standing) = standings.of(self.state, &before.service, self.written()) else { return };
         if !standing.may_stop(self.state, &before) {
             return;
         }
@@ -205,10 +218,52 @@ impl Tx<'_> {
             desired: Desired::Stop.into(),
             endpoint: EndpointState::Draining.into(),
             stop_reason: step.reason,
+            fetch: None,
             ..before.as_ref().clone()
         };
         standing.changes(self.state, Some(&before), &record);
         self.put_instance(record);
+        self.note_fetched(&before);
+    }
+
+    /// The host of one that is next to be stopped fetches what its successor needs.
+    fn fetch_ahead(&mut self, standings: &mut Standings, step: &pb::FetchAhead) {
+        let Some(before) = self.state.instance(InstanceId(step.instance_id)).cloned() else { return };
+        let Some(standing) = standings.of(self.state, &before.service, self.written()) else { return };
+        let template_version = step.template_version;
+        if before.epoch != step.epoch || !standing.may_fetch(self.state, &before, template_version) {
+            return;
+        }
+        let fetch = Some(pb::FetchState { template_version, ..Default::default() });
+        let record = pb::InstanceRecord { fetch, ..before.as_ref().clone() };
+        standing.changes(self.state, Some(&before), &record);
+        self.put_instance(record);
+    }
+
+    /// One was stopped whose host has what its successor needs: the successor is to come there.
+    fn note_fetched(&mut self, stopped: &pb::InstanceRecord) {
+        let Some(entry) = self.state.services.get(&stopped.service) else { return };
+        let template = entry.record.template_version;
+        let is_for_it = |fetch: &pb::FetchState| fetch.done && fetch.template_version == template;
+        if !stopped.fetch.as_ref().is_some_and(is_for_it) {
+            return;
+        }
+        let host = pb::FetchedHost { host_id: stopped.host_id, stopped_unix_ns: self.now };
+        self.edit_service(&stopped.service, |record| {
+            record.fetched_hosts.retain(|other| other.host_id != host.host_id);
+            record.fetched_hosts.push(host);
+        });
+    }
+
+    /// The place that was kept for it, if there was one, is taken.
+    fn note_filled(&mut self, placed: &pb::InstanceRecord) {
+        let Some(entry) = self.state.services.get(&placed.service) else { return };
+        let is_it = |host: &pb::FetchedHost| host.host_id == placed.host_id;
+        if placed.template_version == entry.record.template_version
+            && entry.record.fetched_hosts.iter().any(is_it)
+        {
+            self.edit_service(&placed.service, |record| record.fetched_hosts.retain(|host| !is_it(host)));
+        }
     }
 
     fn service_of(&self, instance_id: u64) -> String {
@@ -254,7 +309,7 @@ impl Tx<'_> {
         );
         self.event("instance_resized", Subject::instance(&before), message);
         let record = pb::InstanceRecord { version: step.version, ..before.as_ref().clone() };
-        if let Some(standing) = standings.of(self.state, &record.service, self.now) {
+        if let Some(standing) = standings.of(self.state, &record.service, self.written()) {
             standing.changes(self.state, Some(&before), &record);
         }
         self.put_instance(record);
@@ -279,6 +334,9 @@ impl Tx<'_> {
                 record.stable_version = version;
             }
         });
+        if changed && status == DeploymentStatus::Failed {
+            self.fetch_no_more(&step.service);
+        }
         if step.mark_stable
             && let Some(stored) = stored
         {
@@ -321,6 +379,15 @@ impl Tx<'_> {
                 deployment.ended_unix_ns = now;
             }
         });
+        self.fetch_no_more(service);
+    }
+
+    /// The version that things were to be fetched for has failed, or another one takes its place.
+    pub(super) fn fetch_no_more(&mut self, service: &str) {
+        let instances = self.state.instances_of(service).filter(|instance| instance.fetch.is_some());
+        for instance in instances.cloned().collect::<Vec<_>>() {
+            self.put_instance(pb::InstanceRecord { fetch: None, ..instance.as_ref().clone() });
+        }
     }
 
     /// An instance that was to stop on a host that is lost: nobody will ever report it gone.

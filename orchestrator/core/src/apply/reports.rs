@@ -10,7 +10,8 @@ use nave_proto::pb::observed::{Pending, State};
 use nave_proto::pb::{EndpointState, RejectedCode};
 
 use super::{Outcome, Tx, rejected};
-use crate::events::{Subject, called, instance_event, untold_exit, untold_notes};
+use crate::events::{Subject, called, fetch_event, instance_event, untold_exit, untold_notes};
+use crate::limits::FETCH_PROBLEM_CHARS_MAX;
 use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _, observed};
 
 impl Tx<'_> {
@@ -58,14 +59,21 @@ impl Tx<'_> {
         let exit = untold_exit(&before, &after, &host);
         let notes: Vec<_> = untold_notes(&before, notes, &host).collect();
         let event = instance_event(&before, &after, &host);
+        let fetched = fetch_event(&before, &after, &host);
         let subject = Subject::instance(&after);
-        let template = after.template_version;
+        let (template, fetch) = (after.template_version, after.fetch.clone());
         let for_run = (after.run != 0).then(|| after.clone());
         self.put_instance(after);
         for (kind, message) in notes {
             self.event(&kind, subject.clone(), message);
         }
         if let Some((kind, message)) = exit {
+            self.event(kind, subject.clone(), message);
+        }
+        if let Some((kind, message)) = fetched {
+            if let Some(fetch) = fetch.filter(|fetch| fetch.done) {
+                self.extend_deadline(&subject.service, fetch.template_version);
+            }
             self.event(kind, subject.clone(), message);
         }
         if let Some((kind, message)) = event {
@@ -85,7 +93,8 @@ impl Tx<'_> {
         record.and_then(|record| record.deployment.as_ref()).is_some_and(|deployment| deployment.canary > 0)
     }
 
-    /// Each instance that becomes ready gives a running deployment its full patience again.
+    /// Each instance that becomes ready gives a running deployment its full patience again, and so does each host that has
+    /// fetched what it needs for one.
     fn extend_deadline(&mut self, service: &str, template: u64) {
         let Some(entry) = self.state.services.get(service) else { return };
         let (Some(deployment), Some(manifest)) = (&entry.record.deployment, entry.current()) else { return };
@@ -170,6 +179,7 @@ fn merged(
         endpoint: endpoint.into(),
         note: before.note.max(newest_note),
         wants_restart: if report.wants_restart { report.attempt } else { 0 },
+        fetch: merged_fetch(before.fetch.as_ref(), report.fetch),
         last_exit: report.last_exit.or_else(|| before.last_exit.clone()),
         ..before.clone()
     };
@@ -187,6 +197,19 @@ fn merged(
         after.ready_since_unix_ns = now;
     }
     Some(after)
+}
+
+/// Only what was asked for counts, and what was done stays done.
+fn merged_fetch(asked: Option<&pb::FetchState>, said: Option<pb::FetchState>) -> Option<pb::FetchState> {
+    let asked = asked?;
+    let said = said.filter(|said| said.template_version == asked.template_version && !asked.done);
+    Some(said.map_or_else(
+        || asked.clone(),
+        |said| pb::FetchState {
+            problem: said.problem.chars().take(FETCH_PROBLEM_CHARS_MAX).collect(),
+            ..said
+        },
+    ))
 }
 
 /// What is draining never takes new callers again: not at all when it is to stop, else not before its next process.

@@ -101,6 +101,9 @@ impl Tx<'_> {
         let version = before.version + 1;
         self.write_version(Some(&before), manifest, template_version, allotted, cause);
         self.touch_needed_by(&before.name);
+        if template_version != before.template_version {
+            self.fetch_no_more(&before.name);
+        }
         self.relabel(&before.name, version, template_version);
         self.drop_stale_versions(&before.name);
         Ok(pb::Accepted { version, outcome: ApplyOutcome::Updated.into(), ..Default::default() })
@@ -145,6 +148,10 @@ impl Tx<'_> {
             revision: self.revision,
             oldest_version: before.map_or(version, |record| record.oldest_version),
             data_hosts: before.map(|record| record.data_hosts.clone()).unwrap_or_default(),
+            fetched_hosts: before
+                .filter(|_| same)
+                .map(|record| record.fetched_hosts.clone())
+                .unwrap_or_default(),
             job: before.and_then(|before| before.job.clone()).filter(|_| is_job),
             manifest: Some(manifest),
         };

@@ -28,6 +28,7 @@ pub fn explain(state: &ClusterState, service: &str) -> Vec<String> {
                 .extend(plan.reasons.iter().map(|reason| format!("{missing} {cannot} be placed: {reason}")));
         }
     }
+    sentences.extend(plan.stays);
     let unready = rollout.current.iter().chain(&rollout.old).filter(|i| !i.ready() && !i.completed());
     sentences.extend(unready.map(|instance| why_not_ready(state, instance)));
     sentences.extend(deployment(&rollout));

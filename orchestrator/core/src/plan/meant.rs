@@ -37,6 +37,8 @@ pub(crate) struct Meant {
     pub(crate) per_host: bool,
     /// Paused: everything is as good as it is.
     paused: bool,
+    /// An old instance stops before its successor comes, for which something has to be fetched.
+    pub(super) fetches: bool,
     /// Of a job: the run that goes on, 0 none.
     pub(crate) run: Option<u64>,
     pub(crate) conditions: Conditions,
@@ -57,7 +59,9 @@ impl Meant {
         let run = manifest.is_job().then(open);
         let status = entry.record.deployment.as_ref().map(pb::Deployment::status);
         let paused = status == Some(pb::DeploymentStatus::Paused);
-        Self { template, version, per_host, paused, run, conditions, slot_hosts, seconds: BTreeSet::new() }
+        let fetches = run.is_none() && manifest.stop_first() && !manifest.artifacts.is_empty();
+        let seconds = BTreeSet::new();
+        Self { template, version, per_host, paused, fetches, run, conditions, slot_hosts, seconds }
     }
 
     pub(crate) fn kind(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> Kind {

@@ -41,6 +41,15 @@ pub(crate) struct Rollout<'a> {
     pub(crate) troubled: Vec<&'a Instance>,
 }
 
+/// Old instances whose turn it is.
+#[derive(Debug, Default)]
+pub(crate) struct Turns<'a> {
+    /// To be stopped now.
+    pub(crate) go: Vec<&'a Instance>,
+    /// To be stopped next, once their hosts have what their successors need.
+    pub(crate) fetch: Vec<&'a Instance>,
+}
+
 impl<'a> Rollout<'a> {
     /// None: the service has no manifest, which no state that passes `check` has.
     pub(crate) fn of(state: &'a ClusterState, entry: &'a ServiceEntry, now: i64) -> Option<Self> {
@@ -134,6 +143,7 @@ impl<'a> Rollout<'a> {
         for instance in &self.old {
             rules.old.add(instance.ready(), self.healthy(instance));
             rules.old_templates += usize::from(self.other_template(instance));
+            rules.fetching += usize::from(self.is_fetching(instance));
             if self.leaves(instance) {
                 rules.leaving.add(instance.ready(), self.healthy(instance));
             }
@@ -217,11 +227,13 @@ impl<'a> Rollout<'a> {
         victims
     }
 
-    /// Old instances that may go now, in order: those that are not ready, those that have to leave their host, those
-    /// whose ordinal a new one has. `blocked`: a new one found no room, so an old one that is not ready may make it.
-    pub(crate) fn replaceable(&self, blocked: bool) -> Vec<&'a Instance> {
+    /// Whose turn it is among the old instances, in order: those that are not ready, those that have to leave their host,
+    /// those whose ordinal a new one has, those for which nothing is left to fetch. `blocked`: a new one found no room, so
+    /// an old one that is not ready may make it.
+    pub(crate) fn turns(&self, blocked: bool) -> Turns<'a> {
+        let mut turns = Turns::default();
         if self.old.is_empty() {
-            return Vec::new();
+            return turns;
         }
         let taken: BTreeSet<u32> =
             self.current.iter().filter(|i| self.healthy(i)).map(|i| i.ordinal).collect();
@@ -231,25 +243,39 @@ impl<'a> Rollout<'a> {
         candidates.retain(|instance| self.needing.holds(instance).is_none());
         candidates.sort_by_cached_key(|i| {
             let turn = std::cmp::Reverse((i.ordinal, i.id));
-            (i.ready(), self.meant.may_stay(self.state, i), !taken.contains(&i.ordinal), turn)
+            let stays = self.meant.may_stay(self.state, i);
+            (i.ready(), stays, !taken.contains(&i.ordinal), self.awaits_fetch(i), turn)
         });
         let held = self.held();
         let mut rules = self.rules;
-        let mut victims = Vec::new();
+        let mut waiting = Vec::new();
         for instance in candidates {
-            let (ready, other_template) = (instance.ready(), self.other_template(instance));
-            let leaving = self.leaves(instance);
-            let makes_room = blocked && rules.may_make_room(ready);
-            if makes_room || rules.may_replace(ready, other_template, leaving, held) {
-                rules.old.remove(ready, self.healthy(instance));
-                if leaving {
-                    rules.leaving.remove(ready, self.healthy(instance));
-                }
-                // Whether it is frozen was settled when the look began.
-                victims.push(instance);
+            let waits = self.awaits_fetch(instance);
+            if self.takes_turn(&mut rules, instance, blocked && !waits, held || waits) {
+                turns.go.push(instance);
+            } else if waits {
+                waiting.push(instance);
             }
         }
-        victims
+        waiting.retain(|instance| self.takes_turn(&mut rules, instance, blocked, held));
+        turns.fetch = waiting;
+        turns
+    }
+
+    /// Whether an old instance may go now; then the rules are for the others.
+    fn takes_turn(&self, rules: &mut Rules, instance: &Instance, blocked: bool, held: bool) -> bool {
+        let (ready, other_template) = (instance.ready(), self.other_template(instance));
+        let leaving = self.leaves(instance);
+        let makes_room = blocked && rules.may_make_room(ready);
+        let goes = makes_room || rules.may_replace(ready, other_template, leaving, held);
+        if goes {
+            rules.old.remove(ready, self.healthy(instance));
+            if leaving {
+                rules.leaving.remove(ready, self.healthy(instance));
+            }
+            // Whether it is frozen was settled when the look began.
+        }
+        goes
     }
 
     /// The lowest ordinals that no wanted instance of the current template has. With data: that no instance at all has,

@@ -27,6 +27,8 @@ pub(crate) struct Rules {
     pub(crate) spare: Count,
     /// Those among the old and the spare that are of another template.
     pub(crate) old_templates: usize,
+    /// Those among the old whose hosts are fetching what their successors need.
+    pub(crate) fetching: usize,
 }
 
 /// Instances of one kind.
@@ -119,8 +121,8 @@ impl Rules {
         self.old.healthy - self.leaving.healthy
     }
 
-    /// Whether an old instance may be stopped. `leaving`: it is one of those. `held`: what the service needs is not ready, so a new one could not
-    /// take its place.
+    /// Whether an old instance may be stopped. `leaving`: it is one of those. `held`: what the service needs is not ready,
+    /// or has yet to be fetched, so a new one could not take its place.
     pub(crate) fn may_replace(&self, ready: bool, other_template: bool, leaving: bool, held: bool) -> bool {
         if self.holds_old() && leaving && self.may_leave(ready) {
             return true;
@@ -141,6 +143,11 @@ impl Rules {
             && !held
             && self.in_transit() < self.max_parallel
             && (!ready || all_ready > self.slots.saturating_sub(self.max_parallel))
+    }
+
+    /// Whether the host of one more old instance may fetch what its successor needs.
+    pub(crate) fn may_fetch(&self) -> bool {
+        self.fetching < self.max_parallel
     }
 
     /// Whether an old instance may be stopped to make room for a new one.

@@ -1,6 +1,6 @@
 //! The plan for one service: what should happen now, why instances are missing, when to look again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use super::conditions::Conditions;
 use super::deployment::Verdict;
 use super::lack::{Lack, Refusals};
 use super::placement::{Fleet, Request};
-use super::rollout::Rollout;
+use super::rollout::{Rollout, Turns};
 use super::score::Census;
 use super::search::Placer;
 use crate::events::called;
@@ -26,6 +26,8 @@ pub(crate) struct ServicePlan {
     /// Instances that should be placed and cannot be.
     pub(crate) missing: usize,
     pub(crate) reasons: Vec<String>,
+    /// Why old instances still stand where new ones are to be.
+    pub(crate) stays: Vec<String>,
     pub(crate) wake_at: Option<i64>,
     /// Something changes when a host has more room, though nothing is missing.
     pub(crate) waits_for_room: bool,
@@ -270,7 +272,7 @@ impl<'a> Planner<'_, 'a> {
         if rollout.troubled.is_empty() {
             return Vec::new();
         }
-        let leaving = rollout.replaceable(false);
+        let leaving = rollout.turns(false).go;
         let leaving: BTreeSet<u64> = excess.iter().chain(&leaving).map(|instance| instance.id).collect();
         let mut due = Vec::new();
         for instance in rollout.troubled.iter().copied() {
@@ -409,6 +411,8 @@ impl<'a> Planner<'_, 'a> {
         let rollout = self.rollout;
         let request = Request { conditions: &rollout.meant.conditions, wanted };
         let version = rollout.entry.record.version;
+        let (mut fetched, leaving) = self.fetched_hosts(new);
+        let new = new - leaving;
         for placed in 0..new {
             if self.plan.steps.len() >= self.budget {
                 self.plan.cut = true;
@@ -429,13 +433,55 @@ impl<'a> Planner<'_, 'a> {
                     placer.look_again();
                     found
                 }
-                None => placer.place(self.fleet, version, &request, None),
+                None => match self.place_fetched(&mut fetched, &request) {
+                    Some(host) => {
+                        placer.look_again();
+                        Ok(host)
+                    }
+                    None => placer.place(self.fleet, version, &request, None),
+                },
             };
-            let host = host.inspect_err(|_| self.plan.missing += new - placed)?;
+            let host = host.inspect_err(|_| self.plan.missing += leaving + new - placed)?;
             let place = self.placement(version, host, ordinal);
             self.push(Step::Place(place));
         }
-        Ok(())
+        if leaving == 0 {
+            return Ok(());
+        }
+        self.plan.missing += leaving;
+        let mut refusals = Refusals::default();
+        refusals.add_hosts(Lack::Leaving, leaving);
+        Err(Rc::new(refusals))
+    }
+
+    /// Hosts that have what a new one needs and may take it now; and how many places of `new` are kept for others that
+    /// have it, until those that were stopped there have left.
+    fn fetched_hosts(&mut self, new: usize) -> (VecDeque<HostId>, usize) {
+        let (mut open, mut leaving) = (VecDeque::new(), 0);
+        if self.rollout.manifest.data {
+            return (open, 0); // it goes where its data is
+        }
+        for (host, state) in self.rollout.fetched_hosts(self.now) {
+            match state {
+                Ok(()) => open.push_back(host),
+                Err(until) if leaving < new => {
+                    leaving += 1;
+                    self.wake_at(until);
+                }
+                Err(_) => {}
+            }
+        }
+        (open, leaving)
+    }
+
+    /// Where its artifacts are, if there is room.
+    fn place_fetched(&mut self, fetched: &mut VecDeque<HostId>, request: &Request<'_>) -> Option<HostId> {
+        while let Some(host) = fetched.pop_front() {
+            if self.fleet.place_on(host, request, None).is_ok() {
+                return Some(host);
+            }
+        }
+        None
     }
 
     /// One on each host that is meant and has none, up to what the update rules let be under way.
@@ -493,11 +539,12 @@ impl<'a> Planner<'_, 'a> {
         let rollout = self.rollout;
         let placed = self.plan.steps.iter().filter_map(placed_again);
         let spared: BTreeSet<u64> = placed.chain(excess.iter().map(|instance| instance.id)).collect();
-        let mut victims = rollout.replaceable(blocked);
+        let Turns { go: mut victims, fetch } = rollout.turns(blocked);
         victims.retain(|victim| !spared.contains(&victim.id));
         for victim in victims {
             self.stop_each(&[victim], &self.why_replaced(victim));
         }
+        self.fetch_ahead(&fetch);
         if rollout.old.is_empty() && rollout.spare.is_empty() && rollout.over() {
             return;
         }
@@ -506,6 +553,27 @@ impl<'a> Planner<'_, 'a> {
         let waiting = rollout.current.iter().chain(standing);
         for instance in waiting.filter(|i| i.ready() && !rollout.healthy(i)) {
             self.wake_at(rollout.times.healthy_at(instance));
+        }
+    }
+
+    /// For those whose turn it is next, as many at a time as may be replaced at a time.
+    fn fetch_ahead(&mut self, next: &[&Arc<pb::InstanceRecord>]) {
+        let rollout = self.rollout;
+        let mut free = rollout.rules.max_parallel.saturating_sub(rollout.rules.fetching);
+        for instance in next {
+            if rollout.is_fetching(instance) {
+                self.plan.stays.push(rollout.why_it_stays(instance));
+                continue;
+            }
+            if free == 0 {
+                continue;
+            }
+            free -= 1;
+            let (instance_id, epoch) = (instance.id, instance.epoch);
+            let template_version = rollout.meant.template;
+            if !self.push(Step::FetchAhead(pb::FetchAhead { instance_id, epoch, template_version })) {
+                return;
+            }
         }
     }
 
@@ -528,7 +596,8 @@ impl<'a> Planner<'_, 'a> {
     }
 
     fn judge(&mut self) {
-        let verdict = self.rollout.verdict(&self.plan.reasons, self.now);
+        let why = [self.plan.stays.as_slice(), &self.plan.reasons].concat();
+        let verdict = self.rollout.verdict(&why, self.now);
         match verdict {
             Verdict::Open => {
                 if let Some(deadline) = self.rollout.deadline() {
@@ -557,6 +626,7 @@ fn placed_again(step: &Step) -> Option<u64> {
         | Step::Forget(_)
         | Step::Resize(_)
         | Step::GrantRestart(_)
+        | Step::FetchAhead(_)
         | Step::ScheduleRun(_) => None,
     }
 }

@@ -21,6 +21,8 @@ use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
 pub(crate) struct Standing {
     meant: Meant,
     now: i64,
+    /// Commands of before fetched nothing ahead, and stop what they stop whenever they are applied.
+    fetches: bool,
     /// Made when first asked for: what is lost with a host is placed again without it.
     tally: Option<Tally>,
 }
@@ -35,15 +37,18 @@ struct Tally {
     on_host: BTreeMap<HostId, usize>,
 }
 
+/// From this command format on, an old instance may have to wait for what its successor needs.
+const FETCHES_AHEAD: u32 = 6;
+
 impl Standing {
-    /// None: there is no such service.
-    pub(crate) fn of(state: &ClusterState, service: &str, now: i64) -> Option<Self> {
+    /// None: there is no such service. `written_by`: format of the command that asks.
+    pub(crate) fn of(state: &ClusterState, service: &str, now: i64, written_by: u32) -> Option<Self> {
         let entry = state.services.get(service)?;
         let mut meant = Meant::of(state, entry, entry.current()?);
         if meant.per_host {
             meant.seconds = Rollout::of(state, entry, now)?.meant.seconds;
         }
-        Some(Self { meant, now, tally: None })
+        Some(Self { meant, now, fetches: written_by >= FETCHES_AHEAD, tally: None })
     }
 
     fn tally(&mut self, state: &ClusterState, entry: &ServiceEntry) -> &mut Tally {
@@ -77,12 +82,37 @@ impl Standing {
             Kind::Spare => self.tally(state, entry).rules.may_spare(ready, other_template),
             Kind::Current => self.tally(state, entry).rules.may_drop(ready),
             Kind::Old => {
-                let held = self.held(state, entry);
+                let waits = self.fetches && self.meant.awaits_fetch(state, entry, instance);
+                let held = waits || self.held(state, entry);
                 let leaving = other_template && self.meant.is_drained(state, instance);
                 let rules = self.tally(state, entry).rules;
-                rules.may_replace(ready, other_template, leaving, held) || rules.may_make_room(ready)
+                rules.may_replace(ready, other_template, leaving, held)
+                    || (!waits && rules.may_make_room(ready))
             }
         }
+    }
+
+    /// Whether an instance is next to be stopped, and all that is missing is what its successor needs.
+    pub(crate) fn may_fetch(
+        &mut self,
+        state: &ClusterState,
+        instance: &pb::InstanceRecord,
+        template: u64,
+    ) -> bool {
+        let Some(entry) = state.services.get(&instance.service) else { return false };
+        let asked = self.meant.fetch_of(instance).is_some();
+        if asked
+            || template != self.meant.template
+            || entry.record.deleting
+            || self.held(state, entry)
+            || self.meant.kind(state, instance) != Kind::Old
+            || !self.meant.awaits_fetch(state, entry, instance)
+        {
+            return false;
+        }
+        let ready = instance.ready();
+        let rules = self.tally(state, entry).rules;
+        rules.may_fetch() && (rules.may_replace(ready, true, false, false) || rules.may_make_room(ready))
     }
 
     /// Before a step takes effect: what the instance is (none: it is new), and what it will be.
@@ -92,12 +122,18 @@ impl Standing {
         before: Option<&pb::InstanceRecord>,
         after: &pb::InstanceRecord,
     ) {
-        let (Self { meant, tally: Some(tally), now }, Some(entry)) =
+        let (Self { meant, tally: Some(tally), now, fetches: _ }, Some(entry)) =
             (self, state.services.get(&after.service))
         else {
             return;
         };
         let times = Times::of(entry, *now);
+        let fetching = |instance: &pb::InstanceRecord| {
+            let is_old = meant.kind(state, instance) == Kind::Old;
+            usize::from(is_old && meant.is_fetching(state, entry, instance))
+        };
+        tally.rules.fetching -= before.map_or(0, fetching);
+        tally.rules.fetching += fetching(after);
         let mut count = |instance: &pb::InstanceRecord, change: fn(&mut Count, bool, bool)| {
             let other_template = instance.template_version != meant.template;
             let (ready, healthy) = (instance.ready(), times.healthy(instance));

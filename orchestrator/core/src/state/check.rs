@@ -97,10 +97,19 @@ impl ClusterState {
 
     /// No two wanted instances of one template share an ordinal.
     fn check_slots(&self, entry: &ServiceEntry) -> Result<(), String> {
+        if self.instances_of(&entry.name).any(|instance| !instance.wanted() && instance.fetch.is_some()) {
+            return Err(format!("{}: one that is to stop fetches", entry.name));
+        }
         let mut slots = BTreeSet::new();
         for instance in self.instances_of(&entry.name).filter(|instance| instance.wanted()) {
             if !slots.insert((instance.template_version, instance.ordinal)) {
                 return Err(format!("{}: ordinal {} taken twice", entry.name, instance.ordinal));
+            }
+            if let Some(fetch) = &instance.fetch
+                && (fetch.template_version != entry.record.template_version
+                    || fetch.template_version == instance.template_version)
+            {
+                return Err(format!("{}: {} fetches for no successor", entry.name, instance.id()));
             }
             if entry.record.deleting && instance.epoch == 0 {
                 return Err(format!("{}: placed while deleting", entry.name));

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: what is missing fails the test")]
 
+mod ahead;
 mod cluster;
 mod data;
 mod hosts;

@@ -3,6 +3,7 @@
 //! `NAVE_MODEL_SEED=N cargo test --test decide model`. `NAVE_MODEL_RUNS` says how many histories there are.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use nave_orchestrator_core::{ClusterState, PlanCursor, desired_count, plan, plan_dirty, ready_count};
 use nave_proto::ids::{HostId, InstanceId};
@@ -13,7 +14,7 @@ use nave_proto::pb::{DeploymentStatus, HostStatus};
 
 use crate::world::{
     SECOND, apply, changed, delete, facts, failed, manifest, pause, promote, report, restart, rollback,
-    running, scale, seconds, status_of, with_port, with_update,
+    running, scale, seconds, status_of, stays_to_fetch, with_artifact, with_port, with_update,
 };
 
 /// In an ordinary run of the tests; `make model` asks for 100,000.
@@ -149,7 +150,8 @@ impl Model {
                 self.now += step * SECOND;
             }
             44..66 => self.report(false),
-            66..70 => {
+            66..67 => self.other_agent(),
+            67..70 => {
                 let stale = self.stale.clone();
                 self.commit(stale);
             }
@@ -161,6 +163,17 @@ impl Model {
                 self.commit(steps);
             }
         }
+    }
+
+    /// An agent of another build, which says how far its fetches are, or not.
+    fn other_agent(&mut self) {
+        let host_id = self.host();
+        let mut facts = self.state.host(HostId(host_id)).unwrap().facts.clone().unwrap();
+        facts.capabilities = match facts.capabilities.is_empty() {
+            true => vec![nave_proto::FETCHES_AHEAD.into()],
+            false => Vec::new(),
+        };
+        self.send(Body::UpdateHost(pb::UpdateHost { host_id, facts: Some(facts), session: 0 }));
     }
 
     fn host(&mut self) -> u64 {
@@ -178,6 +191,10 @@ impl Model {
         }
         if self.dice.often(25) {
             web = with_port(web, 8080);
+        }
+        if self.dice.often(50) {
+            let sum = ["a", "b"][usize::try_from(self.dice.roll(2)).unwrap()];
+            web = with_artifact(web, sum);
         }
         if self.dice.often(40) {
             web.health = None;
@@ -206,10 +223,24 @@ impl Model {
             } else {
                 let state = if honest { running(true) } else { self.state_of(&instance) };
                 let ends = matches!(state, State::BackingOff(_));
-                say.instances.push(report(&instance, instance.attempt.max(1) + u32::from(ends), state));
+                let said = report(&instance, instance.attempt.max(1) + u32::from(ends), state);
+                let fetch = if honest { fetched(&instance) } else { self.fetch_of(&instance) };
+                say.instances.push(pb::InstanceReport { fetch, ..said });
             }
             self.send(Body::ReportInstances(say));
         }
+    }
+
+    /// Fetched late, or never, or a word about another template.
+    fn fetch_of(&mut self, instance: &pb::InstanceRecord) -> Option<pb::FetchState> {
+        let mut fetch = fetched(instance)?;
+        match self.dice.roll(100) {
+            0..40 => return None,
+            40..60 => fetch = pb::FetchState { done: false, problem: "not found".into(), ..fetch },
+            60..65 => fetch.template_version -= 1,
+            _ => {}
+        }
+        Some(fetch)
     }
 
     /// What gave up stays so; the rest is well, mostly.
@@ -253,6 +284,7 @@ impl Model {
             let (was, is) = (ready_count(before, WEB), ready_count(&self.state, WEB));
             assert!(is >= was.min(floor), "{was} were ready, {is} are, {floor} is the least");
         }
+        self.judge_fetches(before, &is, &has);
         let deployment = was.deployment.as_ref().unwrap();
         let status = deployment.status();
         // Once none is left to replace, the rest comes at once.
@@ -293,6 +325,35 @@ impl Model {
             assert_eq!(status, DeploymentStatus::Running, "only what runs fails");
             self.may_fail(before, was);
         }
+    }
+
+    /// No slot is emptied before its host has what the next one needs, and few fetch at a time.
+    fn judge_fetches(&self, before: &ClusterState, service: &pb::ServiceRecord, has: &Census) {
+        let old = |i: &&Arc<pb::InstanceRecord>| {
+            i.desired() == pb::Desired::Run && i.template_version != service.template_version
+        };
+        let stops = |i: &&Arc<pb::InstanceRecord>| {
+            let now = self.state.instance(InstanceId(i.id));
+            now.is_none_or(|now| now.desired() == pb::Desired::Stop)
+        };
+        let stopped = before.instances_of(WEB).filter(old).filter(stops);
+        let (early, others): (Vec<_>, Vec<_>) = stopped.partition(|i| stays_to_fetch(before, service, i));
+        if !early.is_empty() {
+            let stand = has.old + has.current - has.unhealthy + others.len();
+            let slots = desired_count(&self.state, WEB);
+            assert!(
+                stand >= slots,
+                "{} is stopped, and its host has not what the next one needs",
+                early[0].id
+            );
+        }
+        let asked = |state: &ClusterState| {
+            let open = |i: &&Arc<pb::InstanceRecord>| i.fetch.is_some() && stays_to_fetch(state, service, i);
+            state.instances_of(WEB).filter(open).count()
+        };
+        let (had, has) = (asked(before), asked(&self.state));
+        let parallel = service.manifest.as_ref().unwrap().update.unwrap().max_parallel as usize;
+        assert!(has <= had.max(parallel), "{has} fetch at a time, {parallel} is the most");
     }
 
     /// A deployment fails by its deadline or by an instance that gave up, and never while it waits for a person.
@@ -368,13 +429,26 @@ impl Model {
             let mut say = pb::ReportInstances { host_id: instance.host_id, ..Default::default() };
             match (instance.desired(), state(&instance)) {
                 (pb::Desired::Stop, _) => say.gone.push(instance.id),
-                (_, Some(State::Running(running))) if running.ready => continue,
+                (_, Some(State::Running(running))) if running.ready && !fetches(&instance) => continue,
                 (_, Some(State::Failed(_))) => continue,
-                (_, _) => say.instances.push(report(&instance, instance.attempt.max(1), running(true))),
+                (_, _) => say.instances.push(pb::InstanceReport {
+                    fetch: fetched(&instance),
+                    ..report(&instance, instance.attempt.max(1), running(true))
+                }),
             }
             self.send(Body::ReportInstances(say));
         }
     }
+}
+
+fn fetches(instance: &pb::InstanceRecord) -> bool {
+    instance.fetch.as_ref().is_some_and(|fetch| !fetch.done)
+}
+
+/// What an agent says that has all that it was asked for.
+fn fetched(instance: &pb::InstanceRecord) -> Option<pb::FetchState> {
+    let template_version = instance.fetch.as_ref()?.template_version;
+    Some(pb::FetchState { template_version, done: true, problem: String::new() })
 }
 
 fn state(instance: &pb::InstanceRecord) -> Option<&State> {

@@ -3,6 +3,7 @@
 //! below the update rules, and in the end everything converges.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nave_orchestrator_core::limits::NEEDED_STOP_WAIT_NS;
@@ -17,7 +18,7 @@ use proptest::prelude::*;
 
 use crate::world::{
     MIB, SECOND, World, apply, delete, exited, facts, failed, forget, manifest, pause, probe, promote,
-    report, restart, rollback, running, scale, seconds, status_of,
+    report, restart, rollback, running, scale, seconds, status_of, stays_to_fetch, with_artifact,
 };
 
 const SERVICES: [&str; 4] = ["api", "db", "web", "zoo"];
@@ -86,6 +87,9 @@ fn manifests() -> impl Strategy<Value = pb::Manifest> {
                 let cpu_millicores = if cpu { 1000 } else { 0 };
                 manifest.resources =
                     Some(pb::Resources { cpu_millicores, memory_bytes: 512 * MIB, ..Default::default() });
+                if cpu && command > 0 {
+                    manifest = with_artifact(manifest, ["one", "two", "three"][command]);
+                }
                 manifest.update = Some(pb::Update {
                     max_parallel,
                     min_ready: seconds(min_ready * 5),
@@ -298,6 +302,12 @@ impl History {
             _ => failed(),
         };
         let mut word = report(&instance, instance.attempt + attempt, state);
+        // Fetched, or not yet, or for another than was asked.
+        word.fetch = instance.fetch.clone().map(|fetch| pb::FetchState {
+            template_version: fetch.template_version - u64::from(older),
+            done: attempt == 2,
+            problem: if attempt == 1 { "not found".into() } else { String::new() },
+        });
         word.epoch -= u64::from(older && word.epoch > 0);
         let host_id = host.unwrap_or(instance.host_id);
         self.send(Body::ReportInstances(pb::ReportInstances {
@@ -313,6 +323,7 @@ impl History {
         self.send(Body::CommitPlan(pb::CommitPlan { steps }));
         within_capacity(&before, &self.world.state);
         within_update_rules(&before, &self.world.state);
+        fetched_before_it_goes(&before, &self.world.state);
         successful_means_ready(&before, &self.world.state);
         moves_only_what_must(&before, &self.world.state);
     }
@@ -378,6 +389,27 @@ fn within_update_rules(before: &ClusterState, after: &ClusterState) {
         let (had, has) = (wanted(before, name), wanted(after, name));
         let ceiling = had.max(slots + beside) + moved;
         assert!(has <= ceiling, "{name}: {has} wanted, {ceiling} is the most");
+    }
+}
+
+/// A plan never empties a slot before its host has what the next instance needs.
+fn fetched_before_it_goes(before: &ClusterState, after: &ClusterState) {
+    for service in after.services().filter(|service| !service.deleting) {
+        let name = service.name.as_str();
+        if before.service(name).map(|before| before.version) != Some(service.version) {
+            continue;
+        }
+        let goes = |i: &&Arc<pb::InstanceRecord>| {
+            let stops = |now: &Arc<pb::InstanceRecord>| now.desired() == pb::Desired::Stop;
+            stays_to_fetch(before, service, i) && after.instance(InstanceId(i.id)).is_none_or(stops)
+        };
+        let early = before.instances_of(name).filter(goes).count();
+        // Others that go stood for slots, and what is left stands for the rest.
+        let stood = before.instances_of(name).filter(|i| i.desired() == pb::Desired::Run).count();
+        assert!(
+            early == 0 || stood - early >= desired_count(after, name),
+            "{name}: {early} of {stood} stop before their hosts have what the next ones need"
+        );
     }
 }
 

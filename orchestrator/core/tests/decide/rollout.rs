@@ -492,6 +492,7 @@ fn stop_after_another_turned_unready(first: &pb::Manifest) -> World {
         | Step::Forget(_)
         | Step::Resize(_)
         | Step::GrantRestart(_)
+        | Step::FetchAhead(_)
         | Step::ScheduleRun(_) => None,
     };
     let stopped: Vec<_> = steps.iter().filter_map(stopped_by).collect();

@@ -25,6 +25,8 @@ pub(crate) struct World {
     cursor: PlanCursor,
     /// Instances whose processes come up but never become ready, by (service, template version).
     pub(crate) sick: Vec<(String, u64)>,
+    /// What nobody gets ahead, by (service, template version), and what agents say of it; empty: nothing.
+    pub(crate) unfetched: Vec<(String, u64, String)>,
 }
 
 impl World {
@@ -57,6 +59,7 @@ impl World {
             index: 0,
             cursor: PlanCursor::default(),
             sick: Vec::new(),
+            unfetched: Vec::new(),
         }
     }
 
@@ -334,7 +337,23 @@ impl World {
         let state = instance.observed.as_ref().and_then(|o| o.state.as_ref());
         let settled = matches!(state, Some(State::Failed(_) | State::Exited(_)));
         let ready = !self.sick.contains(&(instance.service.clone(), instance.template_version));
-        (!settled).then(|| report(instance, instance.attempt.max(1), running(ready)))
+        let said = || report(instance, instance.attempt.max(1), running(ready));
+        (!settled).then(|| pb::InstanceReport { fetch: self.fetched(instance), ..said() })
+    }
+
+    fn fetched(&self, instance: &pb::InstanceRecord) -> Option<pb::FetchState> {
+        let asked = instance.fetch.as_ref()?;
+        let template_version = asked.template_version;
+        let of = |(service, template, _): &&(String, u64, String)| {
+            *service == instance.service && *template == template_version
+        };
+        match self.unfetched.iter().find(of) {
+            Some((_, _, problem)) if problem.is_empty() => None,
+            Some((_, _, problem)) => {
+                Some(pb::FetchState { template_version, done: false, problem: problem.clone() })
+            }
+            None => Some(pb::FetchState { template_version, done: true, problem: String::new() }),
+        }
     }
 
     /// One instance's agent says something of it.
@@ -398,6 +417,7 @@ pub(crate) fn facts(name: &str) -> pb::HostFacts {
         memory_bytes: 4096 * MIB,
         os: "linux".into(),
         arch: "x86_64".into(),
+        capabilities: vec![nave_proto::FETCHES_AHEAD.into()],
         ..Default::default()
     }
 }
@@ -432,6 +452,46 @@ pub(crate) fn with_port(mut manifest: pb::Manifest, port: u32) -> pb::Manifest {
     let http = pb::Port { protocol: pb::Protocol::Http.into(), service_port: 80, port, calls: None };
     manifest.ports.insert("http".into(), http);
     manifest
+}
+
+/// With one artifact, in place of others.
+pub(crate) fn with_artifact(manifest: pb::Manifest, sum: &str) -> pb::Manifest {
+    let artifact = pb::Artifact { name: "tool".into(), sha256: sum.into(), ..Default::default() };
+    pb::Manifest { artifacts: vec![artifact], ..manifest }
+}
+
+/// Whether an instance has to stay until its host has what its successor needs: said once more, in other words.
+pub(crate) fn stays_to_fetch(
+    state: &ClusterState,
+    service: &pb::ServiceRecord,
+    instance: &pb::InstanceRecord,
+) -> bool {
+    let manifest = service.manifest.as_ref().unwrap();
+    let host = state.host(HostId(instance.host_id)).unwrap();
+    let facts = host.facts.as_ref().unwrap();
+    let own = state.manifest(&instance.service, instance.version).unwrap();
+    let stop_first = manifest.data || manifest.per_host || manifest.ports.values().any(|port| port.port != 0);
+    let fetched = instance.fetch.as_ref().is_some_and(|fetch| fetch.done);
+    let ended = match instance.observed.as_ref().and_then(|observed| observed.state.as_ref()) {
+        Some(State::Failed(_) | State::Exited(_) | State::Lost(_)) => true,
+        Some(_) | None => false,
+    };
+    let leaves = host.draining || host.status() == pb::HostStatus::Lost;
+    let alone = state
+        .instances_of(&instance.service)
+        .filter(|i| i.host_id == instance.host_id && i.desired() == pb::Desired::Run);
+    let beside = manifest.per_host && alone.count() > 1;
+    let constraints = manifest.placement.as_ref().map_or(&[][..], |placement| &placement.constraints);
+    let unmet = constraints
+        .iter()
+        .any(|text| !text.parse::<nave_proto::constraint::Constraint>().unwrap().holds(facts));
+    stop_first
+        && manifest.kind() != pb::Kind::Job
+        && instance.desired() == pb::Desired::Run
+        && instance.template_version != service.template_version
+        && facts.capabilities.iter().any(|can| can == "fetch_ahead")
+        && manifest.artifacts.iter().any(|artifact| !own.artifacts.contains(artifact))
+        && !(fetched || ended || leaves || beside || unmet)
 }
 
 pub(crate) fn with_constraint(manifest: pb::Manifest, constraint: &str) -> pb::Manifest {

@@ -49,6 +49,8 @@ impl Scene {
             | Action::StartProbe(_)
             | Action::StopProbes
             | Action::SetLimits { .. }
+            | Action::FetchAhead(_)
+            | Action::CancelFetch
             | Action::ListProcesses
             | Action::Persist(_)
             | Action::Forget { .. }
