@@ -121,6 +121,8 @@ pub(crate) struct HostTask {
     /// What the proxy was told of each instance: of which epoch, and what.
     told: BTreeMap<InstanceId, (u64, LocalWord)>,
     directory: DirectoryHandle,
+    /// The last word on it could not be taken.
+    directory_refused: bool,
     /// What is wanted, or asked for, has changed since it was last said what this host has to know.
     interest_due: bool,
     /// Calls under way to what drains, as the reconciler was told.
@@ -162,6 +164,7 @@ impl HostTask {
             firewall: None,
             told: BTreeMap::new(),
             directory,
+            directory_refused: false,
             interest_due: true,
             calls: BTreeMap::new(),
         }
@@ -348,7 +351,11 @@ impl HostTask {
     fn hub_event(&mut self, event: HubEvent, work: &mut Work) {
         match event {
             HubEvent::Opening { outgoing, close } => {
-                self.uplink.opening(outgoing, close, self.reconciler.generation());
+                // What it then knows is no more than what it names.
+                self.say_interest();
+                // After a refusal the two do not agree, and only the whole is sure to mend that.
+                let known = self.directory.read(Directory::known).filter(|_| !self.directory_refused);
+                self.uplink.opening(outgoing, close, self.reconciler.generation(), known);
             }
             HubEvent::Lease { until } if self.uplink.is_followed() => {
                 let orders = self.reconciler.lease(clock::monotonic(), &mut rand::rng(), until);
@@ -435,10 +442,11 @@ impl HostTask {
 
     /// What the hub says of the services that are called from here.
     fn directory_told(&mut self, update: pb::DirectoryUpdate) {
-        let (revision, acknowledge) = (update.revision, update.acknowledge);
+        let (revision, whole, acknowledge) = (update.revision, update.whole, update.acknowledge);
         match self.directory.take(update) {
             Ok(change) => {
-                debug!(revision, services = change.services.len(), "the directory has changed");
+                debug!(revision, whole, services = change.services.len(), "the directory has changed");
+                self.directory_refused = false;
                 self.feed_proxy(&change);
                 if acknowledge {
                     self.uplink.directory_taken(revision);
@@ -446,6 +454,7 @@ impl HostTask {
             }
             Err(refusal) => {
                 warn!(%refusal, "the directory goes on as it was; beginning a new session");
+                self.directory_refused = true;
                 self.uplink.leave();
             }
         }

@@ -76,6 +76,7 @@ impl Uplink {
         outgoing: mpsc::Sender<pb::AgentMessage>,
         close: CancellationToken,
         (incarnation, generation): (u64, u64),
+        directory: Option<pb::DirectoryKnown>,
     ) {
         let hello = pb::Hello {
             cluster_id: self.hello.cluster.to_string(),
@@ -85,6 +86,7 @@ impl Uplink {
             generation,
             agent_run_id: self.hello.run_id.clone(),
             interest: Some(self.interest.clone()),
+            directory,
         };
         let open = Open {
             outgoing,
@@ -291,7 +293,7 @@ mod tests {
         let mut reconciler = Reconciler::new("boot");
         let (outgoing, mut sent) = mpsc::channel(16);
         let start = Monotonic(0);
-        uplink.opening(outgoing, CancellationToken::new(), reconciler.generation());
+        uplink.opening(outgoing, CancellationToken::new(), reconciler.generation(), None);
         assert!(matches!(next(&mut sent), Some(Message::Hello(hello)) if hello.host_id == "h-2"));
         uplink.say(&mut reconciler, start, WallOffset::default());
         assert!(next(&mut sent).is_none(), "nothing is said before the welcome");
@@ -344,7 +346,7 @@ mod tests {
         reconciler.apply_wanted(now, &mut rng, stopped).unwrap();
         for session in 1..=2 {
             let (outgoing, mut sent) = mpsc::channel(16);
-            uplink.opening(outgoing, CancellationToken::new(), reconciler.generation());
+            uplink.opening(outgoing, CancellationToken::new(), reconciler.generation(), None);
             uplink.welcomed();
             uplink.say(&mut reconciler, now, WallOffset::default());
             let end = report(&mut sent).unwrap();

@@ -6,11 +6,14 @@
 //! has no leader for a third of the lease sends its agents away, as another member may have one.
 //!
 //! `session.rs` is one stream, `wanted.rs` what is wanted of one host, `directory.rs` what its agent knows of the others, `reports.rs` the way up, `beats.rs` who was
-//! heard when.
+//! heard when, `callers.rs` whether nobody calls what drains.
 
 pub(crate) mod beats;
+mod callers;
 mod directory;
 mod reports;
+#[cfg(test)]
+mod scene;
 mod session;
 mod wanted;
 

@@ -31,6 +31,8 @@ pub(crate) struct Metrics {
     pub(crate) plan_seconds: Histogram,
     pub(crate) plan_steps: Counter,
     pub(crate) sessions: Gauge,
+    pub(crate) directories_resumed: Counter,
+    pub(crate) directories_whole: Counter,
     session_numbers: AtomicU64,
 }
 
@@ -45,6 +47,8 @@ impl Metrics {
             plan_seconds: buckets(),
             plan_steps: Counter::default(),
             sessions: Gauge::default(),
+            directories_resumed: Counter::default(),
+            directories_whole: Counter::default(),
             session_numbers: AtomicU64::new(0),
         };
         {
@@ -62,6 +66,16 @@ impl Metrics {
             registry.register("plan_seconds", "Time to plan what was dirty", metrics.plan_seconds.clone());
             registry.register("plan_steps", "Steps that the scheduler committed", metrics.plan_steps.clone());
             registry.register("agent_sessions", "Agents connected to this member", metrics.sessions.clone());
+            registry.register(
+                "agent_directories_resumed",
+                "Sessions in which an agent was told only what had changed in the directory since its last one",
+                metrics.directories_resumed.clone(),
+            );
+            registry.register(
+                "agent_directories_whole",
+                "Sessions in which an agent was told the whole directory",
+                metrics.directories_whole.clone(),
+            );
         }
         metrics
     }

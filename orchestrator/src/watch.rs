@@ -22,7 +22,7 @@ use nave_proto::ids::HostId;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
-pub(crate) use directory::{Changed, News, Place, Seat};
+pub(crate) use directory::{Changed, Known, LogSessions, News, Opened, Place, Seat, Standing};
 pub(crate) use ring::{Read, Ring, RingSize};
 pub(crate) use routes::{Route, Touched};
 
@@ -51,6 +51,13 @@ impl Default for Changes {
 }
 
 impl Changes {
+    /// With room for so few changes of the directory, and everything told below so few hosts × endpoints.
+    #[cfg(test)]
+    pub(crate) fn with_directory(items_max: usize, everything_max: usize) -> Self {
+        let directory = Directory::bounded(items_max, everything_max, everything_max * 8 / 10);
+        Self { directory: Arc::new(directory), ..Self::default() }
+    }
+
     /// The changes after a revision that `wanted` picks, at most `limit` of them.
     pub(crate) fn read(&self, after: u64, limit: usize, wanted: impl FnMut(&Change) -> bool) -> Read {
         self.ring.read().read(after, limit, wanted)
@@ -67,16 +74,26 @@ impl Changes {
     }
 
     /// For an agent's session: rung when what the agent may call has changed.
-    pub(crate) fn seat(&self, session: u64) -> Seat {
-        self.directory.seat(session)
+    pub(crate) fn seat(&self, opened: Opened) -> (Seat, Option<Place>) {
+        self.directory.seat(opened)
     }
 
-    /// Every agent with a session here has taken all that drains, up to this revision.
-    pub(crate) fn callers_left(&self) -> u64 {
-        self.directory.floor()
+    /// How far the agents with a session here have taken the directory.
+    pub(crate) fn standing(&self) -> Standing {
+        self.directory.standing()
     }
 
-    /// Waits until [`callers_left`](Self::callers_left) has passed all that drains. Cancel-safe; for one waiter.
+    /// The sessions that there are.
+    pub(crate) fn sessions(&self) -> LogSessions {
+        self.directory.sessions()
+    }
+
+    /// Waits until another agent has a session, here or elsewhere. Cancel-safe; for one waiter.
+    pub(crate) async fn agent_has_moved(&self) {
+        self.directory.moved().await;
+    }
+
+    /// Waits until [`standing`](Self::standing) has passed all that drains. Cancel-safe; for one waiter.
     pub(crate) async fn callers_have_left(&self) {
         self.directory.settled().await;
     }

@@ -122,6 +122,11 @@ impl ClusterState {
         self.sessions.get(&id).map(|record| record.session)
     }
 
+    /// All sessions that speak for a host.
+    pub fn sessions(&self) -> impl ExactSizeIterator<Item = &Arc<pb::SessionRecord>> + '_ {
+        self.sessions.values()
+    }
+
     pub fn hosts(&self) -> impl ExactSizeIterator<Item = &Arc<pb::HostRecord>> + '_ {
         self.hosts.iter().map(|(_, entry)| &entry.record)
     }

@@ -117,8 +117,8 @@ impl MemberService for Own {
         request: Request<pb::ForwardBeatsRequest>,
     ) -> Result<Response<pb::ForwardBeatsResponse>, Status> {
         let request = request.get_ref();
-        let taken = (MemberId(request.from_member), request.directory_acknowledged);
-        Ok(Response::new(self.hub.beats.take(&self.hub, taken, beats::in_request(request))))
+        let said = (MemberId(request.from_member), beats::standing(request));
+        Ok(Response::new(self.hub.beats.take(&self.hub, said, beats::in_request(request))))
     }
 
     async fn propose(&self, _: Request<pb::ProposeRequest>) -> Result<Response<pb::ProposeResponse>, Status> {

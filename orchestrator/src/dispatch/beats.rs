@@ -4,7 +4,7 @@
 //! the agent until when it has a lease, or ends.
 //!
 //! With them goes how far this member's agents have taken the directory, and back comes how far all have: then nobody
-//! calls what was draining by that revision, and it may end.
+//! calls what was draining by that revision, and it may end (`callers.rs`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use nave_orchestrator_core::{Beat, BeatAnswer, ClusterState, Leases};
 use nave_proto::ids::{HostId, MemberId};
-use nave_proto::lease::TTL;
 use nave_proto::pb;
 use parking_lot::Mutex;
 use pb::BeatRefusal;
@@ -20,9 +19,11 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::debug;
 
+use super::callers::Callers;
 use crate::api::Hub;
 use crate::clock;
 use crate::raft::RaftStatus;
+use crate::watch::Standing;
 
 /// How often beats are handed to the leader: a lost host is said within the lease + this + the judge's tick.
 const FORWARD: Duration = Duration::from_millis(250);
@@ -94,21 +95,12 @@ struct Table {
     leases: Leases,
     /// This leader has applied all that was committed before its term.
     settled: bool,
-    /// How far each member's agents have taken the directory, and when it said so.
-    taken: BTreeMap<MemberId, (u64, Duration)>,
+    callers: Callers,
 }
 
 impl Table {
     fn new(term: u64, now: Duration) -> Self {
-        Self { term, leases: Leases::new(now), settled: false, taken: BTreeMap::new() }
-    }
-
-    /// How far the agents of all members have taken the directory; 0 while a member may have agents and has not said. One
-    /// that is not heard for a lease has no agents any more.
-    fn all_taken(&mut self, now: Duration) -> u64 {
-        self.taken.retain(|_, (_, at)| now.saturating_sub(*at) < TTL);
-        let led = now.saturating_sub(self.leases.leads_since());
-        self.taken.values().map(|(revision, _)| *revision).min().filter(|_| led >= TTL).unwrap_or(0)
+        Self { term, leases: Leases::new(now), settled: false, callers: Callers::default() }
     }
 }
 
@@ -194,7 +186,11 @@ impl Beats {
 
     /// An agent waits for its callers to leave what drained at this revision.
     pub(crate) fn ask_callers(&self, revision: u64) {
-        *self.asked.lock() = Some(Asked { revision, until: Instant::now() + ASK_FOR });
+        let mut asked = self.asked.lock();
+        // Another one may wait for a newer drain, since sessions look when they come to it.
+        let revision = asked.map_or(revision, |before| before.revision.max(revision));
+        *asked = Some(Asked { revision, until: Instant::now() + ASK_FOR });
+        drop(asked);
         self.begun.notify_one();
     }
 
@@ -209,7 +205,7 @@ impl Beats {
     pub(crate) fn take(
         &self,
         hub: &Hub,
-        (member, taken_there): (MemberId, u64),
+        (member, standing): (MemberId, Standing),
         beats: impl IntoIterator<Item = Beat>,
     ) -> pb::ForwardBeatsResponse {
         let status = hub.raft.status();
@@ -220,8 +216,8 @@ impl Beats {
         };
         let may_give = table.settled && status.leader_proven;
         let now = self.now();
-        table.taken.insert(member, (taken_there, now));
-        let directory_acknowledged = table.all_taken(now);
+        table.callers.said(member, standing);
+        let directory_acknowledged = table.callers.all_taken(hub.changes.sessions());
         let response = taken(&mut table.leases, &state, beats, may_give, now);
         pb::ForwardBeatsResponse { directory_acknowledged, ..response }
     }
@@ -313,38 +309,63 @@ pub(crate) fn in_request(request: &pb::ForwardBeatsRequest) -> Vec<Beat> {
     request.beats.iter().map(|beat| Beat { host: HostId(beat.host_id), place: beat.place }).collect()
 }
 
+/// How far the agents of the member that sends it have taken the directory.
+pub(crate) fn standing(request: &pb::ForwardBeatsRequest) -> Standing {
+    Standing {
+        taken: request.directory_acknowledged,
+        as_of: request.directory_as_of,
+        sessions: request.directory_sessions,
+    }
+}
+
 /// Hands this member's beats to the leader until the member stops.
 pub(crate) async fn forward(hub: Arc<Hub>) {
     let mut ticks = interval(FORWARD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut leadership = hub.raft.subscribe_status();
+    // Which leader knows how far the agents here are. A new one knows of nobody, and drains wait for it.
+    let mut informed: Option<(MemberId, u64)> = None;
     loop {
+        let leads = {
+            let now = leadership.borrow_and_update();
+            now.leader.map(|leader| (leader, now.term))
+        };
+        let untold = leads.is_some() && leads != informed;
         let asked = hub.beats.is_asked();
         let at_once = tokio::select! {
-            _ = ticks.tick() => false,
+            _ = ticks.tick() => untold,
             () = hub.beats.begun.notified() => {
                 sleep(GATHER).await;
-                hub.beats.is_asked()
+                untold || hub.beats.is_asked()
+            }
+            () = hub.changes.agent_has_moved() => {
+                sleep(GATHER).await;
+                true
             }
             () = hub.changes.callers_have_left() => true,
-            () = sleep(ASK), if asked => true,
+            Ok(()) = leadership.changed() => continue,
+            () = sleep(ASK), if asked || untold => true,
             () = hub.stop.cancelled() => return,
         };
         let sent = hub.beats.fresh();
         if sent.is_empty() && !at_once {
             continue;
         }
-        let taken_here = hub.changes.callers_left();
+        let standing = hub.changes.standing();
         let status = hub.raft.status();
-        let response = match status.leader {
+        let to = status.leader;
+        let response = match to {
             Some(leader) if leader == hub.id => {
                 let beats = sent.iter().map(|sent| Beat { host: sent.host, place: sent.place });
-                Some(hub.beats.take(&hub, (hub.id, taken_here), beats))
+                Some(hub.beats.take(&hub, (hub.id, standing), beats))
             }
-            Some(_) => hand_on(&hub, status, &sent, taken_here).await,
+            Some(_) => hand_on(&hub, status, &sent, standing).await,
             None => None,
         };
         // Not taken: what is still fresh is handed on with the next.
-        if let Some(response) = response.filter(|response| response.leader) {
+        let response = response.filter(|response| response.leader);
+        informed = leads.filter(|(leader, _)| response.is_some() && to == Some(*leader));
+        if let Some(response) = response {
             hub.beats.answered(&sent, &response);
             hub.beats.callers_have_left(response.directory_acknowledged);
         }
@@ -355,7 +376,7 @@ async fn hand_on(
     hub: &Hub,
     status: RaftStatus,
     sent: &[Sent],
-    directory_acknowledged: u64,
+    standing: Standing,
 ) -> Option<pb::ForwardBeatsResponse> {
     let leader = status.leader?;
     let (id, node, _) = status.members.into_iter().find(|(id, _, _)| *id == leader)?;
@@ -363,7 +384,9 @@ async fn hand_on(
         host_ids: sent.iter().map(|sent| sent.host.0).collect(),
         from_member: hub.id.0,
         beats: sent.iter().map(|sent| pb::HostBeat { host_id: sent.host.0, place: sent.place }).collect(),
-        directory_acknowledged,
+        directory_acknowledged: standing.taken,
+        directory_as_of: standing.as_of,
+        directory_sessions: standing.sessions,
     };
     let mut client = hub.peers.member(id, &node.address);
     match timeout(CALL_TIMEOUT, client.forward_beats(request)).await {
@@ -443,19 +466,6 @@ mod tests {
         assert_eq!(in_request(&newer), [Beat { host: HostId(3), place: 9 }]);
     }
 
-    #[test]
-    fn a_leader_speaks_for_all_members_once_it_has_heard_them_for_a_lease() {
-        let second = Duration::from_secs;
-        let mut table = Table::new(3, second(100));
-        table.taken.insert(MemberId(1), (50, second(101)));
-        assert_eq!(table.all_taken(second(101)), 0, "another member may not have spoken yet");
-        table.taken.insert(MemberId(1), (50, second(103)));
-        table.taken.insert(MemberId(2), (40, second(103)));
-        assert_eq!(table.all_taken(second(103)), 40);
-        table.taken.insert(MemberId(1), (60, second(106)));
-        assert_eq!(table.all_taken(second(106)), 60, "the other is gone, and its agents with it");
-    }
-
     #[tokio::test(start_paused = true)]
     async fn the_leader_is_asked_until_it_answers_or_nobody_waits_any_more() {
         let beats = Beats::default();
@@ -468,6 +478,9 @@ mod tests {
         beats.callers_have_left(5);
         assert_eq!(*beats.callers_left().borrow(), 7, "another leader has yet to hear of it");
         beats.ask_callers(9);
+        beats.ask_callers(8);
+        beats.callers_have_left(8);
+        assert!(beats.is_asked(), "another agent waits for a newer one");
         tokio::time::advance(ASK_FOR).await;
         assert!(!beats.is_asked());
     }

@@ -11,7 +11,7 @@ use nave_proto::pb;
 use tonic::Status;
 
 use crate::api::errors;
-use crate::watch::{Changed, News, Place, Seat};
+use crate::watch::{Changed, Changes, Known, News, Opened, Place, Seat};
 
 /// Services that one agent may name: more than any host runs or calls.
 const INTEREST_MAX: usize = 10_000;
@@ -23,15 +23,42 @@ pub(super) struct Directory {
     seat: Seat,
     /// All up to here has been looked at; nothing: the agent has been told nothing in this session.
     place: Option<Place>,
-    /// The revision that the agent has been told last.
+    /// The revision that the agent has been told last, in this session or before.
     told: u64,
+    /// It began where an earlier session ended.
+    resumed: bool,
+    /// A word of the agent is due: that it has taken all up to this revision.
+    due: Option<u64>,
     /// Named by the agent, and not told yet.
     owed: BTreeSet<Arc<str>>,
 }
 
 impl Directory {
-    pub(super) fn new(seat: Seat) -> Self {
-        Self { seat, place: None, told: 0, owed: BTreeSet::new() }
+    /// Of a session that has just been opened. An agent that knows the directory from before is told what has changed
+    /// since, while that is still known here.
+    pub(super) fn open(
+        changes: &Changes,
+        state: &ClusterState,
+        (number, host, session): (u64, HostId, u64),
+        knows: Option<pb::DirectoryKnown>,
+    ) -> Self {
+        let incarnation = state.cluster().map_or(0, |cluster| cluster.incarnation);
+        // Another history has other changes at the same revisions.
+        let known = knows.filter(|knows| knows.incarnation == incarnation && knows.revision != 0);
+        let known = known.map(|knows| Known { revision: knows.revision, everything: knows.everything });
+        let (seat, place) = changes.seat(Opened { number, host, session, known });
+        let (told, resumed) = place.map_or((0, false), |place| (place.revision, true));
+        Self { seat, place, told, resumed, due: None, owed: BTreeSet::new() }
+    }
+
+    /// The agent goes on from what it knew before.
+    pub(super) fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// This member has yet to apply what the agent knows already.
+    pub(super) fn is_behind(&self, state: &ClusterState) -> bool {
+        state.revision() < self.told
     }
 
     /// Waits until there may be news, and says for how long more of them is gathered. Cancel-safe.
@@ -55,13 +82,15 @@ impl Directory {
     }
 
     /// The agent has taken all that it was told up to here.
-    pub(super) fn acknowledged(&self, revision: u64) {
+    pub(super) fn acknowledged(&mut self, revision: u64) {
         if revision != 0 {
             self.seat.taken(revision.min(self.told));
+            self.due.take_if(|due| *due <= revision);
         }
     }
 
-    /// What the agent has not been told, if anything. The state must be locked by the caller until this returns.
+    /// What the agent has not been told, if anything; not while the member [is behind](Self::is_behind). The state must
+    /// be locked by the caller until this returns.
     pub(super) fn update(&mut self, state: &ClusterState, incarnation: u64) -> Option<pb::DirectoryUpdate> {
         let (here, everything) = self.seat.here();
         let news = self.seat.news(self.place.replace(here));
@@ -77,6 +106,10 @@ impl Directory {
                     });
                 }
                 if is_empty(&update) {
+                    if self.due.is_none() {
+                        // What drains since is nothing to it, or it knew from before, so it has no word to say of it.
+                        self.seat.taken(here.revision);
+                    }
                     return None;
                 }
                 pb::DirectoryUpdate { from_revision: self.told, ..update }
@@ -85,13 +118,11 @@ impl Directory {
         };
         add_hosts(state, &mut update);
         self.told = here.revision;
-        Some(pb::DirectoryUpdate {
-            incarnation,
-            revision: here.revision,
-            everything,
-            acknowledge: self.seat.owes(),
-            ..update
-        })
+        let acknowledge = self.seat.owes();
+        if acknowledge {
+            self.due = Some(here.revision);
+        }
+        Some(pb::DirectoryUpdate { incarnation, revision: here.revision, everything, acknowledge, ..update })
     }
 }
 
@@ -150,3 +181,6 @@ fn add_hosts(state: &ClusterState, update: &mut pb::DirectoryUpdate) {
     let hosts = needed.difference(&told).filter_map(|id| state.host(HostId(*id)));
     update.hosts.extend(hosts.map(|host| directory_host(host)));
 }
+
+#[cfg(test)]
+mod tests;

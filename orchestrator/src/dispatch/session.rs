@@ -47,6 +47,7 @@ pub(super) struct Greeted {
     answers: watch::Receiver<Answer>,
     facts: Option<pb::HostFacts>,
     interest: pb::Interest,
+    directory: Option<pb::DirectoryKnown>,
     /// The session's number in the log.
     session: u64,
 }
@@ -75,8 +76,8 @@ pub(super) async fn begin(
     };
     match opened {
         Ok(session) => {
-            let Hello { facts, interest, .. } = hello;
-            Ok(Greeted { host, answers, facts, interest, session })
+            let Hello { facts, interest, directory, .. } = hello;
+            Ok(Greeted { host, answers, facts, interest, directory, session })
         }
         Err(end) => {
             hub.beats.close(number);
@@ -132,6 +133,8 @@ struct Hello {
     host: HostId,
     facts: Option<pb::HostFacts>,
     interest: pb::Interest,
+    /// What it knows of the directory.
+    directory: Option<pb::DirectoryKnown>,
 }
 
 /// Reads the hello and checks that it speaks for the certificate's host, in this cluster, with the registered key.
@@ -173,7 +176,12 @@ async fn greet(
         check_facts(facts)?;
     }
     debug!(host = %claimed, run = hello.agent_run_id, "hello");
-    Ok(Hello { host: claimed, facts: hello.facts, interest: hello.interest.unwrap_or_default() })
+    Ok(Hello {
+        host: claimed,
+        facts: hello.facts,
+        interest: hello.interest.unwrap_or_default(),
+        directory: hello.directory,
+    })
 }
 
 fn is_registered(state: &ClusterState, host: HostId, identity: &PeerIdentity) -> bool {
@@ -261,13 +269,19 @@ impl Session {
         replaced: CancellationToken,
     ) -> Self {
         let host = greeted.host;
+        let opened = (number, host, greeted.session);
+        let directory = Directory::open(&hub.changes, &hub.raft.state(), opened, greeted.directory);
+        match directory.is_resumed() {
+            true => hub.metrics.directories_resumed.inc(),
+            false => hub.metrics.directories_whole.inc(),
+        };
         let mut session = Self {
             route: hub.changes.route(host),
             leaderless: hub.leaderless.clone(),
             addresses: hub.addresses.subscribe(),
             reports: Reports::new(hub.clone(), host, greeted.session, greeted.facts),
             told: Told::nothing(host),
-            directory: Directory::new(hub.changes.seat(number)),
+            directory,
             directory_at: Some(Instant::now()),
             drains: None,
             callers_left: hub.beats.callers_left(),
@@ -516,6 +530,11 @@ impl Session {
     fn look_at_directory(&mut self) -> Option<ToAgent> {
         let hub = self.hub.clone();
         let state = hub.raft.state();
+        // An agent that begins must not be told of a time before its session, which others have left behind.
+        if state.revision() < self.session || self.directory.is_behind(&state) {
+            self.directory_at = Some(Instant::now() + COALESCE);
+            return None;
+        }
         let incarnation = state.cluster().map_or(0, |cluster| cluster.incarnation);
         self.directory.update(&state, incarnation).map(ToAgent::Directory)
     }

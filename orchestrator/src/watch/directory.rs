@@ -10,9 +10,11 @@
 //! the endpoints of those that it names; a change of an endpoint wakes the sessions that have named its service, and no
 //! others.
 //!
-//! It also knows which agents have yet to say that they have taken a draining endpoint ([`Directory::floor`]).
+//! It also knows which agents have yet to say that they have taken a draining endpoint ([`Directory::standing`]).
 //!
 //! Written to under the state's write lock, so whoever holds the state's read lock finds both at one revision.
+
+mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -26,6 +28,9 @@ use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+
+use sessions::Sessions;
+pub(crate) use sessions::{LogSessions, Standing};
 
 /// Changes kept: 40 bytes each, 2.5 MiB. A rolling update of 20,000 instances stays in it.
 const ITEMS_MAX: usize = 65_536;
@@ -74,6 +79,26 @@ pub(crate) struct Place {
     pub(crate) mode: u64,
 }
 
+/// A session as it begins.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Opened {
+    /// Its own on this member, never used before.
+    pub(crate) number: u64,
+    pub(crate) host: HostId,
+    /// Its number in the log.
+    pub(crate) session: u64,
+    /// What its agent knows from before; nothing: it has to be told everything.
+    pub(crate) known: Option<Known>,
+}
+
+/// What an agent has been told in an earlier session, of this history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) revision: u64,
+    /// The endpoints of every service, not only of those that it named.
+    pub(crate) everything: bool,
+}
+
 /// What every session looks at.
 #[derive(Debug, Clone)]
 enum Common {
@@ -115,9 +140,16 @@ impl<T> Recent<T> {
         }
     }
 
+    /// Whether all after a revision are here.
+    fn reaches(&self, revision: u64) -> bool {
+        self.complete_after.is_some_and(|complete_after| revision >= complete_after)
+    }
+
     /// Those after a revision; `None`: some of them are gone.
     fn after(&self, revision: u64) -> Option<impl Iterator<Item = &T> + '_> {
-        self.complete_after.filter(|complete_after| revision >= *complete_after)?;
+        if !self.reaches(revision) {
+            return None;
+        }
         let from = self.items.partition_point(|(at, _)| *at <= revision);
         Some(self.items.range(from..).map(|(_, item)| item))
     }
@@ -131,6 +163,9 @@ struct Shown {
 
 #[derive(Debug)]
 struct SeatEntry {
+    host: HostId,
+    /// Its number in the log.
+    session: u64,
     bell: Arc<Bell>,
     interest: BTreeSet<Arc<str>>,
     /// The agent has said that it has taken everything up to here.
@@ -178,8 +213,11 @@ struct Index {
     seats: BTreeMap<u64, SeatEntry>,
     interested: HashMap<Arc<str>, BTreeSet<u64>>,
     to_ring: ToRing,
-    /// Newest revision at which anything began to drain.
+    /// Newest revision that is not taken by all until somebody says so.
     drained: u64,
+    sessions: Sessions,
+    /// The log has another session than before.
+    moved: bool,
 }
 
 /// The directory of one member.
@@ -188,6 +226,8 @@ pub(crate) struct Directory {
     index: Mutex<Index>,
     /// Notified when all that drains has been taken by all agents here.
     settled: Notify,
+    /// Notified when another agent has a session, here or elsewhere.
+    moved: Notify,
 }
 
 /// A session's place among the others, until it is dropped.
@@ -205,7 +245,7 @@ impl Default for Directory {
 }
 
 impl Directory {
-    fn bounded(items_max: usize, everything_max: usize, everything_again: usize) -> Self {
+    pub(super) fn bounded(items_max: usize, everything_max: usize, everything_again: usize) -> Self {
         let index = Index {
             changed_endpoints: Recent::bounded(items_max),
             changed_common: Recent::bounded(items_max),
@@ -221,23 +261,35 @@ impl Directory {
             interested: HashMap::new(),
             to_ring: ToRing::default(),
             drained: 0,
+            sessions: Sessions::default(),
+            moved: false,
         };
-        Self { index: Mutex::new(index), settled: Notify::new() }
+        Self { index: Mutex::new(index), settled: Notify::new(), moved: Notify::new() }
     }
 
-    /// Opens a session's place. `number` is the session's own, never used before.
-    pub(crate) fn seat(self: &Arc<Self>, number: u64) -> Seat {
+    /// Opens a session's seat. With it comes the place from which its agent is told on; nothing: from the beginning.
+    pub(crate) fn seat(self: &Arc<Self>, opened: Opened) -> (Seat, Option<Place>) {
         let bell = Arc::new(Bell::default());
-        // What it knows from an earlier session may be anything: it owes the first whole.
-        let (bell_kept, interest) = (Arc::clone(&bell), BTreeSet::new());
-        let entry = SeatEntry { bell: bell_kept, interest, taken: 0, drain: 1, touched: None };
-        self.index.lock().seats.insert(number, entry);
-        Seat { directory: Arc::clone(self), number, bell }
+        let place = self.index.lock().open(opened, Arc::clone(&bell));
+        // An agent that owes nothing has no word to say at which this would be said.
+        self.moved.notify_one();
+        (Seat { directory: Arc::clone(self), number: opened.number, bell }, place)
     }
 
-    /// Every agent with a session here has taken all that drains, up to this revision.
-    pub(crate) fn floor(&self) -> u64 {
-        self.index.lock().floor()
+    /// How far the agents with a session here have taken the directory.
+    pub(crate) fn standing(&self) -> Standing {
+        self.index.lock().standing()
+    }
+
+    /// The sessions that there are.
+    pub(crate) fn sessions(&self) -> LogSessions {
+        let index = self.index.lock();
+        index.sessions.as_of(index.applied)
+    }
+
+    /// Waits until another agent has a session, here or elsewhere. Cancel-safe; for one waiter.
+    pub(crate) async fn moved(&self) {
+        self.moved.notified().await;
     }
 
     /// Waits until all that drains has been taken by all agents here. Cancel-safe; for one waiter.
@@ -255,19 +307,61 @@ impl Directory {
         index.ring_bells();
         // What concerns nobody here is taken already.
         index.note_settled(&self.settled);
+        if std::mem::take(&mut index.moved) {
+            self.moved.notify_one();
+        }
     }
 
     pub(super) fn restart(&self, state: &ClusterState) {
         let mut index = self.index.lock();
         index.restart(state);
         index.ring_bells();
+        self.moved.notify_one();
     }
 }
 
 impl Index {
+    fn open(&mut self, opened: Opened, bell: Arc<Bell>) -> Option<Place> {
+        let Opened { number, host, session, known } = opened;
+        let place = known.and_then(|known| self.resume(known));
+        // What an agent knows that begins anew may be anything: it owes the first whole. What began to drain behind a
+        // place that is gone on from is not kept, so all up to here is owed.
+        let (taken, drain) = place.map_or((0, 1), |place| (place.revision, self.applied.max(place.revision)));
+        let entry = SeatEntry { host, session, bell, interest: BTreeSet::new(), taken, drain, touched: None };
+        if entry.owes() {
+            self.drained = self.drained.max(drain);
+        }
+        self.seats.insert(number, entry);
+        place
+    }
+
+    /// Where an agent stands that knows this, if everything since can be told.
+    fn resume(&self, known: Known) -> Option<Place> {
+        let Known { revision, everything } = known;
+        let is_known = everything == self.everything
+            && self.changed_common.reaches(revision)
+            && (!everything || self.changed_endpoints.reaches(revision));
+        is_known.then_some(Place { revision, mode: self.mode })
+    }
+
     fn floor(&self) -> u64 {
-        let owing = self.seats.values().filter(|seat| seat.owes()).map(|seat| seat.taken);
-        owing.min().unwrap_or(self.applied)
+        let owing = self.seats.values().filter(|seat| seat.owes() && !self.is_void(seat));
+        owing.map(|seat| seat.taken).min().unwrap_or(self.applied)
+    }
+
+    /// The log has gone on without it: its agent has another session, or none.
+    fn is_void(&self, seat: &SeatEntry) -> bool {
+        self.applied >= seat.session && self.sessions.of(seat.host) != Some(seat.session)
+    }
+
+    fn standing(&self) -> Standing {
+        let is_current = |seat: &&SeatEntry| self.sessions.of(seat.host) == Some(seat.session);
+        let sessions = self.seats.values().filter(is_current).count();
+        Standing {
+            taken: self.floor(),
+            as_of: self.applied,
+            sessions: u64::try_from(sessions).unwrap_or(u64::MAX),
+        }
     }
 
     /// Says so once when all that drains has been taken.
@@ -292,6 +386,7 @@ impl Index {
         for record in state.instances() {
             self.put_endpoint(record);
         }
+        self.sessions.restart(self.applied, state.sessions());
         self.changed_endpoints.restart(self.applied);
         self.changed_common.restart(self.applied);
         // Places in the history before are no places in this one.
@@ -322,6 +417,8 @@ impl Index {
                 Change::Deleted(RowId::Host(id)) => {
                     self.hosts.remove(id);
                 }
+                Change::Session(record) => self.moved |= self.sessions.put(revision, record),
+                Change::Deleted(RowId::Session(host)) => self.moved |= self.sessions.remove(revision, *host),
                 _ => {}
             }
         }

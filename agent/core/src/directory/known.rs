@@ -50,6 +50,13 @@ impl Directory {
         self.revision
     }
 
+    /// What a session with the hub begins with; nothing, when nothing is known.
+    #[must_use]
+    pub fn known(&self) -> Option<pb::DirectoryKnown> {
+        let Self { incarnation, revision, everything, .. } = *self;
+        (revision != 0).then_some(pb::DirectoryKnown { incarnation, revision, everything })
+    }
+
     /// Takes an update of the hub.
     ///
     /// # Errors
@@ -87,8 +94,9 @@ impl Directory {
         for id in &update.removed_endpoints {
             change.services.extend(self.remove_endpoint(InstanceId(*id)));
         }
-        change.hosts |= self.forget_hosts();
         change.services.extend(self.put(update));
+        // Last, since services that are told anew drop endpoints too.
+        change.hosts |= self.forget_hosts();
         Ok(change)
     }
 

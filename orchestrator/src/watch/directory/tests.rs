@@ -46,6 +46,20 @@ fn directory(items_max: usize, everything_max: usize) -> Arc<Directory> {
     Arc::new(directory)
 }
 
+/// A session that the log has yet to show here, of an agent that knows nothing.
+fn seat(directory: &Arc<Directory>, number: u64) -> Seat {
+    opened(directory, number, u64::MAX, None).0
+}
+
+fn opened(
+    directory: &Arc<Directory>,
+    number: u64,
+    session: u64,
+    known: Option<Known>,
+) -> (Seat, Option<Place>) {
+    directory.seat(Opened { number, host: HostId(number), session, known })
+}
+
 /// What is behind the place, and the place where the reader then is.
 fn read(seat: &Seat, place: &mut Option<Place>) -> News {
     let here = seat.here().0;
@@ -64,7 +78,7 @@ fn ids(news: News) -> Vec<u64> {
 #[test]
 fn a_change_that_shows_nothing_new_is_told_to_nobody() {
     let directory = directory(100, 1000);
-    let seat = directory.seat(1);
+    let seat = seat(&directory, 1);
     let mut place = None;
     directory.applied(2, &[service("web", 80), endpoint(5, "web", pb::EndpointState::Ready)]);
     assert_eq!(read(&seat, &mut place), News::Whole);
@@ -82,7 +96,7 @@ fn a_change_that_shows_nothing_new_is_told_to_nobody() {
 #[test]
 fn of_a_large_fleet_only_those_who_named_it_hear_of_an_endpoint() {
     let directory = directory(100, 0);
-    let (web, db) = (directory.seat(1), directory.seat(2));
+    let (web, db) = (seat(&directory, 1), seat(&directory, 2));
     directory.applied(2, &[host(1), service("web", 80), endpoint(5, "web", pb::EndpointState::Ready)]);
     assert!(!web.here().1);
     assert_eq!(web.set_interest(["web".to_owned()]), ["web".into()]);
@@ -106,7 +120,7 @@ fn of_a_large_fleet_only_those_who_named_it_hear_of_an_endpoint() {
 #[tokio::test(start_paused = true)]
 async fn only_those_are_woken_whom_it_concerns() {
     let directory = directory(100, 0);
-    let (web, db) = (directory.seat(1), directory.seat(2));
+    let (web, db) = (seat(&directory, 1), seat(&directory, 2));
     web.set_interest(["web".to_owned()]);
     let quiet = |seat: &Seat| {
         let bell = seat.bell.clone();
@@ -130,7 +144,7 @@ async fn only_those_are_woken_whom_it_concerns() {
 #[test]
 fn a_place_that_left_the_ring_and_a_change_of_mode_mean_whole() {
     let directory = directory(4, 6);
-    let seat = directory.seat(1);
+    let seat = seat(&directory, 1);
     let mut place = None;
     directory.applied(2, &[host(1), host(2)]);
     read(&seat, &mut place);
@@ -159,32 +173,32 @@ fn a_place_that_left_the_ring_and_a_change_of_mode_mean_whole() {
 #[test]
 fn a_drain_is_taken_when_all_whom_it_concerns_have_said_so() {
     let directory = directory(100, 1000);
-    let (first, second) = (directory.seat(1), directory.seat(2));
+    let (first, second) = (seat(&directory, 1), seat(&directory, 2));
     directory.applied(2, &[endpoint(5, "web", pb::EndpointState::Ready)]);
-    assert_eq!(directory.floor(), 0, "nobody knows what a new session's agent has from before");
+    assert_eq!(directory.standing().taken, 0, "nobody knows what a new session's agent has from before");
     assert!(first.owes());
     first.taken(2);
     second.taken(2);
     directory.applied(3, &[endpoint(6, "web", pb::EndpointState::Ready)]);
-    assert_eq!((directory.floor(), first.owes()), (3, false), "nothing drains");
+    assert_eq!((directory.standing().taken, first.owes()), (3, false), "nothing drains");
     directory.applied(4, &[endpoint(5, "web", pb::EndpointState::Draining)]);
-    assert_eq!(directory.floor(), 3);
+    assert_eq!(directory.standing().taken, 3);
     first.taken(4);
     directory.applied(5, &[endpoint(7, "web", pb::EndpointState::Ready)]);
-    assert_eq!(directory.floor(), 3, "one has yet to say so");
+    assert_eq!(directory.standing().taken, 3, "one has yet to say so");
     directory.applied(6, &[endpoint(6, "web", pb::EndpointState::Draining)]);
     second.taken(4);
-    assert_eq!(directory.floor(), 4, "of the older one both have");
+    assert_eq!(directory.standing().taken, 4, "of the older one both have");
     drop(second);
-    assert_eq!(directory.floor(), 5, "the one that is left has not taken the newer");
+    assert_eq!(directory.standing().taken, 5, "the one that is left has not taken the newer");
     first.taken(6);
-    assert_eq!(directory.floor(), 6);
+    assert_eq!(directory.standing().taken, 6);
 }
 
 #[test]
 fn who_did_not_name_the_service_holds_no_drain_up() {
     let directory = directory(100, 0);
-    let (web, db) = (directory.seat(1), directory.seat(2));
+    let (web, db) = (seat(&directory, 1), seat(&directory, 2));
     directory.applied(2, &[host(1), endpoint(5, "web", pb::EndpointState::Ready)]);
     web.set_interest(["web".to_owned()]);
     web.taken(2);
@@ -192,7 +206,63 @@ fn who_did_not_name_the_service_holds_no_drain_up() {
     directory.applied(3, &[endpoint(5, "web", pb::EndpointState::Draining)]);
     assert!(web.owes() && !db.owes());
     web.taken(3);
-    assert_eq!(directory.floor(), 3);
+    assert_eq!(directory.standing().taken, 3);
+}
+
+fn session(host: u64, session: u64, sequence: u64) -> Change {
+    Change::Session(Arc::new(pb::SessionRecord { host_id: host, session, sequence }))
+}
+
+#[test]
+fn the_logs_sessions_are_counted_where_they_are() {
+    let directory = directory(100, 1000);
+    let standing = || {
+        let Standing { taken, as_of, sessions } = directory.standing();
+        (taken, as_of, sessions)
+    };
+    let (first, _) = opened(&directory, 1, 2, None);
+    let _second = opened(&directory, 2, 3, None);
+    assert_eq!(standing(), (0, 1, 0), "this member has yet to apply them");
+    directory.applied(2, &[session(1, 2, 0)]);
+    directory.applied(3, &[session(2, 3, 0)]);
+    assert_eq!(standing(), (0, 3, 2));
+    directory.applied(4, &[session(1, 2, 1), session(7, 4, 0)]);
+    assert_eq!(directory.sessions(), LogSessions { count: 3, changed: 4, as_of: 4 });
+    first.taken(4);
+    directory.applied(5, &[session(1, 2, 2)]);
+    assert_eq!(directory.sessions(), LogSessions { count: 3, changed: 4, as_of: 5 }, "a report");
+    // The second goes on elsewhere: its old session, which nobody has noticed to be dead, holds nothing up.
+    directory.applied(6, &[session(2, 6, 0)]);
+    assert_eq!(standing(), (6, 6, 1));
+    directory.applied(7, &[Change::Deleted(RowId::Session(HostId(1)))]);
+    assert_eq!((standing(), directory.sessions().count), ((7, 7, 0), 2), "lost");
+}
+
+#[test]
+fn a_session_goes_on_where_the_last_one_ended_while_all_since_is_known() {
+    let directory = directory(4, 1000);
+    for revision in 2..=9 {
+        let state = [pb::EndpointState::Ready, pb::EndpointState::Starting][usize::from(revision % 2 == 0)];
+        directory.applied(revision, &[endpoint(0, "web", state)]);
+    }
+    let open = |number, revision, everything| {
+        opened(&directory, number, u64::MAX, Some(Known { revision, everything }))
+    };
+    assert_eq!(open(1, 4, true).1, None, "some of it has left the ring");
+    assert_eq!(open(2, 7, false).1, None, "it knows the endpoints of some services alone");
+    let (seat, mut place) = open(3, 7, true);
+    assert!(seat.owes(), "something may have begun to drain meanwhile");
+    assert_eq!(directory.standing().taken, 7);
+    assert_eq!(ids(read(&seat, &mut place)), [0]);
+    drop(seat);
+    let (seat, mut place) = open(4, 9, true);
+    assert!(!seat.owes(), "it knows all there is");
+    assert_eq!(directory.standing().taken, 9);
+    assert_eq!(ids(read(&seat, &mut place)), [0; 0]);
+    let ahead = open(5, 12, true);
+    assert!(ahead.1.is_some() && !ahead.0.owes(), "this member has yet to apply what it knows");
+    directory.applied(10, &[endpoint(0, "web", pb::EndpointState::Draining)]);
+    assert!(seat.owes() && !ahead.0.owes());
 }
 
 #[derive(Debug, Clone)]
@@ -217,7 +287,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// All services, and the endpoints of those that an agent may know, by what is told of each.
-type Known = (BTreeMap<String, pb::DirectoryService>, BTreeMap<u64, pb::DirectoryEndpoint>);
+type Picture = (BTreeMap<String, pb::DirectoryService>, BTreeMap<u64, pb::DirectoryEndpoint>);
 
 #[derive(Default)]
 struct Truth {
@@ -226,7 +296,7 @@ struct Truth {
 }
 
 impl Truth {
-    fn known(&self, everything: bool, interest: &BTreeSet<Arc<str>>) -> Known {
+    fn known(&self, everything: bool, interest: &BTreeSet<Arc<str>>) -> Picture {
         let endpoints = self.instances.values().filter_map(|record| directory_endpoint(record));
         let endpoints = endpoints.filter(|one| everything || interest.contains(one.service.as_str()));
         (
@@ -249,10 +319,10 @@ proptest! {
         everything_max in prop_oneof![Just(0usize), Just(4), Just(1000)],
     ) {
         let directory = directory(items_max, everything_max);
-        let seat = directory.seat(1);
+        let seat = seat(&directory, 1);
         let mut truth = Truth::default();
         let (mut place, mut owed) = (None, BTreeSet::<Arc<str>>::new());
-        let mut known = Known::default();
+        let mut known = Picture::default();
         let mut revision = 1;
         directory.applied(1, &[host(0), host(1)]);
         for step in steps {
