@@ -2,6 +2,7 @@
 //! the directory, which is there without a hub too. `answer.rs` decides; here are sockets, and their bounds.
 
 mod answer;
+mod naming;
 pub(crate) mod resolv;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,6 +20,7 @@ use tracing::debug;
 use crate::directory::Ways;
 use crate::sockets::Sockets;
 use answer::Names;
+pub(crate) use naming::{Begun, Naming, Resolver};
 
 const PORT: u16 = 53;
 /// A question has some 100 bytes; a longer packet is none.
@@ -75,10 +77,6 @@ impl HostNames {
 impl DnsServer {
     /// # Errors
     /// Another program has the port, or this agent may not listen there.
-    pub(crate) fn bind(sockets: &mut Sockets, prefix: [u8; 2], ways: Ways) -> std::io::Result<Self> {
-        Self::bind_at(SocketAddr::from((address(prefix), PORT)), sockets, prefix, ways)
-    }
-
     fn bind_at(at: SocketAddr, sockets: &mut Sockets, prefix: [u8; 2], ways: Ways) -> std::io::Result<Self> {
         let udp = sockets.udp("dns", at)?;
         let tcp = sockets.tcp("dns", udp.local_addr()?)?;

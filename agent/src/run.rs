@@ -2,7 +2,7 @@
 //! to stop. Called by the cli. Services are never touched by either: the next agent adopts them.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,11 +24,9 @@ use crate::clock;
 use crate::config::{AgentConfig, ConfigError};
 use crate::data_dir::{DataDir, DataDirError, check_format};
 use crate::directory::{DirectoryHandle, Store, Ways};
-use crate::dns::resolv::ResolvConf;
-use crate::dns::{self, DnsServer};
+use crate::dns::{Begun, Naming};
 use crate::executor::Executor;
 use crate::executor::directories::Directories;
-use crate::executor::ports::holder;
 use crate::executor::spawn::SpawnContext;
 use crate::executor::users;
 use crate::facts;
@@ -52,6 +50,8 @@ const KEEPER_EVENTS: usize = 256;
 const HUB_EVENTS: usize = 16;
 /// Probe results of some hundred instances within a turn.
 const INPUTS: usize = 256;
+/// The name server's port, when another program had it.
+const RETRY_NAMES: Duration = Duration::from_secs(10);
 /// Its service manager starts it again within a second or two; one that was upgraded is there at once. The keeper gives
 /// an agent that it finds as long to say hello.
 const NEXT_KEEPER_WITHIN: Duration = Duration::from_secs(10);
@@ -274,7 +274,14 @@ async fn with_keeper(
     });
     let directory = DirectoryHandle::new(Store::read(&data.directory()), proxy.asks());
     let ways = Ways::new(directory.clone(), proxy.clone());
-    let resolv_conf = names(config, &data, ways.clone(), lasting, &mut tasks, shutdown).await;
+    let mut naming = config.dns.then(|| {
+        let prefix = parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX);
+        Naming::new(prefix, ways.clone(), data.resolv_conf(), lasting.notes.clone())
+    });
+    let resolver = naming.as_ref().map(Naming::resolver).unwrap_or_default();
+    if let Some(naming) = &mut naming {
+        serve_names(naming, &mut lasting.sockets, &mut tasks, shutdown).await;
+    }
     lasting.sockets.keep(&keeper).await.map_err(|_| RunError::KeeperLost)?;
     let runtime_name = format!("nave-{cluster}-{host}");
     let directories =
@@ -288,7 +295,7 @@ async fn with_keeper(
         notify,
         closed.map(Path::to_owned),
     )
-    .with_ways(ways.clone(), resolv_conf);
+    .with_ways(ways.clone(), resolver);
 
     let (ledger, records) = Ledger::open(&data.ledger())?;
     let reconciler = Reconciler::restore(&boot_id, records, clock::monotonic());
@@ -336,7 +343,7 @@ async fn with_keeper(
     });
 
     let (inputs, input_inbox) = mpsc::channel(INPUTS);
-    let executor = Executor::new(context.into(), keeper, config.port_min..=config.port_max, inputs);
+    let executor = Executor::new(context.into(), keeper.clone(), config.port_min..=config.port_max, inputs);
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
     let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
     lasting.notes.repeat();
@@ -363,7 +370,23 @@ async fn with_keeper(
 
     // The main task ends at the end of a turn, so that what it began to write is whole; the others hold nothing.
     let mut result = Ok(());
-    while let Some(ended) = tasks.join_next().await {
+    let mut retry = tokio::time::interval(RETRY_NAMES);
+    loop {
+        let unserved = naming.as_mut().filter(|naming| !naming.has_begun() && !shutdown.is_cancelled());
+        let ended = tokio::select! {
+            ended = tasks.join_next() => ended,
+            _ = retry.tick(), if unserved.is_some() => {
+                if let Some(naming) = unserved {
+                    serve_names(naming, &mut lasting.sockets, &mut tasks, shutdown).await;
+                    if naming.has_begun() {
+                        // A keeper that is lost is told by the main loop's end.
+                        lasting.sockets.keep(&keeper).await.ok();
+                    }
+                }
+                continue;
+            }
+        };
+        let Some(ended) = ended else { break };
         if !shutdown.is_cancelled() {
             result = Err(why(Some(ended)));
             break;
@@ -377,68 +400,25 @@ async fn with_keeper(
     result
 }
 
-/// Answers names of services, if it may. Returns the resolver's file for services, when they can have one.
-async fn names(
-    config: &AgentConfig,
-    data: &DataDir,
-    ways: Ways,
-    lasting: &mut Lasting,
+/// Answers names of services from here on, unless their port is somebody else's.
+async fn serve_names(
+    naming: &mut Naming,
+    sockets: &mut Sockets,
     tasks: &mut JoinSet<Result<(), RunError>>,
     shutdown: &CancellationToken,
-) -> Option<PathBuf> {
-    if !config.dns {
-        return None;
-    }
-    let prefix = parse_prefix(&config.address_prefix).unwrap_or(DEFAULT_PREFIX);
-    let address = dns::address(prefix);
-    let server = match DnsServer::bind(&mut lasting.sockets, prefix, ways) {
-        Ok(server) => {
-            lasting.notes.unsay("dns");
-            server
-        }
-        Err(error) => {
-            let why = match error.kind() {
-                std::io::ErrorKind::AddrInUse => {
-                    format!("{} has port 53", holder(53).unwrap_or_else(|| "another program".to_owned()))
-                }
-                std::io::ErrorKind::PermissionDenied => "this agent may not listen on port 53".to_owned(),
-                _ => error.to_string(),
-            };
-            lasting
-                .notes
-                .say("dns", format!("names such as web.nave.internal are not answered at {address}: {why}"));
-            warn!(%address, %error, "names such as web.nave.internal are not answered: port 53 cannot be used");
-            return None;
-        }
-    };
-    info!(%address, "names of services are answered");
+) {
+    let Some(Begun { server, resolv_conf }) = naming.begin(sockets).await else { return };
     let ends = shutdown.clone();
     tasks.spawn(async move {
         server.serve(ends).await;
         Ok(())
     });
-    if !users::own_uid().is_root() {
-        return None;
-    }
-    let path = data.resolv_conf();
-    let written = tokio::task::spawn_blocking(move || ResolvConf::write(path, address)).await;
-    match written.map_err(std::io::Error::other).flatten() {
-        Ok(resolv_conf) => {
-            let (path, ends) = (resolv_conf.path().to_owned(), shutdown.clone());
-            tasks.spawn(async move {
-                resolv_conf.follow(ends).await;
-                Ok(())
-            });
-            Some(path)
-        }
-        Err(error) => {
-            lasting.notes.say(
-                "resolver",
-                format!("services keep the host's resolver, which knows no names of services: {error}"),
-            );
-            warn!(%error, "services keep the host's resolver, which knows no names of services");
-            None
-        }
+    if let Some(resolv_conf) = resolv_conf {
+        let ends = shutdown.clone();
+        tasks.spawn(async move {
+            resolv_conf.follow(ends).await;
+            Ok(())
+        });
     }
 }
 

@@ -26,6 +26,7 @@ use super::users::{self, RunAs};
 use crate::cgroups::{Cgroups, InstanceCgroup};
 use crate::command::ServiceCommand;
 use crate::directory::Ways;
+use crate::dns::Resolver;
 use crate::logs::limits::log_limits;
 use crate::logs::source::LinesSince;
 use crate::notify::NotifySockets;
@@ -49,7 +50,7 @@ pub(crate) struct SpawnContext {
     /// To the services that a process may call.
     ways: Option<Ways>,
     /// Mounted over the processes' own, when this host answers names.
-    resolv_conf: Option<PathBuf>,
+    resolv_conf: Resolver,
     /// The agent's own user, for services that run as it.
     own_user: String,
     /// A directory on the way to the services' own that other users may not pass.
@@ -109,14 +110,14 @@ impl SpawnContext {
             notify,
             artifacts,
             ways: None,
-            resolv_conf: None,
+            resolv_conf: Resolver::default(),
             own_user,
             closed,
         }
     }
 
     /// With the ways to other services, which every process is told.
-    pub(crate) fn with_ways(self, ways: Ways, resolv_conf: Option<PathBuf>) -> Self {
+    pub(crate) fn with_ways(self, ways: Ways, resolv_conf: Resolver) -> Self {
         Self { ways: Some(ways), resolv_conf, ..self }
     }
 
@@ -202,7 +203,7 @@ impl SpawnContext {
             argv: &argv.value,
             env: &env,
             notify: self.notify.dir(),
-            resolv_conf: self.resolv_conf.as_deref(),
+            resolv_conf: self.resolv_conf.get().map(PathBuf::as_path),
             root: geteuid().is_root(),
         })
         .map_err(|message| error(SpawnErrorKind::Exec, message))?;
