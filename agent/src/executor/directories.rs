@@ -259,7 +259,8 @@ fn written(folder: &Path) -> SystemTime {
     times.max().unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-fn is_older(folder: &Path, age: Duration) -> bool {
+/// All that was written in it was written before that.
+pub(crate) fn is_older(folder: &Path, age: Duration) -> bool {
     let since = written(folder).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let now = Duration::from_nanos(u64::try_from(clock::wall_unix_ns()).unwrap_or_default());
     now.saturating_sub(since) > age

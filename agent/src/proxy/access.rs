@@ -1,6 +1,7 @@
 //! A line for each call of the services that want it, in files as the keeper writes processes' output, so that they are
 //! read, followed and merged the same way: `<data>/access/<service>/i-0-1/<10 digits>.log`. Of each service the newest
-//! 16 MiB. A thread of its own writes, since disks stall; what it cannot keep up with is dropped, counted, and said in
+//! 16 MiB, and of one that nobody has called for as long as ended output is kept, as one that is deleted, nothing. A
+//! thread of its own writes, since disks stall; what it cannot keep up with is dropped, counted, and said in
 //! its place.
 
 use std::collections::BTreeMap;
@@ -9,11 +10,14 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::clock;
+use crate::executor::directories::is_older;
+use crate::logs::limits::MAX_AGE;
 
 /// Of about 300 bytes each; at 100,000 a second the disk may stall for 80 ms.
 const WAITING: usize = 8192;
@@ -23,6 +27,8 @@ const SEGMENT_BYTES: u64 = 4 * 1024 * 1024;
 const SEGMENTS: usize = 4;
 /// More are closed and opened again.
 const OPEN_FILES_MAX: usize = 64;
+/// How often it is looked for what is too old.
+const PRUNE_EVERY: Duration = Duration::from_secs(600);
 /// In place of an instance and its epoch.
 const FOLDER: &str = "i-0-1";
 
@@ -79,7 +85,18 @@ struct Writer {
 
 impl Writer {
     fn run(mut self, lines: &Receiver<Line>) {
-        while let Ok(first) = lines.recv() {
+        let mut prune_at = clock::monotonic();
+        loop {
+            let now = clock::monotonic();
+            if now >= prune_at {
+                self.prune(MAX_AGE);
+                prune_at = now + PRUNE_EVERY;
+            }
+            let first = match lines.recv_timeout(prune_at.since(now)) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             let mut texts = BTreeMap::<Arc<str>, (u64, Vec<u8>)>::new();
             for line in std::iter::once(first).chain(lines.try_iter().take(BATCH - 1)) {
                 let (count, text) = texts.entry(line.service).or_default();
@@ -92,6 +109,21 @@ impl Writer {
             }
             for (service, (count, text)) in texts {
                 self.write(service, count, &text);
+            }
+        }
+    }
+
+    /// By this thread, which may have the file open.
+    fn prune(&mut self, age: Duration) {
+        for entry in std::fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let folder = entry.path();
+            if !is_older(&folder.join(FOLDER), age) {
+                continue;
+            }
+            self.files.retain(|service, _| *entry.file_name() != **service);
+            match std::fs::remove_dir_all(&folder) {
+                Ok(()) => debug!(path = %folder.display(), "an old access log is removed"),
+                Err(error) => warn!(path = %folder.display(), %error, "an old access log cannot be removed"),
             }
         }
     }
@@ -238,6 +270,26 @@ mod tests {
         assert!(sizes.len() == SEGMENTS, "{sizes:?}");
         assert!(sizes.iter().all(|size| *size <= SEGMENT_BYTES + 16_000), "{sizes:?}");
         assert_eq!(third.dropped.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn what_nobody_has_called_for_long_goes_and_may_come_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut writer = writer(directory.path());
+        let mut text = Vec::new();
+        nave_keeper::write_line(clock::wall_unix_ns(), b"called", &mut text);
+        for service in ["db", "web"] {
+            writer.write(service.into(), 1, &text);
+        }
+        let day = Duration::from_secs(24 * 3600);
+        let long_ago = std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        let file = path(&directory.path().join("web").join(FOLDER), 1);
+        File::options().append(true).open(file).unwrap().set_modified(long_ago).unwrap();
+        writer.prune(day);
+        assert!(texts(directory.path()).is_empty() && !directory.path().join("web").exists());
+        assert!(directory.path().join("db").exists());
+        writer.write("web".into(), 1, &text);
+        assert_eq!(texts(directory.path()), ["called"], "not into a file that is gone");
     }
 
     #[test]
