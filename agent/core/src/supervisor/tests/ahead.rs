@@ -58,8 +58,8 @@ fn it_is_ordered_once_and_told_when_it_is_done() {
 
     scene.want_fetched(Some(3));
     assert_eq!((scene.fetches(), scene.said()), (vec![3], None), "another successor");
-    scene.stop();
-    assert_eq!((scene.fetches(), scene.said()), (vec![0], None), "its time has come");
+    scene.give(Input::Forget);
+    assert_eq!((scene.fetches(), scene.said()), (vec![0], None), "the hub names it no longer");
 }
 
 #[test]
