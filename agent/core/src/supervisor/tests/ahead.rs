@@ -21,10 +21,11 @@ impl Scene {
 
     /// Templates that were ordered, 0 for one that was taken back.
     fn fetches(&mut self) -> Vec<u64> {
-        let template = |action: Action| match action {
-            Action::FetchAhead(order) => Some(order.template_version),
-            Action::CancelFetch => Some(0),
-            _ => None,
+        let template = |action: Action| {
+            if let Action::FetchAhead(order) = &action {
+                return Some(order.template_version);
+            }
+            (action == Action::CancelFetch).then_some(0)
         };
         self.orders().into_iter().filter_map(template).collect()
     }
