@@ -237,17 +237,23 @@ impl HostTask {
         }
         self.count_calls(&mut work);
         work.orders.extend(self.reconciler.tick(clock::monotonic(), &mut rand::rng()));
-        // Before any effect: nothing new goes to a process that is about to be told to end.
-        self.tell_proxy();
+        let mut stirred = self.reconciler.take_stirred();
+        if stirred {
+            // Before any effect: nothing new goes to a process that is about to be told to end.
+            self.tell_proxy();
+        }
         self.carry_out(work).await?;
-        self.tell_proxy();
-        self.tell_firewall();
+        stirred |= self.reconciler.take_stirred();
+        if stirred {
+            self.tell_proxy();
+            self.tell_firewall();
+            self.show();
+        }
         let now = clock::monotonic();
         self.look_after_logs(now);
         let wall = WallOffset::measure(now, clock::wall_unix_ns());
         self.say_interest();
         self.uplink.say(&mut self.reconciler, now, wall);
-        self.show();
         Ok(())
     }
 

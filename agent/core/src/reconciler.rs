@@ -59,6 +59,8 @@ pub struct Reconciler {
     stops: BTreeMap<InstanceId, u64>,
     /// They are to stop, and stay for others here that need them.
     held: BTreeSet<InstanceId>,
+    /// See [`Reconciler::take_stirred`].
+    stirred: bool,
 }
 
 impl Reconciler {
@@ -77,7 +79,15 @@ impl Reconciler {
             lease: None,
             stops: BTreeMap::new(),
             held: BTreeSet::new(),
+            stirred: true,
         }
+    }
+
+    /// Whether anything that can be seen of the instances (which there are, their states, endpoints, ports and what is
+    /// wanted of them) may have changed since the last call. A health check that says what the last one said changes
+    /// nothing, and a host of a thousand instances makes a thousand of them a second.
+    pub fn take_stirred(&mut self) -> bool {
+        std::mem::take(&mut self.stirred)
     }
 
     /// Incarnation and generation in force, for `Hello` and `Acknowledge`; zeros: none.
@@ -102,6 +112,7 @@ impl Reconciler {
             return Err(StaleWanted { given: set.generation, known: self.generation });
         }
         (self.incarnation, self.generation) = (set.incarnation, set.generation);
+        self.stirred = true;
         let named: BTreeSet<_> = set.instances.iter().map(|wanted| InstanceId(wanted.instance_id)).collect();
         let mut orders = Vec::new();
         let unnamed: Vec<_> = self.supervisors.keys().filter(|id| !named.contains(id)).copied().collect();
@@ -130,6 +141,7 @@ impl Reconciler {
             return Err(NeedWhole { incarnation: self.incarnation, generation: self.generation });
         }
         self.generation = delta.to_generation;
+        self.stirred = true;
         let stops = delta.removed.iter().copied().map(InstanceId).chain(needed::stops(&delta.put));
         let mut going: BTreeSet<InstanceId> = stops.collect();
         if !going.is_empty() {
@@ -274,6 +286,7 @@ impl Reconciler {
     /// The connection to the keeper is lost: what it does from now on is known only from its next list.
     pub fn keeper_lost(&mut self) {
         self.keeper_known = false;
+        self.stirred = true;
         self.supervisors.values_mut().for_each(Supervisor::keeper_lost);
     }
 
@@ -293,6 +306,7 @@ impl Reconciler {
     ) -> Vec<Order> {
         let fresh = !self.keeper_known;
         self.keeper_known = true;
+        self.stirred = true;
         let mut kept: BTreeMap<InstanceId, Vec<&pb::KeptProcess>> = BTreeMap::new();
         for process in list {
             kept.entry(InstanceId(process.instance_id)).or_default().push(process);
@@ -352,6 +366,7 @@ impl Reconciler {
     ) {
         let Some(supervisor) = self.supervisors.get_mut(&instance) else { return };
         for action in supervisor.step(now, rng, input) {
+            self.stirred |= !matches!(action, Action::WakeAt(_));
             match action {
                 Action::Report | Action::Gone => {
                     self.changed.insert(instance);
@@ -435,6 +450,7 @@ impl Reconciler {
             if self.supervisors.get(&instance).is_some_and(Supervisor::is_gone) {
                 self.supervisors.remove(&instance);
                 self.changed.remove(&instance);
+                self.stirred = true;
                 orders.push(Order { instance, action: Action::ForgetLedger });
             }
         }

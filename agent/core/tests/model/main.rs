@@ -96,6 +96,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
     match *event {
         Event::Turns(turns) => (0..turns).for_each(|_| {
             world.turn();
+            world.check_stirred();
         }),
         Event::Pass(ms) => world.pass(Duration::from_millis(ms)),
         Event::Exit(instance, code) => world.exit(instance, code),
@@ -228,6 +229,7 @@ proptest! {
         let mut epochs = 0;
         for event in &events {
             happen(&mut world, event, &mut epochs);
+            world.check_stirred();
         }
         world.keeper.behave();
         world.settle();
@@ -257,6 +259,7 @@ proptest! {
         let mut epochs = 1;
         for event in &events {
             happen(&mut world, event, &mut epochs);
+            world.check_stirred();
         }
         world.settle();
         world.check_converged();

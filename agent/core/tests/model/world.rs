@@ -65,7 +65,13 @@ pub(crate) struct World {
     /// Which are to stop: with which generation and since when, and whether a stop was under way then.
     to_stop: BTreeMap<u64, (u64, Monotonic, bool)>,
     pub(crate) oracle: Oracle,
+    /// At the last look.
+    seen: BTreeMap<InstanceId, Seen>,
 }
+
+/// What the proxy, the firewall and people see of an instance.
+type Seen =
+    (u64, std::mem::Discriminant<State>, pb::EndpointState, BTreeMap<String, u16>, pb::WantedInstance);
 
 pub(crate) const INCARNATION: u64 = 3;
 
@@ -90,6 +96,7 @@ impl World {
             agents: 0,
             to_stop: BTreeMap::new(),
             oracle: Oracle::default(),
+            seen: BTreeMap::new(),
         };
         world.connect();
         world
@@ -321,6 +328,20 @@ impl World {
                 id - 1
             );
         }
+    }
+
+    /// What is seen of the instances changes only when the agent says that it may have.
+    pub(crate) fn check_stirred(&mut self) {
+        let seen = self.agent.supervisors().map(|one| {
+            let wanted = one.wanted().clone();
+            let state = std::mem::discriminant(one.state());
+            (one.instance(), (one.key().epoch, state, one.endpoint(), one.ports().clone(), wanted))
+        });
+        let seen: BTreeMap<_, _> = seen.collect();
+        if !self.agent.take_stirred() {
+            assert_eq!(self.seen, seen, "it changed, and the agent has not said so");
+        }
+        self.seen = seen;
     }
 
     /// The hub commits what is gone, as far as it wants it gone, and forgets it.
