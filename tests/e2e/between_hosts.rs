@@ -204,7 +204,7 @@ fn callers_outlive_the_agent_of_the_other_host(cluster: &Cluster) {
 
 #[test]
 fn a_planned_change_fails_no_call() {
-    let cluster = Cluster::start(&Setup { members: 1, agents: 2 });
+    let mut cluster = Cluster::start(&Setup { members: 3, agents: 2 });
     let rules = "[update]\nmax_parallel = 1\nmin_ready = \"500ms\"";
     cluster.apply(&web_with("web", 4, "--greeting one", rules), &["--wait"]).expect(0);
     let address = cluster.address("web").to_string();
@@ -212,6 +212,7 @@ fn a_planned_change_fails_no_call() {
 
     let (done, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
     let failures = std::thread::scope(|scope| {
+        let ends = Ends(&done);
         let callers: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| {
@@ -228,18 +229,47 @@ fn a_planned_change_fails_no_call() {
         cluster.apply(&web_with("web", 4, "--greeting two", rules), &["--wait"]).expect(0);
         cluster.nave(&["scale", "web", "2"]).expect(0);
         cluster.wait_ready("web", 2);
+        restart_under_another_leader(&mut cluster);
         cluster.nave(&["drain", "agent-2"]).expect(0);
         eventually_some("the host is empty", SOON, || {
             let rows = cluster.ps("web");
             let moved = rows.iter().filter(|row| row["host"] == "agent-1" && row["ready"] == true).count();
             (moved == 2 && rows.len() == 2).then_some(())
         });
-        done.store(true, Ordering::Relaxed);
+        drop(ends);
         callers.into_iter().flat_map(|caller| caller.join().expect("no panic")).collect::<Vec<_>>()
     });
     let calls = calls.load(Ordering::Relaxed);
     assert!(failures.is_empty(), "{} of {calls} calls failed, the first: {}", failures.len(), failures[0]);
     assert!(calls > 100, "only {calls} calls were made");
+}
+
+/// Says so when the test ends, also by a panic: else the callers would go on for ever.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The leader dies before the first of its instances has to go: who it is that has left that one, its successor has to
+/// hear from agents that look for another member.
+fn restart_under_another_leader(cluster: &mut Cluster) {
+    let before: Vec<u32> = cluster.ps("web").iter().map(pid).collect();
+    let leader = cluster.wait_for_leader();
+    cluster.nave(&["restart", "web"]).expect(0);
+    eventually("a replacement begins", SOON, || cluster.ps("web").len() > 2);
+    cluster.members[leader].kill();
+    eventually("all are replaced", SOON, || {
+        let rows = cluster.try_json(&["ps", "web"]);
+        let rows = rows.as_ref().and_then(Value::as_array).cloned().unwrap_or_default();
+        let new = rows.iter().filter(|row| {
+            row["ready"] == true
+                && !row["pid"].as_u64().is_some_and(|pid| before.iter().any(|old| u64::from(*old) == pid))
+        });
+        new.count() == 2 && rows.len() == 2
+    });
 }
 
 /// A stream of its own, there and back.
