@@ -166,6 +166,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_the_agent_before_had_is_taken_over_with_who_waits_in_it() {
+        let free = || StdListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
+        let (listen, dns) = (free(), free());
+        let mut before = Sockets::default();
+        before.tcp("listen", listen).unwrap();
+        before.udp("dns", dns).unwrap();
+        let waiting = tokio::net::TcpStream::connect(listen).await.unwrap();
+        // As the keeper gives them out.
+        let mut next = Sockets { inherited: before.own, ..Sockets::default() };
+        let taken = next.tcp("listen", listen).unwrap();
+        let accepted = tokio::time::timeout(std::time::Duration::from_secs(10), taken.accept()).await;
+        assert_eq!(accepted.unwrap().unwrap().1, waiting.local_addr().unwrap());
+        assert_eq!(next.udp("dns", dns).unwrap().local_addr().unwrap(), dns);
+        assert!(next.inherited.is_empty() && next.own.len() == 2, "the keeper after this one gets both");
+    }
+
+    #[tokio::test]
     async fn a_socket_of_another_address_is_not_taken_for_it() {
         let mut sockets = Sockets::default();
         let any = SocketAddr::from(([127, 0, 0, 1], 0));

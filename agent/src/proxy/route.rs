@@ -453,5 +453,10 @@ mod tests {
         drop(first);
         assert!(route.connection().is_some());
         assert_eq!(route.connections.load(Relaxed), 0);
+        route.set_rules(PortRules { requests_max: 1, ..PortRules::default() });
+        let request = route.request().unwrap();
+        assert!(route.request().is_none() && route.connection().is_some());
+        drop(request);
+        assert!(route.request().is_some());
     }
 }

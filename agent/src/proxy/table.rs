@@ -487,6 +487,13 @@ mod tests {
         assert_eq!(table.in_flight(InstanceId(1)), 1);
         let again = table.put(service(vec![endpoint(1, OWN)])).remove(0).route;
         assert!(Arc::ptr_eq(&first, &again));
+        let mut stricter = (*service(vec![endpoint(1, OWN)])).clone();
+        stricter.ports[0].rules.requests_max = 1;
+        let same = table.put(Arc::new(stricter)).remove(0).route;
+        assert!(
+            Arc::ptr_eq(&first, &same) && first.rules().requests_max == 1,
+            "a rule holds for who is there"
+        );
         let mut changed = (*service(Vec::new())).clone();
         changed.ports[0].protocol = Protocol::Grpc;
         assert!(!Arc::ptr_eq(&first, &table.put(Arc::new(changed)).remove(0).route));

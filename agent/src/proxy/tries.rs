@@ -116,3 +116,30 @@ impl fmt::Display for Failed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::two_hosts::local;
+
+    const PATIENCE: Duration = Duration::from_secs(3);
+
+    #[tokio::test(start_paused = true)]
+    async fn what_may_have_been_begun_counts_and_what_took_nothing_only_once_patience_ends() {
+        let endpoint = |instance| local(instance, ([127, 0, 0, 1], 1).into());
+        let mut tries = Tries::default();
+        for _ in 0..20 {
+            tries.add(&endpoint(1), "refused", true);
+        }
+        assert!(tries.may_go_on(0, PATIENCE), "nobody has had any of it");
+        tries.add(&endpoint(2), "closed", false);
+        assert!(!tries.may_go_on(0, PATIENCE) && tries.may_go_on(1, PATIENCE));
+        tries.add(&endpoint(3), "closed", false);
+        assert!(!tries.may_go_on(1, PATIENCE) && tries.may_go_on(2, PATIENCE));
+        tokio::time::advance(PATIENCE).await;
+        assert!(!tries.may_go_on(21, PATIENCE) && tries.may_go_on(22, PATIENCE), "all of them count now");
+        assert_eq!(tries.due(PATIENCE), None);
+        assert!(tries.forgive_unreached() && !tries.forgive_unreached());
+        assert_eq!(tries.keys(), [endpoint(2).key, endpoint(3).key]);
+    }
+}

@@ -313,16 +313,19 @@ mod tests {
         let calls = pb::Calls {
             timeout: seconds(5),
             try_timeout: seconds(2),
+            idle_timeout: seconds(7),
+            max_connections: Some(11),
             max_requests: Some(9),
             max_pending: Some(0),
             retries: Some(0),
             hash_header: "X-User".to_owned(),
             access_log: true,
-            ..Default::default()
         };
         let said = PortRules {
             request_timeout: Some(Duration::from_secs(5)),
             try_timeout: Some(Duration::from_secs(2)),
+            idle_timeout: Duration::from_secs(7),
+            connections_max: 11,
             requests_max: 9,
             pending_max: 0,
             retries_max: 0,

@@ -533,3 +533,30 @@ fn absolute(uri: Uri, headers: &HeaderMap, service: &str) -> Uri {
     parts.path_and_query = parts.path_and_query.or_else(|| Some(PathAndQuery::from_static("/")));
     Uri::from_parts(parts).expect("it has all three")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_continued_or_begun() {
+        let caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let mut headers = HeaderMap::from_iter([(TRACEPARENT, HeaderValue::from_static(caller))]);
+        let known = trace(&mut headers);
+        assert_eq!(known.parent, Some([0xb7, 0xad, 0x6b, 0x71, 0x69, 0x20, 0x33, 0x31]));
+        let sent = Trace::parse(headers[TRACEPARENT].as_bytes()).unwrap();
+        assert_eq!(
+            (sent.id, sent.span, sent.flags),
+            (known.id, known.span, 1),
+            "ours is the callee's parent"
+        );
+        assert_eq!(format!("{:032x}", u128::from_be_bytes(sent.id)), caller[3..35]);
+        assert_eq!(headers.get_all(TRACEPARENT).iter().count(), 1);
+        let mut none = HeaderMap::new();
+        let begun = trace(&mut none);
+        assert_eq!(
+            (begun.parent, Trace::parse(none[TRACEPARENT].as_bytes()).map(|sent| sent.id)),
+            (None, Some(begun.id))
+        );
+    }
+}
