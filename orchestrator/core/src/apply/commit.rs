@@ -222,8 +222,11 @@ impl Tx<'_> {
             ..before.as_ref().clone()
         };
         standing.changes(self.state, Some(&before), &record);
+        let leaves_fetched = standing.leaves_fetched(self.state, &before);
         self.put_instance(record);
-        self.note_fetched(&before);
+        if leaves_fetched {
+            self.note_fetched(&before);
+        }
     }
 
     /// The host of one that is next to be stopped fetches what its successor needs.
@@ -242,12 +245,6 @@ impl Tx<'_> {
 
     /// One was stopped whose host has what its successor needs: the successor is to come there.
     fn note_fetched(&mut self, stopped: &pb::InstanceRecord) {
-        let Some(entry) = self.state.services.get(&stopped.service) else { return };
-        let template = entry.record.template_version;
-        let is_for_it = |fetch: &pb::FetchState| fetch.done && fetch.template_version == template;
-        if !stopped.fetch.as_ref().is_some_and(is_for_it) {
-            return;
-        }
         let host = pb::FetchedHost { host_id: stopped.host_id, stopped_unix_ns: self.now };
         self.edit_service(&stopped.service, |record| {
             record.fetched_hosts.retain(|other| other.host_id != host.host_id);

@@ -41,6 +41,21 @@ impl Meant {
             && !has_all(entry, instance)
     }
 
+    /// Its host has what its successor needs, which may come to that host or to another.
+    pub(crate) fn leaves_fetched(
+        &self,
+        state: &ClusterState,
+        entry: &ServiceEntry,
+        instance: &pb::InstanceRecord,
+    ) -> bool {
+        // Others come back to where they were anyway.
+        let roams = self.fetches && !self.per_host && entry.current().is_some_and(|manifest| !manifest.data);
+        roams
+            && instance.template_version != self.template
+            && self.may_stay(state, instance)
+            && (self.fetch_of(instance).is_some_and(|fetch| fetch.done) || has_all(entry, instance))
+    }
+
     /// It awaits what its host has been asked to fetch.
     pub(crate) fn is_fetching(
         &self,

@@ -92,6 +92,12 @@ impl Standing {
         }
     }
 
+    /// Whether the successor of one that is stopped is to come to its host, which has what that needs.
+    pub(crate) fn leaves_fetched(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+        let entry = state.services.get(&instance.service);
+        self.fetches && entry.is_some_and(|entry| self.meant.leaves_fetched(state, entry, instance))
+    }
+
     /// Whether an instance is next to be stopped, and all that is missing is what its successor needs.
     pub(crate) fn may_fetch(
         &mut self,

@@ -178,10 +178,13 @@ fn nobody_waits_for_an_agent_that_says_nothing_of_fetches() {
 
 #[test]
 fn what_is_there_already_is_waited_for_by_nobody() {
-    let (mut world, first) = deployed(2, 2);
+    let (mut world, first) = deployed(2, 4);
+    let hosts = world.hosts_of("web");
     world.deploy(changed(&first, "another command"));
     world.plan_all();
     assert_eq!((fetching(&world).len(), stopping(&world).len()), (0, 1));
+    world.settle();
+    assert_eq!(world.hosts_of("web"), hosts, "and the new ones come to where it is");
 }
 
 #[test]
