@@ -21,6 +21,9 @@ const ROUNDS: usize = 20;
 const PER_SECOND: u32 = 2_000;
 /// Before the first change and after each: some thousand calls in which nothing happens.
 const BETWEEN: Duration = Duration::from_millis(700);
+/// After the kill of an agent, so that each has lived for longer than the two seconds within which its keeper takes an
+/// end for one of a row, and waits before it starts the next.
+const AFTER_KILL: Duration = Duration::from_millis(2_500);
 const PATIENCE: Duration = Duration::from_secs(120);
 const INSTANCES: usize = 3;
 
@@ -110,7 +113,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let times = rounds(ROUNDS);
         for round in 0..times {
             make(change, &mut cluster, folder.path(), round)?;
-            pause(BETWEEN);
+            pause(if matches!(change, Change::AgentKilled(_)) { AFTER_KILL } else { BETWEEN });
         }
         let calls = load.stop();
         wrong.extend(row(change, times, calls, &posts(folder.path())?));
