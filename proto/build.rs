@@ -33,7 +33,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Ordered maps, since encodings must be the same on every member; `Bytes` where bodies pass through.
+/// Ordered maps, since encodings must be the same on every member; `Bytes` where bodies pass through; what is large and is
+/// handed on from hand to hand, or mostly absent, behind a pointer: a manifest is more than a kilobyte by itself.
 fn prost_build_config() -> tonic_prost_build::Config {
     let mut config = tonic_prost_build::Config::new();
     config.btree_map(["."]);
@@ -44,5 +45,8 @@ fn prost_build_config() -> tonic_prost_build::Config {
         ".nave.v1.SnapshotChunk.data",
         ".nave.v1.LogLine.text",
     ]);
+    for holder in ["ApplyServiceRequest", "ApplyService", "ServiceRecord", "VersionRecord"] {
+        config.boxed(format!(".nave.v1.{holder}.manifest"));
+    }
     config
 }

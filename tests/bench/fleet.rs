@@ -93,8 +93,11 @@ pub(crate) async fn place(api: &Api, leader: usize, instances: u64, per_service:
             let manifest = nave_proto::manifest::parse(&text, nave_proto::manifest::Format::Toml, "svc.toml")
                 .map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
             let request_id = Some(pb::RequestId { client_id: format!("fleet-{n}"), serial: 1 });
-            let request =
-                pb::ApplyServiceRequest { manifest: Some(manifest), request_id, ..Default::default() };
+            let request = pb::ApplyServiceRequest {
+                manifest: Some(Box::new(manifest)),
+                request_id,
+                ..Default::default()
+            };
             // As the command line does: the same request again until its fate is known.
             until_answered("apply", || {
                 let (mut client, request) = (client.clone(), request.clone());

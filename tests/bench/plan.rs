@@ -186,7 +186,10 @@ impl Hub {
             manifest.ports.insert("http".into(), port);
         }
         manifest.placement = Some(placement);
-        self.apply(Body::ApplyService(pb::ApplyService { manifest: Some(manifest), expected_version: None }));
+        self.apply(Body::ApplyService(pb::ApplyService {
+            manifest: Some(Box::new(manifest)),
+            expected_version: None,
+        }));
     }
 
     fn settle(&mut self, time: impl Fn() -> Duration) -> Took {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use nave_proto::pb;
 use nave_proto::pb::service_service_client::ServiceServiceClient;
-use nave_tls::{ChannelOptions, Credentials, Expect};
+use nave_tls::{ChannelOptions, Credentials, Dialer, Expect};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
@@ -23,6 +23,8 @@ struct ClientFile {
 #[derive(Debug, Clone)]
 pub struct Api {
     channels: Vec<Channel>,
+    addresses: Vec<String>,
+    credentials: Credentials,
 }
 
 impl Api {
@@ -43,7 +45,7 @@ impl Api {
                 nave_tls::channel(address, &credentials, Expect::Member, ChannelOptions::default())
             })
             .collect();
-        Ok(Self { channels })
+        Ok(Self { channels, addresses: file.addresses, credentials })
     }
 
     pub fn members(&self) -> usize {
@@ -52,6 +54,12 @@ impl Api {
 
     pub fn services(&self, member: usize) -> ServiceServiceClient<Channel> {
         ServiceServiceClient::new(self.channels[member % self.channels.len()].clone())
+    }
+
+    /// For connections to a member that are not tonic channels.
+    pub fn dialer(&self, member: usize, expect: Expect, timeout: Duration) -> Dialer {
+        let address = &self.addresses[member % self.addresses.len()];
+        Dialer::new(address, &self.credentials, expect, b"h2", timeout)
     }
 
     pub fn channel(&self, member: usize) -> Channel {
@@ -66,7 +74,7 @@ impl Api {
         id: Option<pb::RequestId>,
     ) -> Result<u64, tonic::Status> {
         let mut request = tonic::Request::new(pb::ApplyServiceRequest {
-            manifest: Some(idle_manifest(name)),
+            manifest: Some(Box::new(idle_manifest(name))),
             request_id: id,
             ..Default::default()
         });

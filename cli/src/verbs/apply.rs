@@ -45,7 +45,7 @@ pub(super) async fn run(args: &Apply, hub: &Hub) -> Result<(), Failure> {
 
 async fn send(hub: &Hub, named: &Named, dry_run: bool) -> Result<pb::ApplyServiceResponse, Failure> {
     let request = pb::ApplyServiceRequest {
-        manifest: Some(named.manifest.clone()),
+        manifest: Some(Box::new(named.manifest.clone())),
         expected_version: None,
         dry_run,
         request_id: Some(hub.request_id()),

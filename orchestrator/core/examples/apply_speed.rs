@@ -73,7 +73,7 @@ fn apply_service(number: u64) -> pb::Command {
     command(
         number,
         pb::command::Body::ApplyService(pb::ApplyService {
-            manifest: Some(manifest),
+            manifest: Some(Box::new(manifest)),
             expected_version: None,
         }),
     )

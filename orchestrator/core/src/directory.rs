@@ -125,7 +125,7 @@ mod tests {
         let unreachable = pb::InstanceRecord { endpoint: EndpointState::Unspecified.into(), ..instance() };
         assert_eq!(directory_endpoint(&unreachable), None);
         let manifest = pb::Manifest { name: "worker".to_owned(), ..Default::default() };
-        let service = pb::ServiceRecord { manifest: Some(manifest), ..Default::default() };
+        let service = pb::ServiceRecord { manifest: Some(Box::new(manifest)), ..Default::default() };
         assert_eq!((directory_service(&service), service_print(&service)), (None, None));
     }
 
@@ -164,7 +164,7 @@ mod tests {
         let port = pb::Port { service_port: 80, ..Default::default() };
         let manifest = pb::Manifest { ports: [("http".to_owned(), port)].into(), ..Default::default() };
         let service = |manifest| pb::ServiceRecord {
-            manifest: Some(manifest),
+            manifest: Some(Box::new(manifest)),
             address_suffix: 7,
             ..Default::default()
         };

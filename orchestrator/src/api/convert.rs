@@ -27,7 +27,7 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
     pb::Service {
         name: record.name.clone(),
         version: record.version,
-        manifest: record.manifest.clone(),
+        manifest: record.manifest.as_deref().cloned(),
         desired,
         ready,
         running: count(core::running_count(state, &record.name)),
@@ -50,7 +50,7 @@ pub(crate) fn version(record: &pb::VersionRecord) -> pb::ServiceVersion {
     pb::ServiceVersion {
         service: record.service.clone(),
         version: record.version,
-        manifest: record.manifest.clone(),
+        manifest: record.manifest.as_deref().cloned(),
         created: timestamp(record.created_unix_ns),
         actor: record.actor.clone(),
         cause: record.cause.clone(),

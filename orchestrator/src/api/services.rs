@@ -61,7 +61,7 @@ impl Services {
                 ),
             ));
         }
-        let manifest = before.and_then(|service| service.manifest.as_ref());
+        let manifest = before.and_then(|service| service.manifest.as_deref());
         let outcome = match manifest {
             None => Outcome::Created,
             Some(manifest) if manifest == after => Outcome::Unchanged,
@@ -82,13 +82,13 @@ impl Services {
         seen: Option<Arc<pb::ServiceRecord>>,
         name: &str,
         version: u64,
-    ) -> Option<pb::Manifest> {
+    ) -> Option<Box<pb::Manifest>> {
         let seen = seen?;
         if seen.version + 1 == version {
             return seen.manifest.clone();
         }
         let state = self.hub.raft.state();
-        state.manifest(name, version.checked_sub(1)?).cloned()
+        state.manifest(name, version.checked_sub(1)?).cloned().map(Box::new)
     }
 }
 

@@ -118,7 +118,7 @@ pub(super) fn service(name: &str, service_port: Option<u32>) -> Change {
         version: 1,
         template_version: 1,
         oldest_version: 1,
-        manifest: Some(manifest),
+        manifest: Some(Box::new(manifest)),
         ..Default::default()
     }))
 }

@@ -104,7 +104,7 @@ fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstan
         version: record.version,
         ordinal: record.ordinal,
         desired: record.desired,
-        manifest: manifest.or_else(|| service?.manifest.as_ref()).cloned(),
+        manifest: manifest.or_else(|| service?.manifest.as_deref()).cloned(),
         address_suffix: service.map_or(0, |service| service.address_suffix),
         uid: service.map_or(0, |service| service.uid),
         grants_restarts: true,
@@ -136,7 +136,7 @@ mod tests {
             name: "web".to_owned(),
             version: 1,
             template_version: 1,
-            manifest: Some(pb::Manifest { name: "web".to_owned(), ..Default::default() }),
+            manifest: Some(Box::new(pb::Manifest { name: "web".to_owned(), ..Default::default() })),
             address_suffix: 300,
             oldest_version: 1,
             ..Default::default()

@@ -210,7 +210,7 @@ pub(crate) fn manifest(name: &str, count: u32) -> pb::Manifest {
 }
 
 pub(crate) fn apply(manifest: pb::Manifest) -> pb::ApplyServiceRequest {
-    pb::ApplyServiceRequest { manifest: Some(manifest), ..Default::default() }
+    pb::ApplyServiceRequest { manifest: Some(Box::new(manifest)), ..Default::default() }
 }
 
 pub(crate) fn reason(status: &tonic::Status) -> String {

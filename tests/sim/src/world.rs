@@ -571,7 +571,7 @@ fn body(operation: &Operation, scenario: &Scenario) -> Body {
     let reason = || "in the simulation".to_owned();
     match operation {
         Operation::Apply(manifest) => Body::ApplyService(pb::ApplyService {
-            manifest: Some(manifest.as_ref().clone()),
+            manifest: Some(Box::new(manifest.as_ref().clone())),
             expected_version: None,
         }),
         Operation::Scale { service, count } => {

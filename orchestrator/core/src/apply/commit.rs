@@ -359,7 +359,7 @@ impl Tx<'_> {
         self.event("deployment_failed", Subject::service(&step.service), message);
         let cause =
             Cause::Revert { to: step.to_version, failed: step.failed_version, reason: reason.clone() };
-        if let Err(refusal) = self.make_next_version(manifest, &cause) {
+        if let Err(refusal) = self.make_next_version(Box::new(manifest), &cause) {
             let reason =
                 format!("{reason}; version {} cannot be restored: {}", step.to_version, refusal.message);
             self.fail_deployment(&step.service, reason);

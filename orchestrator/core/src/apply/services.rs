@@ -24,7 +24,7 @@ impl Tx<'_> {
             expect_version(&manifest.name, existing, expected)?;
         }
         match existing {
-            Some(entry) if entry.current() == Some(&manifest) && !entry.record.deleting => {
+            Some(entry) if entry.current() == Some(&*manifest) && !entry.record.deleting => {
                 Ok(unchanged(entry.record.version))
             }
             Some(_) => self.make_next_version(manifest, &Cause::Apply),
@@ -77,12 +77,12 @@ impl Tx<'_> {
         if before == count {
             return Ok(unchanged(self.version_of(name)));
         }
-        let manifest = pb::Manifest { count, ..manifest.clone() };
+        let manifest = Box::new(pb::Manifest { count, ..manifest.clone() });
         self.make_next_version(manifest, &Cause::Scale { before })
     }
 
     pub(super) fn restart_service(&mut self, name: &str) -> Outcome {
-        let manifest = self.changeable(name)?.clone();
+        let manifest = Box::new(self.changeable(name)?.clone());
         self.make_next_version(manifest, &Cause::Restart)
     }
 
@@ -93,13 +93,13 @@ impl Tx<'_> {
         let current = entry.record.version;
         let target = match to_version {
             0 => entry.versions_in_full().rev().find(|version| {
-                version.stable && version.version < current && version.manifest.as_ref() != entry.current()
+                version.stable && version.version < current && version.manifest.as_deref() != entry.current()
             }),
             _ => entry.version_in_full(to_version),
         };
         let Some(target) = target else { return Err(no_version(entry, to_version)) };
         match target.manifest.clone() {
-            Some(manifest) if Some(&manifest) != entry.current() => {
+            Some(manifest) if Some(&*manifest) != entry.current() => {
                 self.make_next_version(manifest, &Cause::Rollback { to: target.version })
             }
             Some(_) | None => Ok(unchanged(current)),

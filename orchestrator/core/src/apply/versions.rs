@@ -78,7 +78,7 @@ impl Cause {
 
 impl Tx<'_> {
     /// Makes the first version of a service that does not exist.
-    pub(super) fn make_first_version(&mut self, manifest: pb::Manifest) -> Outcome {
+    pub(super) fn make_first_version(&mut self, manifest: Box<pb::Manifest>) -> Outcome {
         self.check_needs(&manifest)?;
         let allotted = self.allot(None, &manifest)?;
         self.write_version(None, manifest, 1, allotted, &Cause::Apply);
@@ -87,7 +87,7 @@ impl Tx<'_> {
 
     /// Makes the next version of the manifest's service, which exists. The caller has checked everything but the
     /// cycle that its needs may close (going back can, too) and what has to be allotted.
-    pub(super) fn make_next_version(&mut self, manifest: pb::Manifest, cause: &Cause) -> Outcome {
+    pub(super) fn make_next_version(&mut self, manifest: Box<pb::Manifest>, cause: &Cause) -> Outcome {
         self.check_needs(&manifest)?;
         let Some(entry) = self.state.services.get(&manifest.name) else {
             return self.make_first_version(manifest);
@@ -120,7 +120,7 @@ impl Tx<'_> {
     fn write_version(
         &mut self,
         before: Option<&pb::ServiceRecord>,
-        manifest: pb::Manifest,
+        manifest: Box<pb::Manifest>,
         template_version: u64,
         (address_suffix, uid): (u32, u32),
         cause: &Cause,

@@ -82,7 +82,7 @@ impl Fleet {
                 name: (*service).to_owned(),
                 version: 1,
                 template_version: 1,
-                manifest: Some(manifest),
+                manifest: Some(Box::new(manifest)),
                 oldest_version: 1,
                 ..Default::default()
             };

@@ -174,7 +174,7 @@ impl Rollout<'_> {
     fn stable_elsewhere(&self) -> Option<u64> {
         let stable = self.entry.version(self.entry.record.stable_version)?;
         let other = |manifest| !nave_proto::manifest::same_template(manifest, self.manifest);
-        stable.manifest.as_ref().is_some_and(other).then_some(stable.version)
+        stable.manifest.as_deref().is_some_and(other).then_some(stable.version)
     }
 
     fn revert(&self, reason: &str) -> Option<Step> {

@@ -471,7 +471,7 @@ mod tests {
         let record = pb::ServiceRecord {
             name: name.into(),
             version: 1,
-            manifest: Some(manifest),
+            manifest: Some(Box::new(manifest)),
             ..Default::default()
         };
         let version = pb::VersionRecord { service: name.into(), version: 1, ..Default::default() };

@@ -30,13 +30,13 @@ pub(crate) struct ServiceEntry {
 impl ServiceEntry {
     pub(crate) fn manifest(&self, version: u64) -> Option<&pb::Manifest> {
         if version == self.record.version {
-            return self.record.manifest.as_ref();
+            return self.current();
         }
-        self.version(version)?.manifest.as_ref()
+        self.version(version)?.manifest.as_deref()
     }
 
     pub(crate) fn current(&self) -> Option<&pb::Manifest> {
-        self.record.manifest.as_ref()
+        self.record.manifest.as_deref()
     }
 
     /// As stored: without manifest when it is the current one.

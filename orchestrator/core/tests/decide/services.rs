@@ -9,7 +9,10 @@ use nave_proto::pb::command::Body;
 use crate::world::{World, apply, changed, delete, manifest, restart, rollback, scale, with_port};
 
 fn expecting(manifest: pb::Manifest, version: u64) -> Body {
-    Body::ApplyService(pb::ApplyService { manifest: Some(manifest), expected_version: Some(version) })
+    Body::ApplyService(pb::ApplyService {
+        manifest: Some(Box::new(manifest)),
+        expected_version: Some(version),
+    })
 }
 
 fn needing(name: &str, needs: &[&str]) -> pb::Manifest {

@@ -373,7 +373,7 @@ impl World {
 }
 
 pub(crate) fn apply(manifest: pb::Manifest) -> Body {
-    Body::ApplyService(pb::ApplyService { manifest: Some(manifest), expected_version: None })
+    Body::ApplyService(pb::ApplyService { manifest: Some(Box::new(manifest)), expected_version: None })
 }
 
 pub(crate) fn scale(name: &str, count: u32) -> Body {

@@ -13,7 +13,7 @@ fn service(name: &str, service_port: u32) -> Change {
     let manifest = pb::Manifest { ports: [(HTTP.to_owned(), port)].into(), ..Default::default() };
     Change::Service(Arc::new(pb::ServiceRecord {
         name: name.to_owned(),
-        manifest: Some(manifest),
+        manifest: Some(Box::new(manifest)),
         ..Default::default()
     }))
 }
