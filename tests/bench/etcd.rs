@@ -8,11 +8,12 @@ use std::time::Duration;
 use anyhow::Context as _;
 use nave_tests::machine::free_ports;
 use nave_tests::process::Process;
-use nave_tests::wait::pause;
+use prost::Message as _;
+use tokio::net::TcpStream;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
 
-use crate::load::{HEAD, closed_loop, connections, row, runtime};
+use crate::load::{Connection, closed_loop, connections, row, runtime};
 
 // The few fields of etcd's v3 API that the measurement needs, by their public numbers.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -42,43 +43,41 @@ struct Status {
     leader: u64,
 }
 
-pub(crate) fn run() -> anyhow::Result<()> {
-    let Some(program) = find() else {
-        println!("skipped: no etcd (set ETCD to its path, or install etcd-server)");
-        return Ok(());
-    };
-    println!("{HEAD}");
-    for clients in [1, 64, 512] {
-        let folder = tempfile::tempdir()?;
-        let ports = free_ports();
-        let _members = start(&program, folder.path(), ports)?;
-        let runtime = runtime()?;
-        let leader = runtime.block_on(leader(ports))?;
-        let channels: Vec<Channel> = {
-            let _inside = runtime.enter();
-            (0..connections(clients)).map(|_| channel(ports + leader)).collect::<anyhow::Result<_>>()?
-        };
-        let writing = channels.clone();
-        let puts = runtime.block_on(closed_loop(clients, move |client, n| {
+/// Writes and reads of one cluster, as rows of the table.
+pub(crate) fn measure(program: &Path, clients: usize) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let ports = free_ports();
+    let members = start(program, folder.path(), ports)?;
+    runtime()?.block_on(async {
+        let leader = leader(ports).await?;
+        let mut pids: Vec<u32> = members.iter().map(Process::pid).collect();
+        pids.swap(0, usize::from(leader));
+        let message = |client, n, out: &mut Vec<u8>| {
             let put = Put { key: format!("w-{client}-{n}").into_bytes(), value: vec![b'x'; 256] };
-            call::<Put, Empty>(writing[client % writing.len()].clone(), "/etcdserverpb.KV/Put", put)
-        }));
-        println!("{}", row("etcd put", clients, &puts, ""));
-        let gets = runtime.block_on(closed_loop(clients, move |client, _| {
-            let get = Range { key: format!("w-{client}-1").into_bytes() };
-            call::<Range, Empty>(channels[client % channels.len()].clone(), "/etcdserverpb.KV/Range", get)
-        }));
-        println!("{}", row("etcd linearizable get", clients, &gets, ""));
-    }
-    Ok(())
+            put.encode(out).expect("a Vec grows");
+        };
+        let to = connect(ports + leader, clients, "/etcdserverpb.KV/Put").await?;
+        println!("{}", row("etcd put", clients, &closed_loop(clients, to, message, &pids).await?, ""));
+        let message = |client, _, out: &mut Vec<u8>| {
+            Range { key: format!("w-{client}-1").into_bytes() }.encode(out).expect("a Vec grows");
+        };
+        let to = connect(ports + leader, clients, "/etcdserverpb.KV/Range").await?;
+        println!(
+            "{}",
+            row("etcd linearizable get", clients, &closed_loop(clients, to, message, &pids).await?, "")
+        );
+        Ok(())
+    })
 }
 
-async fn call<Q, A>(channel: Channel, path: &'static str, message: Q) -> bool
-where
-    Q: prost::Message + Send + Sync + 'static,
-    A: prost::Message + Default + Send + Sync + 'static,
-{
-    ask::<Q, A>(channel, path, message).await.is_ok()
+async fn connect(port: u16, clients: usize, path: &str) -> anyhow::Result<Vec<Connection<TcpStream>>> {
+    let mut all = Vec::new();
+    for _ in 0..connections(clients) {
+        let stream = TcpStream::connect(("127.0.0.1", port)).await?;
+        stream.set_nodelay(true)?;
+        all.push(Connection::new(stream, path, "etcd"));
+    }
+    Ok(all)
 }
 
 async fn ask<Q, A>(channel: Channel, path: &'static str, message: Q) -> anyhow::Result<A>
@@ -97,7 +96,8 @@ fn channel(port: u16) -> anyhow::Result<Channel> {
     Ok(Channel::from_shared(format!("http://127.0.0.1:{port}"))?.tcp_nodelay(true).connect_lazy())
 }
 
-fn find() -> Option<PathBuf> {
+/// Its program.
+pub(crate) fn find() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("ETCD").map(PathBuf::from).filter(|path| path.exists()) {
         return Some(path);
     }
@@ -132,7 +132,7 @@ async fn leader(ports: u16) -> anyhow::Result<u16> {
                 return Ok(k);
             }
         }
-        pause(Duration::from_millis(50));
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     anyhow::bail!("etcd elected no leader in 10 s")
 }

@@ -36,11 +36,10 @@ fn main() -> anyhow::Result<()> {
     let all = what == "all";
     machine();
     let mut known = false;
-    let rooms: [(&str, Measurement); 14] = [
+    let rooms: [(&str, Measurement); 13] = [
         ("start", start::run),
         ("idle", idle::run),
         ("throughput", throughput::run),
-        ("etcd", etcd::run),
         ("failover", failover::run),
         ("plan", || {
             plan::run();

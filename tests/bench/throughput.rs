@@ -1,43 +1,70 @@
 //! Writes and linearizable reads per second through the gRPC API of a three-member cluster, fsync on, TLS on.
 //! A write is the apply of a distinct service with count 0; a read asks for one service linearizably.
 
-use std::sync::Arc;
+use std::time::Duration;
 
 use nave_proto::pb;
-use nave_proto::pb::service_service_client::ServiceServiceClient;
 use nave_tests::api::{Api, idle_manifest};
-use nave_tests::process::cpu_seconds;
 use nave_tests::{Cluster, Setup};
+use nave_tls::{ClientConnection, Dialer, Expect};
+use prost::Message as _;
 
-use crate::load::{HEAD, closed_loop, connections, row, runtime};
+use crate::etcd;
+use crate::load::{Connection, HEAD, closed_loop, connections, row, runtime};
+
+const APPLY: &str = "/nave.v1.ServiceService/ApplyService";
+const GET: &str = "/nave.v1.ServiceService/GetService";
+const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 
 pub(crate) fn run() -> anyhow::Result<()> {
+    let etcd = etcd::find();
     println!("{HEAD}");
     for clients in client_counts() {
-        let mut cluster = Cluster::start(&Setup { members: 3, agents: 0 });
-        let leader = cluster.wait_for_leader();
-        let pids: Vec<u32> = cluster.members.iter_mut().map(|member| member.process().pid()).collect();
-        let runtime = runtime()?;
-        let apis = {
-            let _inside = runtime.enter();
-            let all: anyhow::Result<Vec<Api>> =
-                (0..connections(clients)).map(|_| Api::open(&cluster.context())).collect();
-            Arc::new(all?)
-        };
-        runtime.block_on(until_written(&apis[0], leader))?;
-        let before = counters(&cluster, &pids);
-        let writing = apis.clone();
-        let writes = runtime.block_on(closed_loop(clients, move |client, n| {
-            write(writing[client % writing.len()].services(leader), format!("w-{client}-{n}"))
-        }));
-        let after = counters(&cluster, &pids);
-        println!("{}", row("write", clients, &writes, &per_fsync(&before, &after)));
-        let reads = runtime.block_on(closed_loop(clients, move |client, _| {
-            read(apis[client % apis.len()].services(leader), format!("w-{client}-1"))
-        }));
-        println!("{}", row("linearizable read", clients, &reads, ""));
+        measure(clients)?;
+        if let Some(program) = &etcd {
+            etcd::measure(program, clients)?;
+        }
+    }
+    if etcd.is_none() {
+        println!("\nNot beside etcd: none was found (set ETCD to its path, or install etcd-server).");
     }
     Ok(())
+}
+
+fn measure(clients: usize) -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(&Setup { members: 3, agents: 0 });
+    let leader = cluster.wait_for_leader();
+    let mut pids: Vec<u32> = cluster.members.iter_mut().map(|member| member.process().pid()).collect();
+    pids.swap(0, leader);
+    runtime()?.block_on(async {
+        let api = Api::open(&cluster.context())?;
+        until_written(&api, leader).await?;
+        let to_leader = api.dialer(leader, Expect::Member, CONNECT_WITHIN);
+        let before = counters(&cluster);
+        let shape = Shape::new();
+        let message = move |client, n, out: &mut Vec<u8>| shape.apply(&format!("w-{client}-{n}"), out);
+        let writes = closed_loop(clients, connect(&to_leader, clients, APPLY).await?, message, &pids).await?;
+        println!("{}", row("Nave write", clients, &writes, &per_fsync(&before, &counters(&cluster))));
+        let message = |client, _, out: &mut Vec<u8>| {
+            let request = pb::GetServiceRequest { name: format!("w-{client}-1"), linearizable: true };
+            request.encode(out).expect("a Vec grows");
+        };
+        let reads = closed_loop(clients, connect(&to_leader, clients, GET).await?, message, &pids).await?;
+        println!("{}", row("Nave linearizable read", clients, &reads, ""));
+        Ok(())
+    })
+}
+
+async fn connect(
+    to: &Dialer,
+    clients: usize,
+    path: &str,
+) -> anyhow::Result<Vec<Connection<ClientConnection>>> {
+    let mut all = Vec::new();
+    for _ in 0..connections(clients) {
+        all.push(Connection::new(to.connect().await?, path, "nave"));
+    }
+    Ok(all)
 }
 
 /// A cluster that has just begun may put off its first write.
@@ -59,35 +86,40 @@ fn client_counts() -> Vec<usize> {
         .map_or_else(|| vec![1, 64, 512], |count| vec![count])
 }
 
-async fn write(mut client: ServiceServiceClient<tonic::transport::Channel>, name: String) -> bool {
-    let request = pb::ApplyServiceRequest { manifest: Some(idle_manifest_named(name)), ..Default::default() };
-    client.apply_service(request).await.is_ok()
-}
+/// An `ApplyServiceRequest` but for the service's name: a client makes its own manifests, and that is not measured.
+struct Shape(Vec<u8>);
 
-async fn read(mut client: ServiceServiceClient<tonic::transport::Channel>, name: String) -> bool {
-    client.get_service(pb::GetServiceRequest { name, linearizable: true }).await.is_ok()
-}
+impl Shape {
+    fn new() -> Self {
+        let mut manifest = idle_manifest("shape");
+        manifest.name.clear();
+        Self(manifest.encode_to_vec())
+    }
 
-/// The parser's work is not measured: a client parses its own manifests.
-fn idle_manifest_named(name: String) -> pb::Manifest {
-    static SHAPE: std::sync::OnceLock<pb::Manifest> = std::sync::OnceLock::new();
-    let shape = SHAPE.get_or_init(|| idle_manifest("shape"));
-    pb::Manifest { name, ..shape.clone() }
+    fn apply(&self, name: &str, out: &mut Vec<u8>) {
+        use prost::encoding::{WireType, encode_key, encode_varint};
+        let manifest = 2 + name.len() + self.0.len();
+        encode_key(1, WireType::LengthDelimited, out);
+        encode_varint(manifest as u64, out);
+        encode_key(1, WireType::LengthDelimited, out);
+        encode_varint(name.len() as u64, out);
+        out.extend(name.as_bytes());
+        out.extend(&self.0);
+    }
 }
 
 /// Of one member, so far.
 struct Counters {
     entries: f64,
     fsyncs: f64,
-    cpu_seconds: f64,
 }
 
-fn counters(cluster: &Cluster, pids: &[u32]) -> Vec<Counters> {
-    (0u16..).zip(pids).map(|(k, pid)| scrape(cluster.base_port + 20 + k, *pid)).collect()
+fn counters(cluster: &Cluster) -> Vec<Counters> {
+    (0u16..).take(cluster.members.len()).map(|k| scrape(cluster.base_port + 20 + k)).collect()
 }
 
-/// Entries and fsyncs are from its `/metrics`.
-fn scrape(port: u16, pid: u32) -> Counters {
+/// From its `/metrics`.
+fn scrape(port: u16) -> Counters {
     use std::io::{Read as _, Write as _};
     let mut text = String::new();
     if let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) {
@@ -98,16 +130,13 @@ fn scrape(port: u16, pid: u32) -> Counters {
         let line = text.lines().find(|line| !line.starts_with('#') && line.contains(part));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
     };
-    let cpu_seconds = cpu_seconds(pid);
-    Counters { entries: value("nave_log_entries_total"), fsyncs: value("nave_log_fsyncs_total"), cpu_seconds }
+    Counters { entries: value("nave_log_entries_total"), fsyncs: value("nave_log_fsyncs_total") }
 }
 
 fn per_fsync(before: &[Counters], after: &[Counters]) -> String {
-    let each = |of: fn(&Counters, &Counters) -> f64| {
-        let all = before.iter().zip(after).map(|(before, after)| format!("{:.1}", of(before, after)));
-        all.collect::<Vec<_>>().join(" ")
+    let each = |(before, after): (&Counters, &Counters)| {
+        format!("{:.1}", (after.entries - before.entries) / (after.fsyncs - before.fsyncs).max(1.0))
     };
-    let entries = each(|b, a| (a.entries - b.entries) / (a.fsyncs - b.fsyncs).max(1.0));
-    let cpu = each(|b, a| (a.cpu_seconds - b.cpu_seconds) * 1e6 / (a.entries - b.entries).max(1.0));
-    format!("by member: entries per fsync {entries}; CPU µs per write {cpu}")
+    let all: Vec<String> = before.iter().zip(after).map(each).collect();
+    format!("entries per fsync, by member: {}", all.join(" "))
 }
