@@ -20,7 +20,7 @@ use crate::segment::Counters;
 const ALLOWANCE_NS: i64 = 40_000_000;
 const WINDOW_NS: i64 = 200_000_000;
 /// Waiting for the disk: of one log, and of all.
-const LOG_QUEUE_BYTES_MAX: u64 = 1024 * 1024;
+pub(crate) const LOG_QUEUE_BYTES_MAX: u64 = 1024 * 1024;
 const QUEUE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// What is left of the time in which the reading thread may wait.

@@ -390,3 +390,54 @@ impl Onward {
         let _ = self.jobs.send(Job::Write { log, text, missing });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backlog::LOG_QUEUE_BYTES_MAX;
+
+    fn lines(streams: &[Stream]) -> Vec<u8> {
+        let (mut text, stamp) = (Vec::new(), Stamp::new(0));
+        streams.iter().for_each(|stream| stamp.record(&mut text, *stream, b'F', [b"line", b""]));
+        text
+    }
+
+    #[test]
+    fn what_a_disk_that_stands_still_costs_is_counted_and_said_where_it_is_missing() {
+        let (jobs, jobs_in) = channel();
+        let (events, _events_in) = channel();
+        let dropped = Arc::new(AtomicBool::new(false));
+        let wake = Arc::new(EventFd::new().unwrap());
+        let backlog = Arc::new(Backlog::new().unwrap());
+        let mut onward = Onward {
+            jobs,
+            events: EventSender { events, wake, dropped: dropped.clone() },
+            backlog: backlog.clone(),
+            patience: Patience::new(),
+        };
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let mut entry = ReadLog {
+            fifos: [null(), null()],
+            splitters: Default::default(),
+            missing: [0; 2],
+            stalled: false,
+            counters: Arc::default(),
+        };
+        backlog.add(&entry.counters, LOG_QUEUE_BYTES_MAX);
+        let [out, err] = STREAMS;
+        let text = lines(&[out, err, out]);
+        onward.submit(1, &mut entry, text.clone());
+        onward.submit(1, &mut entry, text.clone());
+        assert!(jobs_in.try_recv().is_err(), "nothing goes on");
+        assert!(entry.holds() && dropped.load(Ordering::Acquire), "it is to be said");
+        assert_eq!(entry.counters.dropped_lines.load(Ordering::Relaxed), 6);
+        assert_eq!(entry.counters.dropped_bytes.load(Ordering::Relaxed), 2 * text.len() as u64);
+        backlog.done(&entry.counters, usize::try_from(LOG_QUEUE_BYTES_MAX).unwrap());
+        onward.submit(1, &mut entry, text.clone());
+        match jobs_in.try_recv().unwrap() {
+            Job::Write { log: 1, text: written, missing: [4, 2] } if written == text => {}
+            other => panic!("not the lines after those that are missing: {other:?}"),
+        }
+        assert_eq!(entry.missing, [0; 2], "said once");
+    }
+}

@@ -15,6 +15,9 @@ use tempfile::TempDir;
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_nave-keeper-test");
 
+/// A variable by which a host's keeper and its agents are found.
+const MARK: &str = "NAVE_KEEPER_TEST_HOST";
+
 /// Waits for a condition, for at most 20 s.
 pub(crate) fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     for _ in 0..4000 {
@@ -92,14 +95,17 @@ impl Host {
 
     pub(crate) fn start_keeper(&mut self, agent: &[impl AsRef<OsStr>]) {
         let log = fs::File::options().append(true).create(true).open(self.dir.path().join("stderr")).unwrap();
-        // With a descriptor that a careless parent left open, for nobody to pass on.
+        // With a descriptor that a careless parent left open, for nobody to pass on. Whatever outlives a failed test
+        // holds no pipe of ours open: who reads what the tests say would wait for it.
         let child = Command::new("sh")
             .args(["-c", "exec 9</dev/null; exec \"$0\" \"$@\""])
             .arg(&self.program)
             .arg("keeper")
             .arg(self.data_dir())
             .args(agent)
+            .env(MARK, &self.name)
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .unwrap();
@@ -134,6 +140,16 @@ impl Host {
         let client = eventually("the keeper's socket", || Client::connect(&socket).ok());
         client.set_timeout(Some(Duration::from_secs(20))).unwrap();
         client
+    }
+
+    /// What the keeper tells anybody, from whichever image answers first: one that is about to become another resets
+    /// its connections.
+    pub(crate) fn status(&self) -> pb::KeeperStatus {
+        eventually("the keeper's status", || {
+            let mut client = Client::connect(&socket_path(&self.data_dir())).ok()?;
+            client.set_timeout(Some(Duration::from_secs(20))).ok()?;
+            client.status().ok()
+        })
     }
 
     /// The agent's connection.
@@ -230,6 +246,10 @@ impl Drop for Host {
             }
             let _ = keeper.wait();
         }
+        // A keeper that ended otherwise than the test meant has left its agent.
+        for pid in marked(&self.name) {
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+        }
         // Those below first.
         self.cgroups.sort_by_key(|dir| std::cmp::Reverse(dir.as_os_str().len()));
         self.cgroups.dedup();
@@ -246,6 +266,18 @@ impl Drop for Host {
             }
         }
     }
+}
+
+/// Those that were started with [`MARK`] and the name of one host.
+fn marked(name: &str) -> Vec<u32> {
+    let mark = format!("{MARK}={name}");
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let has_it = |pid: &u32| {
+        let variables = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        variables.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    };
+    pids.filter(has_it).collect()
 }
 
 fn text(path: PathBuf) -> String {

@@ -64,8 +64,7 @@ impl Upgradable {
     }
 
     fn last(&self) -> pb::KeeperUpgradeRecord {
-        let mut client = self.host.connect();
-        client.status().unwrap().last_upgrade.unwrap_or_default()
+        self.host.status().last_upgrade.unwrap_or_default()
     }
 
     /// Waits for the end of the trial, and looks whether all is still there.
@@ -101,7 +100,7 @@ fn inode(path: &Path) -> u64 {
 }
 
 fn agent_of(host: &Host) -> Option<u32> {
-    let pid = host.connect().status().unwrap().agent_pid;
+    let pid = host.status().agent_pid;
     (pid != 0 && runs(pid)).then_some(pid)
 }
 
