@@ -47,9 +47,18 @@ pub(crate) struct Ledger {
     compacted_len: u64,
 }
 
+/// What a file held when it was opened.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) ledger: Ledger,
+    pub(crate) records: Vec<pb::LedgerRecord>,
+    /// Cut off at its end; a person is to hear of it.
+    pub(crate) torn_bytes: usize,
+}
+
 impl Ledger {
-    /// Opens or makes it, reads all whole frames and cuts off a torn tail.
-    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<pb::LedgerRecord>), LedgerError> {
+    /// Opens or makes it, reads all whole frames and cuts off what follows the first that is torn or damaged.
+    pub(crate) fn open(path: &Path) -> Result<Opened, LedgerError> {
         let io = |action| move |source| LedgerError::Io { path: path.display().to_string(), action, source };
         let mut file = OpenOptions::new()
             .read(true)
@@ -74,9 +83,9 @@ impl Ledger {
             return Err(LedgerError::Strange { path: path.display().to_string() });
         }
         let (records, whole) = read_frames(&bytes);
-        if whole < bytes.len() {
-            let dropped = bytes.len() - whole;
-            warn!(path = %path.display(), offset = whole, dropped, "the agent ledger ends in a torn record, dropped");
+        let torn_bytes = bytes.len() - whole;
+        if torn_bytes > 0 {
+            // Whole records may follow a damaged one. They must not be read again behind what is appended now.
             file.set_len(to_u64(whole)).map_err(io("truncate"))?;
             file.sync_all().map_err(io("sync"))?;
         }
@@ -89,7 +98,7 @@ impl Ledger {
             compacted_len: to_u64(whole),
         };
         ledger.reserve();
-        Ok((ledger, records))
+        Ok(Opened { ledger, records, torn_bytes })
     }
 
     /// Reads what is whole and changes nothing; none when there is no file.
@@ -252,7 +261,7 @@ mod tests {
     }
 
     fn read(path: &Path) -> Vec<Record> {
-        Ledger::open(path).unwrap().1.into_iter().filter_map(|record| record.record).collect()
+        Ledger::open(path).unwrap().records.into_iter().filter_map(|record| record.record).collect()
     }
 
     #[test]
@@ -264,7 +273,7 @@ mod tests {
     fn what_was_appended_is_read_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
-        let (mut ledger, records) = Ledger::open(&path).unwrap();
+        let Opened { mut ledger, records, .. } = Ledger::open(&path).unwrap();
         assert_eq!(records, []);
         let wanted = Record::Wanted(pb::WantedSet { incarnation: 1, generation: 5, instances: Vec::new() });
         ledger.append(vec![wanted.clone(), instance(1, 1)]).unwrap();
@@ -278,7 +287,7 @@ mod tests {
     fn a_tail_torn_anywhere_costs_only_the_last_record() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
-        let (mut ledger, _) = Ledger::open(&path).unwrap();
+        let mut ledger = Ledger::open(&path).unwrap().ledger;
         ledger.append(vec![instance(1, 7)]).unwrap();
         let whole = std::fs::metadata(&path).unwrap().len();
         ledger.append(vec![instance(1, 8)]).unwrap();
@@ -286,7 +295,8 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         for cut in usize::try_from(whole).unwrap()..bytes.len() {
             std::fs::write(&path, &bytes[..cut]).unwrap();
-            let (mut ledger, _) = Ledger::open(&path).unwrap();
+            let Opened { mut ledger, torn_bytes, .. } = Ledger::open(&path).unwrap();
+            assert_eq!(torn_bytes, cut - usize::try_from(whole).unwrap(), "told, for a person to hear of");
             ledger.append(vec![instance(2, 1)]).unwrap();
             drop(ledger);
             assert_eq!(read(&path), [instance(1, 7), instance(2, 1)], "cut at {cut}");
@@ -297,13 +307,33 @@ mod tests {
     fn a_flipped_bit_is_noticed_and_what_came_before_is_used() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
-        let (mut ledger, _) = Ledger::open(&path).unwrap();
+        let mut ledger = Ledger::open(&path).unwrap().ledger;
         ledger.append(vec![instance(1, 7), instance(1, 8)]).unwrap();
         drop(ledger);
         let mut bytes = std::fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(read(&path), [instance(1, 7)]);
+    }
+
+    #[test]
+    fn what_was_whole_behind_damage_does_not_come_back_with_the_next_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let mut ledger = Ledger::open(&path).unwrap().ledger;
+        ledger.append(vec![instance(1, 7)]).unwrap();
+        let first = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
+        ledger.append(vec![instance(1, 8), instance(1, 9)]).unwrap();
+        drop(ledger);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[first + FRAME_HEADER_BYTES] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let Opened { mut ledger, torn_bytes, .. } = Ledger::open(&path).unwrap();
+        assert_eq!(torn_bytes, bytes.len() - first);
+        // As long as the damaged one.
+        ledger.append(vec![instance(1, 6)]).unwrap();
+        drop(ledger);
+        assert_eq!(read(&path), [instance(1, 7), instance(1, 6)]);
     }
 
     #[test]
@@ -319,7 +349,7 @@ mod tests {
     fn the_file_stays_bounded_however_often_things_restart() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
-        let (mut ledger, _) = Ledger::open(&path).unwrap();
+        let mut ledger = Ledger::open(&path).unwrap().ledger;
         let reason = "x".repeat(64 * 1024);
         for attempt in 0..128 {
             let record =

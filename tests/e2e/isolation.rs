@@ -114,7 +114,8 @@ fn a_service_reaches_no_other_and_nothing_of_the_host_that_it_was_not_given() {
     let owner = script(
         "owner",
         &format!("echo mine > /tmp/{mark}; mkdir /var/tmp/{mark}; echo wrote; exec sleep infinity"),
-        "env = { TOKEN = \"hunter2\" }",
+        "env = { TOKEN = \"hunter2\" }\n[health]\nexec = [\"sh\", \"-c\", \"test $(id -u) != 0 && \
+         grep -q 'NoNewPrivs:.1' /proc/self/status && grep -q 'CapBnd:.0*$' /proc/self/status\"]",
     );
     cluster.apply(&owner, &["--wait"]).expect(0);
     let victim = pid(&cluster.wait_ready("owner", 1)[0]);
@@ -145,7 +146,8 @@ fn a_service_reaches_no_other_and_nothing_of_the_host_that_it_was_not_given() {
         "locked",
         "touch /etc/nave-test; ls /var/log; unshare -m true; mount -t tmpfs x /mnt; \
          touch /tmp/ok && cat /etc/hostname > /dev/null && echo alive; exec sleep infinity",
-        "user = \"root\"\n[isolation]\nread_only = true\nlandlock = true\nseccomp = \"standard\"",
+        "user = \"root\"\n[isolation]\nread_only = true\nlandlock = true\nseccomp = \"standard\"\n[health]\n\
+         exec = [\"sh\", \"-c\", \"! ls /var/log && ! touch /etc/nave-test && ! unshare -m true\"]",
     );
     for manifest in [&thief, &binder] {
         cluster.apply(manifest, &["--wait"]).expect(0);

@@ -316,6 +316,7 @@ mod tests {
             (vec![("a", Symlink, "..")], "which leads out"),
             (vec![("d/a", Symlink, "../..")], "which leads out"),
             (vec![("d/x", Symlink, ".."), ("y", Symlink, "d/x/..")], "which leads out"),
+            (vec![("d/x", Symlink, ".."), ("d/e/y", Symlink, "../x/..")], "which leads out"),
             (vec![("a", Symlink, "b"), ("a/out", Regular, "x")], "goes through the link a"),
             (vec![("a", Symlink, "b"), ("a", Regular, "x")], "goes through the link a"),
             (vec![("a", Regular, "x"), ("a", Regular, "y")], "File exists"),
