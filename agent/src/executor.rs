@@ -25,6 +25,7 @@ use nave_proto::pb;
 use pb::keeper_request::Request;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use crate::keeper::{CallError, KeeperHandle, Purpose};
@@ -44,6 +45,8 @@ const SWEEP_PAUSES_MS: [u64; 6] = [5, 20, 75, 200, 400, 800];
 /// The keeper needs a moment to remove directories of processes that have just ended.
 const FORGET_TRIES: u32 = 5;
 const FORGET_PAUSE: Duration = Duration::from_secs(1);
+/// For what was cut short at the agent's end: its processes are killed, so only the disk takes time.
+const END_WITHIN: Duration = Duration::from_secs(5);
 
 /// What is done beside the main loop.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +86,8 @@ pub(crate) struct Executor {
     queues: BTreeMap<InstanceId, VecDeque<Job>>,
     /// `None`: a job that nothing waits for.
     running: JoinSet<Option<InstanceId>>,
+    /// Whatever is being made for starts, in threads that no end of a task ends.
+    making: TaskTracker,
 }
 
 impl Executor {
@@ -104,6 +109,7 @@ impl Executor {
             inputs,
             queues: BTreeMap::new(),
             running: JoinSet::new(),
+            making: TaskTracker::new(),
         }
     }
 
@@ -144,9 +150,21 @@ impl Executor {
         self.fetches.cancel(&self.context, instance);
     }
 
-    /// Nothing is ordered any more: what would go on for long is cut short and waited for.
+    /// Nothing is ordered any more: what would go on for long is cut short and waited for, so that no half of it is left.
+    /// What a disk holds up is left to the next agent, which begins it anew.
     pub(crate) async fn end(&mut self) {
-        self.fetches.end().await;
+        for job in self.queues.values().flatten() {
+            if let Job::Prepare(preparation) = job {
+                preparation.cutoff.cut();
+            }
+        }
+        // Those that wait behind others are not begun.
+        self.queues.clear();
+        self.making.close();
+        let ended = async { tokio::join!(self.fetches.end(), self.making.wait()) };
+        if tokio::time::timeout(END_WITHIN, ended).await.is_err() {
+            warn!("what is being made for starts does not end; the next agent makes it anew");
+        }
     }
 
     pub(crate) fn run_hook(&mut self, instance: InstanceId, order: Box<HookOrder>) {
@@ -402,10 +420,13 @@ impl Executor {
     fn start_job(&mut self, instance: InstanceId) {
         let Some(job) = self.queues.get(&instance).and_then(|queue| queue.front()).cloned() else { return };
         let (keeper, inputs, context) = (self.keeper.clone(), self.inputs.clone(), self.context.clone());
+        let making = self.making.clone();
         self.running.spawn(async move {
             match job {
-                Job::Prepare(preparation) => prepare(&inputs, context, instance, preparation).await,
-                Job::Spawn(order) => spawn_process(&keeper, &inputs, context, instance, order).await,
+                Job::Prepare(preparation) => {
+                    prepare(&inputs, context, &making, instance, preparation).await;
+                }
+                Job::Spawn(order) => spawn_process(&keeper, &inputs, context, &making, instance, order).await,
                 Job::Signal(signal) => {
                     let key = ProcessKey { epoch: signal.epoch, attempt: signal.attempt };
                     let purpose = Purpose::Signal { instance, key, signal: signal.signal };
@@ -440,11 +461,12 @@ async fn prune_logs(context: Arc<SpawnContext>, kept: KeptLogs) {
 async fn prepare(
     inputs: &mpsc::Sender<(InstanceId, Input)>,
     context: Arc<SpawnContext>,
+    making: &TaskTracker,
     instance: InstanceId,
     Preparation { order, cutoff }: Preparation,
 ) {
     let key = order.key;
-    let made = tokio::task::spawn_blocking(move || context.prepare(instance, &order, &cutoff)).await;
+    let made = making.spawn_blocking(move || context.prepare(instance, &order, &cutoff)).await;
     // Else the runtime is going down.
     if let Ok(result) = made {
         let _ending = inputs.send((instance, Input::Prepared { key, result })).await;
@@ -456,12 +478,13 @@ async fn spawn_process(
     keeper: &KeeperHandle,
     inputs: &mpsc::Sender<(InstanceId, Input)>,
     context: Arc<SpawnContext>,
+    making: &TaskTracker,
     instance: InstanceId,
     order: Box<SpawnOrder>,
 ) {
     let key = order.key;
     let preparing = context.clone();
-    let prepared = tokio::task::spawn_blocking(move || preparing.orders(instance, &order)).await;
+    let prepared = making.spawn_blocking(move || preparing.orders(instance, &order)).await;
     match prepared {
         Ok(Ok(spawn)) => keeper.ask(Request::Spawn(spawn), Purpose::Spawn { instance, key }).await,
         Ok(Err(error)) => {

@@ -35,7 +35,7 @@ use crate::host::{HostTask, Inbox, Outbox};
 use crate::hub::{HubTask, Members};
 use crate::identity::{Identity, IdentityError, RenewTask, enrol};
 use crate::keeper::{self, KeeperError};
-use crate::ledger::{Ledger, LedgerError};
+use crate::ledger::{Ledger, LedgerError, Opened};
 use crate::metrics::{self, Metrics};
 use crate::notes::Notes;
 use crate::notify::NotifySockets;
@@ -246,8 +246,6 @@ async fn with_keeper(
     let cgroups = Cgroups::detect(&[welcome.keeper_pid, std::process::id()]);
     let mut facts = facts::facts(config, &cgroups, advertised(config, &listener).await);
     facts.place = data.place(&boot_id).map_err(RunError::Place)?;
-    let memory = secrets::memory();
-    facts.lacks.extend(memory.is_none().then(|| secrets::ON_DISK.to_owned()));
     let closed = closed_to_services(data.path());
     facts.lacks.extend(closed.map(|dir| {
         format!(
@@ -284,8 +282,9 @@ async fn with_keeper(
     }
     lasting.sockets.keep(&keeper).await.map_err(|_| RunError::KeeperLost)?;
     let runtime_name = format!("nave-{cluster}-{host}");
-    let directories =
-        Directories::new(data.path()).with_secrets(secrets::root(data.path(), memory, &runtime_name));
+    let (secrets, lack) = secrets::root(data.path(), secrets::memory(), &runtime_name);
+    facts.lacks.extend(lack);
+    let directories = Directories::new(data.path()).with_secrets(secrets);
     let notify = NotifySockets::for_host(data.path(), &runtime_name, closed.is_some());
     let context = SpawnContext::new(
         cluster,
@@ -297,7 +296,11 @@ async fn with_keeper(
     )
     .with_ways(ways.clone(), resolver);
 
-    let (ledger, records) = Ledger::open(&data.ledger())?;
+    let Opened { ledger, records, torn_bytes } = Ledger::open(&data.ledger())?;
+    if torn_bytes > 0 {
+        let path = data.ledger();
+        warn!(path = %path.display(), torn_bytes, "the agent ledger was torn or damaged; what came before is used");
+    }
     let reconciler = Reconciler::restore(&boot_id, records, clock::monotonic());
     let (_, generation) = reconciler.generation();
     let known = reconciler.supervisors().count();

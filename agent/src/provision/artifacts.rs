@@ -107,7 +107,7 @@ impl Artifacts {
         let place = self.root.join(key);
         let form = Form::parse(&artifact.archive).ok_or("its form of archive is not known here")?;
         if !place.exists() {
-            let beside = self.root.join(format!("new-{key}"));
+            let beside = self.root.join(format!("{BESIDE}{key}"));
             let made = self.make(&beside, form, artifact, cutoff);
             if made.is_ok() {
                 // Whole on the disk before it has its name: it is not looked at again.
@@ -161,7 +161,24 @@ impl Artifacts {
         self.clean_to(runs, CACHE_BYTES_MAX, SETTLED);
     }
 
+    /// An agent that was killed may have left the half of an artifact that nobody wants any more.
+    fn remove_halves(&self) {
+        for path in entries(&self.root) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let Some(key) = name.strip_prefix(BESIDE) else { continue };
+            // As one who makes it does, so that nobody begins to while it goes.
+            if self.making.lock().insert(key.to_owned()) {
+                if let Err(error) = remove(&path) {
+                    warn!(path = %path.display(), %error, "half of an artifact could not be removed");
+                }
+                self.making.lock().remove(key);
+                self.made.notify_all();
+            }
+        }
+    }
+
     fn clean_to(&self, runs: &Path, bytes_max: u64, settled: Duration) {
+        self.remove_halves();
         for key in self.held.lock().values().flatten() {
             // As new as if it were used now: it stays also between the end of who holds it and the start that links to it.
             // What is not there yet is nothing to keep.
@@ -190,6 +207,9 @@ impl Artifacts {
         }
     }
 }
+
+/// What is being made, beside its place in the cache.
+const BESIDE: &str = "new-";
 
 /// Its name in the cache.
 fn key(artifact: &pb::Artifact) -> String {
@@ -346,6 +366,20 @@ mod tests {
         assert!(linked.exists() && fresh.exists() && old.exists() && !older.exists());
         artifacts.clean_to(&runs, 0, SETTLED);
         assert!(linked.exists() && fresh.exists() && !old.exists());
+    }
+
+    #[test]
+    fn halves_that_a_killed_agent_has_left_go_and_those_under_way_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let artifacts = Artifacts::new(dir.path());
+        let half = |key: &str| dir.path().join("cache").join(format!("{BESIDE}{key}"));
+        for key in ["left.zip", "under-way.zip"] {
+            std::fs::create_dir_all(half(key).join("tree")).unwrap();
+        }
+        artifacts.making.lock().insert("under-way.zip".to_owned());
+        artifacts.clean(&dir.path().join("run"));
+        assert!(!half("left.zip").exists() && half("under-way.zip").exists());
+        assert_eq!(artifacts.making.lock().len(), 1);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::geteuid;
 
 /// Said of a host that has none.
-pub(crate) const ON_DISK: &str =
+const ON_DISK: &str =
     "secrets of services are kept on the disk: neither /run nor /dev/shm is in memory and ours to write to";
 
 /// A directory in memory that this agent may make its own in; none: there is no such place.
@@ -28,17 +28,25 @@ pub(crate) fn is_in_memory(place: &Path) -> bool {
     statfs(place).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC)
 }
 
-/// The directory of all instances' secrets of the agent of that name.
-pub(crate) fn root(data_dir: &Path, memory: Option<&Path>, name: &str) -> PathBuf {
+/// The directory of all instances' secrets of the agent of that name; with what is to be said of this host when it is on
+/// the disk.
+pub(crate) fn root(data_dir: &Path, memory: Option<&Path>, name: &str) -> (PathBuf, Option<String>) {
     let user = geteuid();
-    let folder = memory.map(|place| match user.is_root() {
+    let on_disk = data_dir.join("secrets");
+    let Some(place) = memory else { return (on_disk, Some(ON_DISK.to_owned())) };
+    let folder = match user.is_root() {
         true => place.join(name),
         false => place.join(format!("{name}-{user}")),
-    });
-    match folder.filter(|folder| is_ours_or_nobodys(folder)) {
-        Some(folder) => folder.join("secrets"),
-        None => data_dir.join("secrets"),
+    };
+    if is_ours_or_nobodys(&folder) {
+        return (folder.join("secrets"), None);
     }
+    let why = format!(
+        "secrets of services are kept on the disk: {} belongs to somebody else or others may write to it; remove it \
+         and start the agent again",
+        folder.display()
+    );
+    (on_disk, Some(why))
 }
 
 /// In a directory that all may write to, the name may be somebody else's.
@@ -54,8 +62,9 @@ fn is_ours_or_nobodys(folder: &Path) -> bool {
 pub(crate) fn make(folder: &Path) -> io::Result<()> {
     if let Some(root) = folder.parent() {
         DirBuilder::new().recursive(true).mode(0o711).create(root)?;
-        if !root.parent().is_some_and(is_ours_or_nobodys) {
-            return Err(io::ErrorKind::PermissionDenied.into());
+        if let Some(above) = root.parent().filter(|above| !is_ours_or_nobodys(above)) {
+            let why = format!("{} belongs to somebody else or others may write to it", above.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
     }
     DirBuilder::new().mode(0o700).create(folder)
@@ -82,18 +91,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let data = Path::new("/data");
         let of = |place: &Path| root(data, Some(place), "nave-7-h-1");
-        let root_dir = of(dir.path());
+        let (root_dir, said) = of(dir.path());
+        assert_eq!(said, None, "nothing is amiss");
         assert!(root_dir.starts_with(dir.path()) && root_dir.ends_with("secrets"), "{root_dir:?}");
         let folder = root_dir.parent().unwrap().to_owned();
         std::fs::create_dir(&folder).unwrap();
-        assert_eq!(of(dir.path()), root_dir, "our own");
+        assert_eq!(of(dir.path()), (root_dir.clone(), None), "our own");
         std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o777)).unwrap();
-        assert_eq!(of(dir.path()), data.join("secrets"));
-        assert!(make(&root_dir.join("i-1")).is_err(), "taken in between");
+        let on_disk = |(place, said): (PathBuf, Option<String>)| {
+            assert_eq!(place, data.join("secrets"));
+            said.expect("never without a word")
+        };
+        assert!(on_disk(of(dir.path())).contains(&folder.display().to_string()));
+        let error = make(&root_dir.join("i-1")).unwrap_err();
+        assert!(error.to_string().contains("somebody else"), "taken in between: {error}");
         std::fs::remove_dir_all(&folder).unwrap();
         std::os::unix::fs::symlink("/etc", &folder).unwrap();
-        assert_eq!(of(dir.path()), data.join("secrets"));
-        assert_eq!(root(data, None, "nave-7-h-1"), data.join("secrets"));
+        on_disk(of(dir.path()));
+        assert_eq!(on_disk(root(data, None, "nave-7-h-1")), ON_DISK);
     }
 
     #[test]
@@ -101,7 +116,7 @@ mod tests {
         assert!(!is_in_memory(Path::new("/proc")));
         let Some(memory) = memory().filter(|place| is_in_memory(place)) else { return };
         let dir = tempfile::tempdir_in(memory).unwrap();
-        let root = root(Path::new("/data"), Some(dir.path()), "nave-7-h-1");
+        let (root, _) = root(Path::new("/data"), Some(dir.path()), "nave-7-h-1");
         for id in ["i-1", "i-2"] {
             make(&root.join(id)).unwrap();
             std::fs::write(root.join(id).join("password"), "x").unwrap();
