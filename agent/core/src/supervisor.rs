@@ -85,6 +85,9 @@ pub struct Supervisor {
     /// `post_start` of the process that runs is not known to have ended.
     post_start_open: bool,
     post_stop: PostStop,
+    /// As it was wanted when the newest attempt began, where the hub has meanwhile sent another template: the hooks of
+    /// its end are those of what ran.
+    ran: Option<Box<pb::WantedInstance>>,
     limits: Limits,
     ahead: Ahead,
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
@@ -130,6 +133,7 @@ impl Supervisor {
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
             post_start_open: false,
             post_stop: PostStop::Nothing,
+            ran: None,
             limits: Limits::default(),
             ahead: Ahead::Nothing,
             keeper_known: false,

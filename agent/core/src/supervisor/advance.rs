@@ -158,6 +158,7 @@ impl Supervisor {
     fn reset_epoch(&mut self) {
         self.epoch = self.wanted.epoch;
         self.attempt = 0;
+        self.ran = None;
         self.memory = super::RestartMemory::default();
         self.last_exit = None;
         self.ports.clear();
@@ -186,6 +187,7 @@ impl Supervisor {
     /// An attempt begins. It is on disk before anything is ordered, so that no number is ever used twice.
     pub(super) fn spawn(&mut self, out: &mut Vec<Action>) {
         self.attempt = self.attempt.saturating_add(1);
+        self.ran = None;
         if !self.is_prepared_first() {
             return self.order_process(out);
         }

@@ -32,7 +32,9 @@ impl Supervisor {
         self.forget = false;
         let before = std::mem::replace(&mut self.wanted, wanted);
         let health = |wanted: &pb::WantedInstance| wanted.manifest.as_ref().and_then(|m| m.health.clone());
-        if before.epoch != self.wanted.epoch || health(&before) == health(&self.wanted) {
+        let has_other_health = before.epoch == self.wanted.epoch && health(&before) != health(&self.wanted);
+        self.keep_hooks(before);
+        if !has_other_health {
             return;
         }
         let key = self.key();

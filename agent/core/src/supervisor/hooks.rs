@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use nave_proto::manifest::same_template;
 use nave_proto::pb;
 use rand::Rng;
 
@@ -74,8 +75,37 @@ pub(super) enum PostStop {
 }
 
 impl Supervisor {
+    /// What the newest attempt was started as.
+    fn of_attempt(&self) -> &pb::WantedInstance {
+        self.ran.as_deref().unwrap_or(&self.wanted)
+    }
+
+    /// Another template has come in place of `before`. What there is of an attempt keeps its own hooks. A change of
+    /// those hooks alone is for the attempt too.
+    pub(super) fn keep_hooks(&mut self, before: pb::WantedInstance) {
+        let (Some(old), Some(new)) = (&before.manifest, &self.wanted.manifest) else { return };
+        let has_hooks = old.hooks.is_some() || new.hooks.is_some();
+        if self.ran.is_none() && has_hooks && self.has_attempt() && !same_template(old, new) {
+            self.ran = Some(Box::new(before));
+        }
+    }
+
+    fn has_attempt(&self) -> bool {
+        match &self.state {
+            State::Pending(_) | State::Running(_) | State::Stopping(_) => true,
+            State::Starting(Starting::Preparing { .. } | Starting::PreStart { .. } | Starting::Spawning) => {
+                true
+            }
+            State::Starting(Starting::PickingPorts)
+            | State::BackingOff { .. }
+            | State::Exited { .. }
+            | State::Failed { .. }
+            | State::Gone => self.post_stop != PostStop::Nothing,
+        }
+    }
+
     fn hook(&self, hook: Hook) -> Option<&pb::Hook> {
-        let hooks = self.wanted.manifest.as_ref()?.hooks.as_ref()?;
+        let hooks = self.of_attempt().manifest.as_ref()?.hooks.as_ref()?;
         match hook {
             Hook::PreStart => hooks.pre_start.as_ref(),
             Hook::PostStart => hooks.post_start.as_ref(),
@@ -96,7 +126,7 @@ impl Supervisor {
             hook,
             command: spec.command.clone(),
             timeout: super::duration(spec.timeout.as_ref()).unwrap_or(TIMEOUT),
-            wanted: self.wanted.clone(),
+            wanted: self.of_attempt().clone(),
             ports: self.ports.clone(),
             beside,
         }))

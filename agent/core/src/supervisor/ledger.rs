@@ -43,6 +43,7 @@ impl Supervisor {
         if !same_boot {
             supervisor.memory.rebase(now);
         }
+        supervisor.ran = ledger.ran.clone().map(Box::new);
         supervisor.post_start_open = ledger.post_start_open && same_boot;
         if ledger.post_stop_owed || (!same_boot && came_to_something(ledger.phase())) {
             supervisor.post_stop = PostStop::Owed;
@@ -53,10 +54,31 @@ impl Supervisor {
         supervisor
     }
 
-    /// The hub names it no longer, and its hooks are to be known to the end.
+    /// The hub names it no longer, and what its end takes is to be known until then: whole when it has hooks, else who it
+    /// is, how it is stopped, and what it needs.
     fn remembered_when_forgotten(&self) -> Option<pb::WantedInstance> {
-        let has_hooks = self.wanted.manifest.as_ref().is_some_and(|manifest| manifest.hooks.is_some());
-        (self.forget && has_hooks).then(|| self.wanted.clone())
+        let manifest = self.wanted.manifest.as_ref().filter(|_| self.forget)?;
+        if manifest.hooks.is_some() {
+            return Some(self.wanted.clone());
+        }
+        let manifest = pb::Manifest {
+            name: manifest.name.clone(),
+            needs: manifest.needs.clone(),
+            stop: manifest.stop,
+            ..pb::Manifest::default()
+        };
+        let pb::WantedInstance { instance_id, epoch, version, ordinal, desired, uid, .. } = self.wanted;
+        let manifest = Some(manifest);
+        Some(pb::WantedInstance {
+            instance_id,
+            epoch,
+            version,
+            ordinal,
+            desired,
+            uid,
+            manifest,
+            ..Default::default()
+        })
     }
 
     /// The record as it should be on disk now.
@@ -79,6 +101,7 @@ impl Supervisor {
             post_start_open: self.post_start_open,
             post_stop_owed: self.post_stop != PostStop::Nothing,
             forgotten: self.remembered_when_forgotten(),
+            ran: self.ran.as_deref().cloned(),
             ..pb::InstanceLedger::default()
         };
         write_state(&self.state, &mut ledger);

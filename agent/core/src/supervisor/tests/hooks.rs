@@ -268,3 +268,58 @@ fn the_list_of_the_keeper_does_not_mistake_a_hook_for_something_left_behind() {
     scene.give(Input::Leftover { key });
     assert!(scene.supervisor.sweeps.is_empty(), "the hook would be killed");
 }
+
+/// Other hooks than those of the process that runs, or none: its end is still its own, also after a restart of the agent.
+#[test]
+fn the_end_of_a_process_has_the_hooks_that_it_was_started_with() {
+    let post_stop = |scene: &mut Scene| {
+        let hook = |action| match action {
+            Action::RunHook(order) if order.hook == Hook::PostStop => {
+                Some((order.command.clone(), order.wanted))
+            }
+            _ => None,
+        };
+        scene.orders().into_iter().find_map(hook)
+    };
+    let unhooked = pb::Manifest { command: vec!["other".to_owned()], ..manifest() };
+    for restarts in [false, true] {
+        let mut scene = Scene::hooked();
+        scene.want(unhooked.clone(), 2, pb::Desired::Run);
+        assert_eq!(scene.turns(), ["run pre_stop"]);
+        scene.hook_ends(Hook::PreStop, Ok(()));
+        // Once more, as when it is moved while it ends.
+        scene.want(unhooked.clone(), 3, pb::Desired::Run);
+        if restarts {
+            scene.restart_agent();
+            scene.adopt();
+        }
+        scene.give(Input::Exited(scene.record(pb::ExitCause::Hub, 0, 15)));
+        scene.swept();
+        let (command, wanted) = post_stop(&mut scene).expect("the hook of what ran");
+        assert_eq!((command, wanted.manifest), (vec!["true".to_owned()], Some(hooked())));
+        scene.hook_ends(Hook::PostStop, Ok(()));
+        assert_eq!(scene.turns(), ["spawn prepared=false"], "the new one has none");
+        scene.spawned();
+        scene.want(unhooked.clone(), 3, pb::Desired::Stop);
+        scene.give(Input::Exited(scene.record(pb::ExitCause::Hub, 0, 15)));
+        scene.swept();
+        assert_eq!(post_stop(&mut scene), None);
+        assert_eq!(scene.supervisor.ledger().ran, None, "it is not kept for ever");
+    }
+    // Nor has one without hooks those of its successor.
+    let mut scene = Scene::running(unhooked);
+    scene.orders();
+    scene.want(hooked(), 2, pb::Desired::Run);
+    scene.give(Input::Exited(scene.record(pb::ExitCause::Hub, 0, 15)));
+    scene.swept();
+    assert_eq!(scene.turns(), ["signal 15", "prepare"]);
+    // Hooks of its end that are changed alone are for the process that runs.
+    let mut scene = Scene::hooked();
+    let mut changed = hooked();
+    changed.hooks.as_mut().unwrap().post_stop = None;
+    scene.want(changed, 1, pb::Desired::Stop);
+    scene.hook_ends(Hook::PreStop, Ok(()));
+    scene.give(Input::Exited(scene.record(pb::ExitCause::Hub, 0, 15)));
+    scene.swept();
+    assert_eq!(post_stop(&mut scene), None);
+}
