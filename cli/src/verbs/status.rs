@@ -93,8 +93,9 @@ fn print(
         out::line(format_args!("  waits       {}", out::paint(Tone::Warning, &service.waits_for)));
     }
     let said = service.deployment.as_ref().map_or("", |deployment| deployment.reason.as_str());
-    for reason in service.unplaced.iter().filter(|reason| said.is_empty() || !reason.contains(said)) {
-        out::line(format_args!("  missing     {}", out::paint(Tone::Bad, reason)));
+    for (label, tone, text) in reasons(service).filter(|(_, _, text)| said.is_empty() || !text.contains(said))
+    {
+        out::line(format_args!("  {label:<11} {}", out::paint(tone, text)));
     }
     runs::print(service, now);
     if !instances.is_empty() {
@@ -110,6 +111,22 @@ fn print(
     if let Some(next) = next(service, instances) {
         out::hint(next);
     }
+}
+
+/// Why it is not as it should be: what each sentence is about, and the sentence. A hub of an older build says only the
+/// sentences.
+fn reasons(service: &pb::Service) -> impl Iterator<Item = (&'static str, Tone, &str)> {
+    let told = service.reasons.iter().map(|reason| {
+        let (label, tone) = match reason.about.as_str() {
+            "fetching" => ("fetching", Tone::Warning),
+            "not_ready" => ("not ready", Tone::Bad),
+            "deployment" => ("rollout", Tone::Warning),
+            _ => ("missing", Tone::Bad),
+        };
+        (label, tone, reason.text.as_str())
+    });
+    let untold = service.unplaced.iter().filter(|_| service.reasons.is_empty());
+    told.chain(untold.map(|text| ("missing", Tone::Bad, text.as_str())))
 }
 
 fn deployment(service: &pb::Service, now: jiff::Timestamp) -> String {
@@ -168,7 +185,8 @@ fn next(service: &pb::Service, instances: &[pb::Instance]) -> Option<String> {
     {
         return Some(format!("`nave logs {name} --instance {} --tail 50`", bad.id));
     }
-    if !service.unplaced.is_empty() && service.ready < service.desired {
+    let is_missing = reasons(service).any(|(label, _, _)| label == "missing");
+    if is_missing && service.ready < service.desired {
         return Some("`nave hosts` shows what the hosts have left".to_owned());
     }
     if deployment_word(service.deployment.as_ref()) == "failed" && service.stable_version != 0 {
@@ -195,5 +213,30 @@ mod tests {
         assert_eq!(next(&service, &[bad]).as_deref(), Some("`nave logs web --instance i-4 --tail 50`"));
         service.unplaced.push("no host has 4 cores left".into());
         assert!(next(&service, &[]).unwrap().contains("nave hosts"));
+        let reason = pb::Reason { about: "not_ready".into(), text: "web.0 is starting".into() };
+        service.reasons.push(reason);
+        assert!(next(&service, &[]).unwrap().contains("nave logs"), "it is there, and says why itself");
+    }
+
+    #[test]
+    fn each_sentence_is_called_what_it_is() {
+        let reason = |about: &str| pb::Reason { about: about.into(), text: about.into() };
+        let all = ["missing", "fetching", "not_ready", "deployment", "of a newer build"];
+        let mut service = pb::Service { unplaced: vec!["only this".into()], ..Default::default() };
+        let labels = |service: &pb::Service| {
+            reasons(service).map(|(label, _, text)| format!("{label}: {text}")).collect::<Vec<_>>()
+        };
+        assert_eq!(labels(&service), ["missing: only this"], "of an older hub");
+        service.reasons = all.map(reason).to_vec();
+        assert_eq!(
+            labels(&service),
+            [
+                "missing: missing",
+                "fetching: fetching",
+                "not ready: not_ready",
+                "rollout: deployment",
+                "missing: of a newer build"
+            ]
+        );
     }
 }

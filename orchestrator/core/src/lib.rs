@@ -32,7 +32,7 @@ pub use events::EventFilter;
 pub use leases::{Beat, BeatAnswer, Leases};
 pub use liveness::{Judge, Verdict};
 pub use plan::{
-    Leaving, Plan, PlanCursor, Unplaced, desired_count, explain, fetches_ahead, leaving, plan, plan_dirty,
-    ready_count, running_count, waits_for,
+    About, Leaving, Plan, PlanCursor, Unplaced, desired_count, explain, explained, fetches_ahead, leaving,
+    plan, plan_dirty, ready_count, running_count, waits_for,
 };
 pub use state::{ClusterState, Reserved, RowError};

@@ -38,7 +38,7 @@ use crate::wants::InstanceExt as _;
 
 pub use ahead::fetches_ahead;
 pub(crate) use deployment::{canaries, may_conclude};
-pub use explain::{explain, waits_for};
+pub use explain::{About, explain, explained, waits_for};
 pub use leaving::{Leaving, leaving};
 pub(crate) use needing::may_run;
 pub(crate) use placement::Room;

@@ -24,6 +24,7 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
     // Also while all that is desired is ready, and the next version is held up.
     let explained = desired > ready || core::fetches_ahead(state, &record.name);
     let now = clock::unix_now_ns().max(state.time_unix_ns());
+    let reasons: Vec<pb::Reason> = if explained { reasons(state, &record.name) } else { Vec::new() };
     pb::Service {
         name: record.name.clone(),
         version: record.version,
@@ -38,11 +39,17 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
         deleting: record.deleting,
         created: timestamp(record.created_unix_ns),
         revision: record.revision,
-        unplaced: if explained { core::explain(state, &record.name) } else { Vec::new() },
+        unplaced: reasons.iter().map(|reason| reason.text.clone()).collect(),
+        reasons,
         runs: record.job.as_ref().map_or_else(Vec::new, |job| job.runs.clone()),
         next_run: record.job.as_ref().and_then(|job| timestamp(job.next_due_unix_ns)),
         waits_for: core::waits_for(state, &record.name, now).unwrap_or_default(),
     }
+}
+
+fn reasons(state: &ClusterState, service: &str) -> Vec<pb::Reason> {
+    let explained = core::explained(state, service).into_iter();
+    explained.map(|(about, text)| pb::Reason { about: about.word().to_owned(), text }).collect()
 }
 
 /// One accepted change of a service.

@@ -13,25 +13,54 @@ use super::service::plan_service;
 use crate::state::ClusterState;
 use crate::wants::{HostExt as _, InstanceExt as _};
 
-/// Why instances of a service are missing or not ready; empty when all is well or there is no such service.
+/// What a sentence of [`explained`] is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum About {
+    /// Instances that cannot be placed.
+    Missing,
+    /// What runs on until its successor's artifacts are there.
+    Fetching,
+    /// Instances that are there and not ready.
+    NotReady,
+    Deployment,
+}
+
+impl About {
+    /// One word for scripts.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Fetching => "fetching",
+            Self::NotReady => "not_ready",
+            Self::Deployment => "deployment",
+        }
+    }
+}
+
+/// [`explained`] without what each is about.
 pub fn explain(state: &ClusterState, service: &str) -> Vec<String> {
+    explained(state, service).into_iter().map(|(_, sentence)| sentence).collect()
+}
+
+/// Why instances of a service are missing or not ready; empty when all is well or there is no such service.
+pub fn explained(state: &ClusterState, service: &str) -> Vec<(About, String)> {
     let Some(entry) = state.services.get(service) else { return Vec::new() };
     let now = state.time_unix_ns();
     let Some(rollout) = Rollout::of(state, entry, now) else { return Vec::new() };
     let plan = plan_service(state, &mut Fleet::new(state, now), entry, now, usize::MAX);
     let mut sentences = Vec::new();
     match plan.missing {
-        0 => sentences.extend(plan.reasons),
+        0 => sentences.extend(plan.reasons.into_iter().map(|reason| (About::Missing, reason))),
         missing => {
             let cannot = if missing == 1 { "instance cannot" } else { "instances cannot" };
-            sentences
-                .extend(plan.reasons.iter().map(|reason| format!("{missing} {cannot} be placed: {reason}")));
+            let placed = plan.reasons.iter().map(|reason| format!("{missing} {cannot} be placed: {reason}"));
+            sentences.extend(placed.map(|sentence| (About::Missing, sentence)));
         }
     }
-    sentences.extend(plan.stays);
+    sentences.extend(plan.stays.into_iter().map(|sentence| (About::Fetching, sentence)));
     let unready = rollout.current.iter().chain(&rollout.old).filter(|i| !i.ready() && !i.completed());
-    sentences.extend(unready.map(|instance| why_not_ready(state, instance)));
-    sentences.extend(deployment(&rollout));
+    sentences.extend(unready.map(|instance| (About::NotReady, why_not_ready(state, instance))));
+    sentences.extend(deployment(&rollout).map(|sentence| (About::Deployment, sentence)));
     sentences
 }
 
