@@ -60,8 +60,16 @@ impl Tries {
     /// Whether there may be one more: at most `retries_max` beyond the first, where those that took nothing do not count
     /// for the first `patience`.
     pub(crate) fn may_go_on(&self, retries_max: usize, patience: Duration) -> bool {
-        let count = if self.is_patient(patience) { self.reached } else { self.len() };
-        count <= retries_max
+        self.counted(patience) <= retries_max
+    }
+
+    /// Whether there may be one more after one that is not among these yet: an endpoint answered, and said that it cannot.
+    pub(crate) fn may_follow_answer(&self, retries_max: usize, patience: Duration) -> bool {
+        self.counted(patience) < retries_max
+    }
+
+    fn counted(&self, patience: Duration) -> usize {
+        if self.is_patient(patience) { self.reached } else { self.len() }
     }
 
     /// The first that failed did so no longer ago than that.
@@ -132,8 +140,10 @@ mod tests {
             tries.add(&endpoint(1), "refused", true);
         }
         assert!(tries.may_go_on(0, PATIENCE), "nobody has had any of it");
+        assert!(!tries.may_follow_answer(0, PATIENCE) && tries.may_follow_answer(1, PATIENCE));
         tries.add(&endpoint(2), "closed", false);
         assert!(!tries.may_go_on(0, PATIENCE) && tries.may_go_on(1, PATIENCE));
+        assert!(!tries.may_follow_answer(1, PATIENCE) && tries.may_follow_answer(2, PATIENCE));
         tries.add(&endpoint(3), "closed", false);
         assert!(!tries.may_go_on(1, PATIENCE) && tries.may_go_on(2, PATIENCE));
         tokio::time::advance(PATIENCE).await;

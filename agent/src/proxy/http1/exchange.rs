@@ -404,11 +404,11 @@ impl<'a> Exchange<'a> {
 
     /// Who else may be asked, after an answer that says that this endpoint cannot; nobody: that answer is passed on.
     fn other(&self, pick: &Pick, taken: &Taken) -> Option<Pick> {
-        let tried: Vec<EndpointKey> =
-            self.tries.keys().iter().copied().chain([pick.endpoint().key]).collect();
-        if !self.request.idempotent || tried.len() > self.retries_max || !self.can_repeat(taken) {
+        let may_follow = self.tries.may_follow_answer(self.retries_max, self.rules.pending_timeout);
+        if !self.request.idempotent || !may_follow || !self.can_repeat(taken) {
             return None;
         }
+        let tried = [self.tries.keys(), &[pick.endpoint().key]].concat();
         let (now, ask) = (crate::clock::monotonic(), Ask { tried: &tried, hash: self.request.hash });
         let other = self.route.balancer.pick(now, &mut rand::rng(), &ask).ok()?;
         self.calling.budget.retry(now).then_some(other)

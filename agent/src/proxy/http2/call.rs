@@ -300,7 +300,7 @@ impl Call {
     fn other_than(&self, pick: &Pick, hash: Option<u64>) -> Option<Pick> {
         let now = clock::monotonic();
         let is_late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        if is_late || self.tries.len() >= self.retries_max() {
+        if is_late || !self.tries.may_follow_answer(self.retries_max(), self.rules.pending_timeout) {
             return None;
         }
         let tried = [self.tries.keys(), &[pick.endpoint().key]].concat();

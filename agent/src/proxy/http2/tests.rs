@@ -335,6 +335,22 @@ async fn a_503_is_tried_elsewhere_only_if_that_may_be_done_twice() {
     assert!(!alone.head.headers().contains_key("nave-refused"), "{alone:?}");
 }
 
+#[tokio::test]
+async fn those_that_were_not_reached_leave_a_retry_for_one_that_is_unwell() {
+    let rules = PortRules { retries_max: 1, ..PortRules::default() };
+    // Of four endpoints the first two of a call are in twelve orders; that no call meets the one before the other is rare.
+    for _ in 0..40 {
+        let mut tasks = JoinSet::new();
+        let bad = endpoint(&mut tasks, Manner::Status(503));
+        let good = endpoint(&mut tasks, Manner::Status(200));
+        let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let mut scene = scene(tasks, &[gone, gone, bad.address, good.address], rules.clone()).await;
+        let request = Request::builder().method("GET").uri("http://api/x").body(()).unwrap();
+        let answer = answer(&mut scene.client, request, Bytes::new()).await.unwrap();
+        assert_eq!(answer.head.status(), 200);
+    }
+}
+
 fn clock() -> nave_agent_core::Monotonic {
     crate::clock::monotonic()
 }

@@ -146,6 +146,18 @@ async fn an_endpoint_that_is_unwell_is_passed_over() {
 }
 
 #[tokio::test]
+async fn those_that_were_not_reached_leave_a_retry_for_one_that_is_unwell() {
+    let mut stage = Stage::default();
+    let (gone, there) = (stage.nobody().await, stage.answering(OK).await);
+    let unwell = stage.answering("HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy").await;
+    let rules = PortRules { retries_max: 1, ..PortRules::default() };
+    for _ in 0..CHANCES {
+        let mut caller = stage.call(&[gone, gone, unwell, there], rules.clone()).await;
+        assert!(caller.ask(GET).await.starts_with("HTTP/1.1 200 OK"));
+    }
+}
+
+#[tokio::test]
 async fn a_connection_that_the_endpoint_closed_meanwhile_is_not_used() {
     let mut stage = Stage::default();
     let endpoint = stage
