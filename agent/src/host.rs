@@ -5,17 +5,21 @@
 //! the network or for another task; only for the ledger's disk, because an effect that is not written down may be
 //! repeated by the next agent.
 
+mod onlookers;
+mod output;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use nave_agent_core::directory::{Directory, DirectoryChange};
-use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind, Starting, State};
-use nave_agent_core::{Action, Input, Monotonic, Order, Reconciler, Supervisor, WallOffset};
+use nave_agent_core::directory::Directory;
+use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind};
+use nave_agent_core::{Action, Input, Order, Reconciler, Supervisor, WallOffset};
 use nave_keeper::witness::Witness;
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
+use onlookers::Onlookers;
+use output::{Output, kept_logs};
 use parking_lot::Mutex;
 use pb::hub_message::Message as FromHub;
 use pb::keeper_reply::Reply;
@@ -24,20 +28,17 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use crate::alarms::Alarms;
 use crate::api::Shown;
 use crate::clock;
 use crate::directory::DirectoryHandle;
 use crate::executor::Executor;
-use crate::executor::directories::KeptLogs;
-use crate::firewall::{Guarded, Owner, Told};
+use crate::firewall::Told;
 use crate::hub::HubEvent;
 use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
-use crate::logs::limits::{log_limits, max_age};
-use crate::metrics::{Metrics, StateLabel};
+use crate::metrics::Metrics;
 use crate::notes::Notes;
-use crate::proxy::{LocalWord, Proxy};
+use crate::proxy::Proxy;
 use crate::run::RunError;
 use crate::sequence::Sequencer;
 use crate::uplink::Uplink;
@@ -48,8 +49,6 @@ const EVENTS_PER_TURN: usize = 64;
 const SLEEP_MAX: Duration = Duration::from_secs(10);
 /// While a stop waits for calls to end, they are counted this often.
 const COUNT_CALLS: Duration = Duration::from_millis(10);
-/// Between two looks for logs that have become too old.
-const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
 /// Where events come from.
 #[derive(Debug)]
@@ -109,17 +108,10 @@ pub(crate) struct HostTask {
     uplink: Uplink,
     inbox: Inbox,
     metrics: Metrics,
-    shown: Shown,
     notes: Notes,
-    alarms: Alarms,
-    /// What the keeper was told to keep of the output of each placement that it runs.
-    log_limits: BTreeMap<(InstanceId, u64), pb::LogLimits>,
-    prune_at: Monotonic,
+    onlookers: Onlookers,
+    output: Output,
     witness: Arc<Mutex<Witness>>,
-    proxy: Option<Proxy>,
-    firewall: Option<watch::Sender<Told>>,
-    /// What the proxy was told of each instance: of which epoch, and what.
-    told: BTreeMap<InstanceId, (u64, LocalWord)>,
     directory: DirectoryHandle,
     /// The last word on it could not be taken.
     directory_refused: bool,
@@ -146,6 +138,7 @@ impl HostTask {
     ) -> Self {
         let (ledger, sequencer) = (Some(ledger), Sequencer::default());
         let Outbox { uplink, metrics, shown, notes } = outbox;
+        let onlookers = Onlookers::new(metrics.clone(), shown);
         Self {
             reconciler,
             ledger,
@@ -154,15 +147,10 @@ impl HostTask {
             uplink,
             inbox,
             metrics,
-            shown,
             notes,
-            alarms: Alarms::default(),
-            log_limits: BTreeMap::new(),
-            prune_at: clock::monotonic() + PRUNE_EVERY,
+            onlookers,
+            output: Output::new(clock::monotonic()),
             witness: Arc::default(),
-            proxy: None,
-            firewall: None,
-            told: BTreeMap::new(),
             directory,
             directory_refused: false,
             interest_due: true,
@@ -173,14 +161,14 @@ impl HostTask {
     /// With one that is to hear at once what becomes of this host's endpoints. It is told before this returns what was
     /// known when the last agent ended: that is what there is until the hub says more.
     pub(crate) fn with_proxy(self, proxy: Proxy) -> Self {
-        let this = Self { proxy: Some(proxy), ..self };
-        this.feed_proxy(&this.directory.everything());
+        let this = Self { onlookers: self.onlookers.with_proxy(proxy), ..self };
+        this.onlookers.tell_directory(&this.directory, &this.directory.everything());
         this
     }
 
     /// With one that guards the instances' ports.
     pub(crate) fn with_firewall(self, firewall: watch::Sender<Told>) -> Self {
-        Self { firewall: Some(firewall), ..self }
+        Self { onlookers: self.onlookers.with_firewall(firewall), ..self }
     }
 
     /// With one that has watched the processes already.
@@ -197,7 +185,7 @@ impl HostTask {
 
     async fn turns(&mut self, shutdown: CancellationToken) -> Result<(), RunError> {
         self.say_interest();
-        self.tell_users();
+        self.onlookers.tell_users(&self.reconciler);
         self.executor.list();
         loop {
             let sleep = self.until_wake();
@@ -219,7 +207,7 @@ impl HostTask {
     }
 
     fn until_wake(&self) -> Duration {
-        let next = [self.reconciler.next_wake(), self.uplink.next_wake(), self.alarms.next_wake()];
+        let next = [self.reconciler.next_wake(), self.uplink.next_wake(), self.output.next_wake()];
         let next = next.into_iter().flatten().min();
         if self.reconciler.draining().next().is_some() {
             let soon = next.map_or(COUNT_CALLS, |at| at.since(clock::monotonic()).min(COUNT_CALLS));
@@ -240,17 +228,16 @@ impl HostTask {
         let mut stirred = self.reconciler.take_stirred();
         if stirred {
             // Before any effect: nothing new goes to a process that is about to be told to end.
-            self.tell_proxy();
+            self.onlookers.tell_proxy(&self.reconciler);
         }
         self.carry_out(work).await?;
         stirred |= self.reconciler.take_stirred();
         if stirred {
-            self.tell_proxy();
-            self.tell_firewall();
-            self.show();
+            self.onlookers.tell_proxy(&self.reconciler);
+            self.onlookers.tell_others(&self.reconciler);
         }
+        self.say_alarms();
         let now = clock::monotonic();
-        self.look_after_logs(now);
         let wall = WallOffset::measure(now, clock::wall_unix_ns());
         self.say_interest();
         self.uplink.say(&mut self.reconciler, now, wall);
@@ -282,21 +269,14 @@ impl HostTask {
     fn keeper_event(&mut self, event: KeeperEvent, work: &mut Work) -> Result<(), RunError> {
         match event {
             KeeperEvent::Exited(mut exit) => {
-                if let Some(proxy) = &self.proxy {
-                    proxy.local_gone(InstanceId(exit.instance_id), exit.epoch);
-                    self.told.remove(&InstanceId(exit.instance_id));
-                }
+                self.onlookers.exited(InstanceId(exit.instance_id), exit.epoch);
                 self.metrics.process_exits.inc();
                 self.witness.lock().explain(&mut exit);
                 work.orders.extend(self.reconciler.exited(clock::monotonic(), &mut rand::rng(), *exit));
             }
             KeeperEvent::OutputDropped(dropped) => {
                 self.metrics.lines_dropped.inc_by(dropped.lines);
-                let (instance, lines) = (InstanceId(dropped.instance_id), dropped.lines);
-                self.alarms.output(instance, &dropped.refused);
-                if dropped.refused.is_empty() && lines > 0 {
-                    warn!(%instance, lines, "lines of output were dropped: it writes faster than the disk takes");
-                }
+                self.output.dropped(InstanceId(dropped.instance_id), dropped.lines, &dropped.refused);
             }
             KeeperEvent::Answered { purpose: Purpose::Spawn { instance, key }, result } => {
                 work.orders.extend(self.sequencer.answered(instance));
@@ -340,11 +320,8 @@ impl HostTask {
             .for_each(|process| self.witness.lock().watch(process));
         let now = clock::monotonic();
         work.orders.extend(self.reconciler.keeper_processes(now, &mut rand::rng(), processes));
-        self.log_limits = processes
-            .iter()
-            .filter_map(|kept| Some(((InstanceId(kept.instance_id), kept.epoch), kept.log_limits?)))
-            .collect();
-        self.limit_logs();
+        self.output.kept(processes);
+        self.output.limit(&self.reconciler, &mut self.executor);
         for supervisor in self.reconciler.supervisors() {
             if supervisor.state().process().is_some() {
                 let (instance, key) = (supervisor.instance(), supervisor.key());
@@ -390,12 +367,12 @@ impl HostTask {
                 FromHub::Wanted(set) => {
                     self.interest_due = true;
                     self.wanted(set, work);
-                    self.limit_logs();
+                    self.output.limit(&self.reconciler, &mut self.executor);
                 }
                 FromHub::Delta(delta) => {
                     self.interest_due = true;
                     self.delta(delta, work);
-                    self.limit_logs();
+                    self.output.limit(&self.reconciler, &mut self.executor);
                 }
                 FromHub::ReportAcknowledged(acknowledged) => {
                     let gone = self.uplink.acknowledged(acknowledged.sequence);
@@ -422,7 +399,7 @@ impl HostTask {
                     work.records.push(Record::Wanted(set));
                 }
                 work.orders.extend(orders);
-                self.tell_users();
+                self.onlookers.tell_users(&self.reconciler);
             }
             Err(stale) => {
                 warn!(%stale, "this member is behind; looking for another");
@@ -436,7 +413,7 @@ impl HostTask {
             Ok(orders) => {
                 work.records.push(Record::Delta(delta));
                 work.orders.extend(orders);
-                self.tell_users();
+                self.onlookers.tell_users(&self.reconciler);
             }
             Err(gap) => {
                 // Every session begins with the whole set.
@@ -453,7 +430,7 @@ impl HostTask {
             Ok(change) => {
                 debug!(revision, whole, services = change.services.len(), "the directory has changed");
                 self.directory_refused = false;
-                self.feed_proxy(&change);
+                self.onlookers.tell_directory(&self.directory, &change);
                 if acknowledge {
                     self.uplink.directory_taken(revision);
                 }
@@ -466,37 +443,12 @@ impl HostTask {
         }
     }
 
-    /// Which service each user of this host's services is: without cgroup2, callers are told by that.
-    fn tell_users(&self) {
-        let Some(proxy) = &self.proxy else { return };
-        let wanted = self.reconciler.supervisors().map(Supervisor::wanted).filter(|wanted| wanted.uid != 0);
-        let users =
-            wanted.filter_map(|wanted| Some((wanted.uid, wanted.manifest.as_ref()?.name.as_str().into())));
-        proxy.users(users.collect());
-    }
-
-    /// Whom the services of this host, and what else runs here, can call from now on.
-    fn feed_proxy(&self, change: &DirectoryChange) {
-        let Some(proxy) = &self.proxy else { return };
-        // Hosts first: an endpoint whose host is not known is one that cannot be reached.
-        if change.hosts {
-            proxy.hosts(self.directory.read(Directory::hosts));
-        }
-        for name in &change.services {
-            match self.directory.read(|known| known.service(name)) {
-                Some(service) => proxy.put(Arc::new(service)),
-                None => proxy.remove(name),
-            }
-        }
-    }
-
     /// Stops wait for calls under way; the proxy counts them.
     fn count_calls(&mut self, work: &mut Work) {
-        let Some(proxy) = self.proxy.clone() else { return };
         let draining: Vec<InstanceId> = self.reconciler.draining().collect();
         self.calls.retain(|instance, _| draining.contains(instance));
         for instance in draining {
-            let count = proxy.in_flight(instance);
+            let Some(count) = self.onlookers.in_flight(instance) else { return };
             if self.calls.insert(instance, count) != Some(count) {
                 self.input(instance, Input::InFlight { count }, work);
             }
@@ -507,7 +459,7 @@ impl HostTask {
         if std::mem::take(&mut self.interest_due) {
             let manifests = self.reconciler.supervisors().filter_map(|one| one.wanted().manifest.as_ref());
             let (interest, change) = self.directory.interest(manifests);
-            self.feed_proxy(&change);
+            self.onlookers.tell_directory(&self.directory, &change);
             self.uplink.interest(interest);
         }
     }
@@ -572,7 +524,7 @@ impl HostTask {
             Action::Spawn(order) => {
                 self.executor.listen(instance, order.key, &order.wanted, true);
                 if let Some(manifest) = &order.wanted.manifest {
-                    self.log_limits.insert((instance, order.key.epoch), log_limits(manifest));
+                    self.output.begun(instance, order.key.epoch, manifest);
                 }
                 self.executor.spawn(instance, order);
             }
@@ -602,8 +554,8 @@ impl HostTask {
             Action::StopProbes => self.executor.stop_probes(instance),
             Action::ListProcesses => self.executor.list(),
             Action::Forget { epoch } => {
-                self.log_limits.remove(&(instance, epoch));
-                self.executor.forget(instance, epoch, self.kept_logs());
+                self.output.forget(instance, epoch);
+                self.executor.forget(instance, epoch, kept_logs(&self.reconciler));
             }
             Action::ForgetLedger => self.executor.remove_directory(instance),
             Action::Log { level, message } => self.log(instance, level, &message),
@@ -614,57 +566,6 @@ impl HostTask {
             | Action::Gone
             | Action::WakeAt(_) => {}
         }
-    }
-
-    /// What has changed of this host's endpoints.
-    fn tell_proxy(&mut self) {
-        // Until then the directory that the last agent wrote down is the better word: nearly all of it still runs.
-        let Some(proxy) = self.proxy.as_ref().filter(|_| self.reconciler.is_keeper_known()) else { return };
-        for one in self.reconciler.supervisors() {
-            let (instance, epoch) = (one.instance(), one.key().epoch);
-            let is_same = self
-                .told
-                .get(&instance)
-                .is_some_and(|(of_epoch, word)| *of_epoch == epoch && word.is(one.endpoint(), one.ports()));
-            if is_same {
-                continue;
-            }
-            let word = LocalWord::new(one.endpoint(), one.ports());
-            if let Some((before, _)) = self.told.insert(instance, (epoch, word.clone()))
-                && before != epoch
-            {
-                proxy.local(service(one), instance, before, LocalWord::Gone);
-            }
-            proxy.local(service(one), instance, epoch, word);
-        }
-        let reconciler = &self.reconciler;
-        self.told.retain(|instance, (epoch, _)| {
-            let stays = reconciler.supervisor(*instance).is_some();
-            if !stays {
-                proxy.local_gone(*instance, *epoch);
-            }
-            stays
-        });
-    }
-
-    /// Whose port is whose. A turn compares some hundred numbers; only a change is acted upon, elsewhere.
-    fn tell_firewall(&self) {
-        let Some(firewall) = &self.firewall else { return };
-        let mut guarded = Guarded::new();
-        for one in self.reconciler.supervisors().filter(|one| !one.is_gone()) {
-            let user = one.wanted().manifest.as_ref().map_or("", |manifest| manifest.user.as_str());
-            let owner = Owner { user: user.to_owned(), uid: one.wanted().uid };
-            for port in one.ports().values() {
-                guarded.entry(*port).or_default().insert(owner.clone());
-            }
-        }
-        firewall.send_if_modified(|before| {
-            let is_news = before.as_ref() != Some(&guarded);
-            if is_news {
-                *before = Some(guarded);
-            }
-            is_news
-        });
     }
 
     /// Ports of all other instances, and whose they are.
@@ -678,51 +579,14 @@ impl HostTask {
             .collect()
     }
 
-    /// What logs must stay: of placements that may still write, and of others as long as their services want it.
-    fn kept_logs(&self) -> KeptLogs {
-        let there = || self.reconciler.supervisors().filter(|one| !one.is_gone());
-        let epochs = |one: &Supervisor| [one.key().epoch, one.wanted().epoch];
-        let alive = there().flat_map(|one| epochs(one).map(|epoch| (one.instance(), epoch))).collect();
-        let manifests = there().filter_map(|one| one.wanted().manifest.as_ref());
-        let max_age = manifests.map(|manifest| (manifest.name.clone(), max_age(manifest))).collect();
-        KeptLogs { alive, max_age }
-    }
-
-    /// A manifest's word on its logs takes effect on what runs.
-    fn limit_logs(&mut self) {
-        let mut news = Vec::new();
-        for one in self.reconciler.supervisors() {
-            let key = (one.instance(), one.key().epoch);
-            let (Some(told), Some(manifest)) = (self.log_limits.get(&key), &one.wanted().manifest) else {
-                continue;
-            };
-            let wanted = log_limits(manifest);
-            if *told != wanted && one.wanted().epoch == key.1 {
-                news.push((key, wanted));
-            }
-        }
-        for ((instance, epoch), limits) in news {
-            self.log_limits.insert((instance, epoch), limits);
-            self.executor.limit_log(instance, epoch, limits);
-        }
-    }
-
-    /// Alarms and notes for the hub, and old logs of what has ended.
-    fn look_after_logs(&mut self, now: Monotonic) {
-        let reconciler = &self.reconciler;
-        if let Some(alarms) = self.alarms.look(now, |instance| reconciler.supervisor(instance).is_some()) {
-            match alarms.first() {
-                Some(alarm) => error!("{alarm}"),
-                None => info!("the disk of the logs takes what services print again"),
-            }
+    /// What a person must see to on this host.
+    fn say_alarms(&mut self) {
+        let alarms = self.output.look_after(clock::monotonic(), &self.reconciler, &mut self.executor);
+        if let Some(alarms) = alarms {
             self.uplink.alarms(alarms);
         }
         if let Some(lacks) = self.notes.news() {
             self.uplink.lacks(lacks);
-        }
-        if now >= self.prune_at {
-            self.prune_at = now + PRUNE_EVERY;
-            self.executor.prune_logs(self.kept_logs());
         }
     }
 
@@ -733,41 +597,6 @@ impl HostTask {
             Level::Warn => warn!(service, %instance, "{message}"),
             Level::Error => error!(service, %instance, "{message}"),
         }
-    }
-
-    fn show(&self) {
-        let (_, generation) = self.reconciler.generation();
-        self.shown.generation.store(generation, Ordering::Relaxed);
-        self.metrics.wanted_generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
-        let mut counts: BTreeMap<&'static str, i64> = STATES.map(|state| (state, 0)).into();
-        for supervisor in self.reconciler.supervisors() {
-            if let Some(state) = state_name(supervisor.state()) {
-                *counts.entry(state).or_default() += 1;
-            }
-        }
-        for (state, count) in counts {
-            self.metrics.instances.get_or_create(&StateLabel { state }).set(count);
-        }
-    }
-}
-
-const STATES: [&str; 7] = ["pending", "starting", "running", "backing_off", "stopping", "exited", "failed"];
-
-fn state_name(state: &State) -> Option<&'static str> {
-    match state {
-        State::Pending(_) => Some("pending"),
-        State::Starting(
-            Starting::PickingPorts
-            | Starting::Preparing { .. }
-            | Starting::PreStart { .. }
-            | Starting::Spawning,
-        ) => Some("starting"),
-        State::Running(_) => Some("running"),
-        State::BackingOff { .. } => Some("backing_off"),
-        State::Stopping(_) => Some("stopping"),
-        State::Exited { .. } => Some("exited"),
-        State::Failed { .. } => Some("failed"),
-        State::Gone => None,
     }
 }
 
