@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::resolv::ResolvConf;
 use super::{DnsServer, PORT, address};
 use crate::directory::Ways;
-use crate::executor::ports::holder;
+use crate::executor::ports::holder_or_other;
 use crate::executor::users;
 use crate::notes::Notes;
 use crate::sockets::Sockets;
@@ -85,7 +85,7 @@ impl Naming {
         let port = self.at.port();
         let why = match error.kind() {
             std::io::ErrorKind::AddrInUse => {
-                let holder = holder(port).unwrap_or_else(|| "another program".to_owned());
+                let holder = holder_or_other(port);
                 format!("{holder} has port {port}; it is taken once it is free")
             }
             std::io::ErrorKind::PermissionDenied => format!("this agent may not listen on port {port}"),

@@ -9,7 +9,12 @@ pub(crate) fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
 
-/// `process 123 (nginx)`, when it can be found out.
+/// `process 123 (nginx)`, or "another program" when that cannot be found out.
+pub(crate) fn holder_or_other(port: u16) -> String {
+    holder(port).unwrap_or_else(|| "another program".to_owned())
+}
+
+/// `process 123 (nginx)`, when it can be found out. It costs a walk through all processes.
 pub(crate) fn holder(port: u16) -> Option<String> {
     let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()

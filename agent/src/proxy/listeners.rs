@@ -30,7 +30,7 @@ use super::route::{Caller, Route};
 use super::table::Wanted;
 use super::workers::Workers;
 use super::{http1, http2, tcp};
-use crate::executor::ports::holder;
+use crate::executor::ports::holder_or_other;
 use crate::notes::Notes;
 
 /// Callers that wait while no agent takes them.
@@ -322,7 +322,7 @@ impl Listeners {
         };
         let sentence = match why.kind() {
             io::ErrorKind::AddrInUse => {
-                let holder = holder(address.port()).unwrap_or_else(|| "another program".to_owned());
+                let holder = holder_or_other(address.port());
                 format!("{found}: {holder} has port {}", address.port())
             }
             io::ErrorKind::PermissionDenied => {

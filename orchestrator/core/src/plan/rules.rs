@@ -145,9 +145,9 @@ impl Rules {
             && (!ready || all_ready > self.slots.saturating_sub(self.max_parallel))
     }
 
-    /// Whether the host of one more old instance may fetch what its successor needs.
-    pub(crate) fn may_fetch(&self) -> bool {
-        self.fetching < self.max_parallel
+    /// How many more hosts of old instances may fetch what their successors need: no more at a time than may be replaced.
+    pub(crate) fn fetches_free(&self) -> usize {
+        self.max_parallel.saturating_sub(self.fetching)
     }
 
     /// Whether an old instance may be stopped to make room for a new one.

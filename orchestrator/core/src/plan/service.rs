@@ -556,10 +556,10 @@ impl<'a> Planner<'_, 'a> {
         }
     }
 
-    /// For those whose turn it is next, as many at a time as may be replaced at a time.
+    /// For those whose turn it is next, as many at a time as the rules allow.
     fn fetch_ahead(&mut self, next: &[&Arc<pb::InstanceRecord>]) {
         let rollout = self.rollout;
-        let mut free = rollout.rules.max_parallel.saturating_sub(rollout.rules.fetching);
+        let mut free = rollout.rules.fetches_free();
         for instance in next {
             if rollout.is_fetching(instance) {
                 self.plan.stays.push(rollout.why_it_stays(instance));

@@ -118,7 +118,8 @@ impl Standing {
         }
         let ready = instance.ready();
         let rules = self.tally(state, entry).rules;
-        rules.may_fetch() && (rules.may_replace(ready, true, false, false) || rules.may_make_room(ready))
+        rules.fetches_free() > 0
+            && (rules.may_replace(ready, true, false, false) || rules.may_make_room(ready))
     }
 
     /// Before a step takes effect: what the instance is (none: it is new), and what it will be.
