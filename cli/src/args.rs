@@ -50,8 +50,9 @@ pub(crate) enum Verb {
     },
     /// List the addresses where instances of a service answer
     Endpoints(OfService),
-    /// One service: version, deployment, instances, last events, and why anything is not ready
-    Status(OfService),
+    /// One service: version, deployment, instances, last events, and why anything is not ready; without one: the hub, the
+    /// hosts and the services
+    Status(Status),
     /// Output of all instances of a service, on all hosts, merged by time
     Logs(Logs),
     /// Lifecycle history: who, what, why
@@ -163,6 +164,13 @@ pub(crate) struct Drain {
 #[derive(Debug, Args)]
 pub(crate) struct OfService {
     pub(crate) service: String,
+    #[command(flatten)]
+    pub(crate) listing: Listing,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    pub(crate) service: Option<String>,
     #[command(flatten)]
     pub(crate) listing: Listing,
 }

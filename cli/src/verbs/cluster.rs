@@ -11,7 +11,7 @@ use crate::table::{Cell, Table};
 use crate::{clock, when};
 
 #[derive(Debug, Serialize)]
-struct StatusRow<'a> {
+pub(super) struct StatusRow<'a> {
     cluster_id: &'a str,
     incarnation: u64,
     leader: &'a str,
@@ -68,13 +68,18 @@ impl<'a> From<&'a pb::ClusterStatus> for StatusRow<'a> {
     }
 }
 
-pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+pub(super) async fn read(hub: &Hub) -> Result<pb::ClusterStatus, Failure> {
     let status =
         hub.read(|mut member| async move {
             member.cluster.get_cluster_status(pb::GetClusterStatusRequest {}).await
         })
         .await?;
     note_age(status.freshness.as_ref());
+    Ok(status)
+}
+
+pub(super) async fn status(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+    let status = read(hub).await?;
     if args.json() {
         out::json(&StatusRow::from(&status));
         return Ok(());

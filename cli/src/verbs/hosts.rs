@@ -1,5 +1,6 @@
 //! `nave hosts`, `nave hosts forget`, `nave drain`, `nave undrain`.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use nave_proto::pb;
@@ -19,7 +20,7 @@ use crate::{clock, when};
 const ASK_EVERY: Duration = Duration::from_millis(300);
 
 #[derive(Debug, Serialize)]
-struct HostRow<'a> {
+pub(super) struct HostRow<'a> {
     id: &'a str,
     name: &'a str,
     address: &'a str,
@@ -75,16 +76,24 @@ impl<'a> HostRow<'a> {
     }
 }
 
-pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+pub(super) async fn read(hub: &Hub) -> Result<pb::ListHostsResponse, Failure> {
     let listed = hub
         .read(|mut member| async move { member.hosts.list_hosts(pb::ListHostsRequest::default()).await })
         .await?;
     note_age(listed.freshness.as_ref());
+    Ok(listed)
+}
+
+pub(super) fn rows(hosts: &[pb::Host]) -> Vec<HostRow<'_>> {
+    static UNKNOWN: LazyLock<pb::HostFacts> = LazyLock::new(pb::HostFacts::default);
+    hosts.iter().map(|host| HostRow::new(host, host.facts.as_ref().unwrap_or(&UNKNOWN))).collect()
+}
+
+pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+    let listed = read(hub).await?;
     let unknown = pb::HostFacts::default();
     if args.json() {
-        let rows =
-            listed.hosts.iter().map(|host| HostRow::new(host, host.facts.as_ref().unwrap_or(&unknown)));
-        out::json(&rows.collect::<Vec<_>>());
+        out::json(&rows(&listed.hosts));
         return Ok(());
     }
     if listed.hosts.is_empty() {

@@ -23,8 +23,16 @@ pub(super) struct ServiceRow<'a> {
     deleting: bool,
     created: String,
     unplaced: &'a [String],
+    reasons: Vec<ReasonRow<'a>>,
     waits_for: &'a str,
     revision: u64,
+}
+
+/// What of `unplaced` is about what.
+#[derive(Debug, Serialize)]
+struct ReasonRow<'a> {
+    about: &'a str,
+    text: &'a str,
 }
 
 #[derive(Debug, Serialize)]
@@ -58,6 +66,11 @@ impl<'a> From<&'a pb::Service> for ServiceRow<'a> {
             deleting: service.deleting,
             created: when::rfc3339(when::timestamp(service.created.as_ref())),
             unplaced: &service.unplaced,
+            reasons: service
+                .reasons
+                .iter()
+                .map(|reason| ReasonRow { about: &reason.about, text: &reason.text })
+                .collect(),
             waits_for: &service.waits_for,
             revision: service.revision,
         }
@@ -89,13 +102,18 @@ pub(super) fn deployment_cell(service: &pb::Service) -> Cell {
     Cell::new(word, tone)
 }
 
-pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+pub(super) async fn read(hub: &Hub) -> Result<pb::ListServicesResponse, Failure> {
     let listed =
         hub.read(|mut member| async move {
             member.services.list_services(pb::ListServicesRequest::default()).await
         })
         .await?;
     note_age(listed.freshness.as_ref());
+    Ok(listed)
+}
+
+pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
+    let listed = read(hub).await?;
     if args.json() {
         out::json(&listed.services.iter().map(ServiceRow::from).collect::<Vec<_>>());
         return Ok(());

@@ -5,11 +5,11 @@ use serde::Serialize;
 
 use super::events::{self, EventRow};
 use super::ps::{self, InstanceRow};
-use super::ready_of;
 use super::runs::{self, RunRow};
-use super::services::{ServiceRow, deployment_word};
+use super::services::{self, ServiceRow, deployment_word};
 use super::traffic::{self, TrafficRow};
-use crate::args::OfService;
+use super::{cluster, hosts, ready_of};
+use crate::args::{self, Listing};
 use crate::client::{Hub, note_age};
 use crate::failure::Failure;
 use crate::out::{self, Tone};
@@ -27,8 +27,43 @@ struct StatusPage<'a> {
 /// So many of the last events fit below the rest on one screen.
 const EVENTS: usize = 8;
 
-pub(super) async fn run(args: &OfService, hub: &Hub) -> Result<(), Failure> {
-    let request = pb::GetServiceRequest { name: args.service.clone(), linearizable: false };
+pub(super) async fn run(args: &args::Status, hub: &Hub) -> Result<(), Failure> {
+    match &args.service {
+        Some(service) => of_service(service, &args.listing, hub).await,
+        None => overview(&args.listing, hub).await,
+    }
+}
+
+/// Without a service: what there is, the whole first.
+async fn overview(listing: &Listing, hub: &Hub) -> Result<(), Failure> {
+    if listing.json() {
+        let (cluster, hosts, services) =
+            (cluster::read(hub).await?, hosts::read(hub).await?, services::read(hub).await?);
+        out::json(&Overview {
+            cluster: cluster::StatusRow::from(&cluster),
+            hosts: hosts::rows(&hosts.hosts),
+            services: services.services.iter().map(ServiceRow::from).collect(),
+        });
+        return Ok(());
+    }
+    cluster::status(listing, hub).await?;
+    out::line("");
+    hosts::run(listing, hub).await?;
+    out::line("");
+    services::run(listing, hub).await?;
+    out::hint("`nave status SERVICE` has all about one");
+    Ok(())
+}
+
+#[derive(Debug, Serialize)]
+struct Overview<'a> {
+    cluster: cluster::StatusRow<'a>,
+    hosts: Vec<hosts::HostRow<'a>>,
+    services: Vec<ServiceRow<'a>>,
+}
+
+async fn of_service(service: &str, listing: &Listing, hub: &Hub) -> Result<(), Failure> {
+    let request = pb::GetServiceRequest { name: service.to_owned(), linearizable: false };
     let got = hub
         .read_status(|mut member| {
             let request = request.clone();
@@ -37,7 +72,7 @@ pub(super) async fn run(args: &OfService, hub: &Hub) -> Result<(), Failure> {
         .await?;
     let mut got = match got {
         Ok(got) => got,
-        Err(status) => return Err(super::about_service(hub, &args.service, &status).await),
+        Err(status) => return Err(super::about_service(hub, service, &status).await),
     };
     note_age(got.freshness.as_ref());
     // The hub sends the newest first; a page reads better downwards.
@@ -46,7 +81,7 @@ pub(super) async fn run(args: &OfService, hub: &Hub) -> Result<(), Failure> {
         return Err(Failure::refused("the hub's answer has no service in it"));
     };
     let traffic = traffic::read(hub, service).await;
-    if args.listing.json() {
+    if listing.json() {
         // An array, like every list; it has one page.
         out::json(&StatusPage {
             service: service.into(),
