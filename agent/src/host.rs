@@ -77,6 +77,7 @@ enum Event {
     JobDone,
     /// Somebody here calls a service whose endpoints are not known.
     Asked,
+    Rest,
 }
 
 impl Inbox {
@@ -119,6 +120,9 @@ pub(crate) struct HostTask {
     interest_due: bool,
     /// Calls under way to what drains, as the reconciler was told.
     calls: BTreeMap<InstanceId, u64>,
+    /// Cancelled when all services are to end before the agent does.
+    rest: CancellationToken,
+    rests: bool,
 }
 
 impl std::fmt::Debug for HostTask {
@@ -155,7 +159,14 @@ impl HostTask {
             directory_refused: false,
             interest_due: true,
             calls: BTreeMap::new(),
+            rest: CancellationToken::new(),
+            rests: false,
         }
+    }
+
+    /// With one that says when all services are to end before the agent does.
+    pub(crate) fn resting_on(self, rest: CancellationToken) -> Self {
+        Self { rest, ..self }
     }
 
     /// With one that is to hear at once what becomes of this host's endpoints. It is told before this returns what was
@@ -192,6 +203,7 @@ impl HostTask {
             let event = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ok(()),
+                () = self.rest.cancelled(), if !self.rests => Event::Rest,
                 event = self.inbox.keeper.recv() => match event {
                     Some(event) => Event::Keeper(event),
                     None => return Err(RunError::KeeperLost),
@@ -203,6 +215,10 @@ impl HostTask {
                 () = tokio::time::sleep(sleep) => Event::Timer,
             };
             self.turn(event).await?;
+            if self.reconciler.is_at_rest() {
+                info!("all services have ended, as asked, and the agent does too");
+                shutdown.cancel();
+            }
         }
     }
 
@@ -247,6 +263,11 @@ impl HostTask {
     fn take(&mut self, event: Event, work: &mut Work) -> Result<(), RunError> {
         match event {
             Event::Timer | Event::JobDone => {}
+            Event::Rest => {
+                self.rests = true;
+                info!("all services are to end, and the agent after them");
+                work.orders.extend(self.reconciler.rest(clock::monotonic(), &mut rand::rng()));
+            }
             Event::Asked => self.interest_due = true,
             Event::Input(instance, input) => {
                 if let Input::SpawnFailed { .. } = input {

@@ -119,16 +119,22 @@ impl RunError {
     }
 }
 
-/// The agent's whole life. Returns `Ok` after `shutdown`, an error when it cannot go on.
+/// The agent's whole life. Returns `Ok` after `shutdown`, an error when it cannot go on. `rest` has all services end
+/// first, each as its manifest says and what is needed after what needs it, and cancels `shutdown` then; the next agent
+/// starts them again.
 ///
 /// When the keeper ends, everything is begun anew with the next one, in this process: it alone may know how a process
 /// that ended without a keeper had ended.
-pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(
+    config: AgentConfig,
+    shutdown: CancellationToken,
+    rest: CancellationToken,
+) -> Result<(), RunError> {
     config.check()?;
     let witness = Arc::<Mutex<Witness>>::default();
     let mut patience = Duration::ZERO;
     // Traffic goes on while there is no keeper.
-    let mut lasting = Lasting::default();
+    let mut lasting = Lasting { rest, ..Lasting::default() };
     let ended = loop {
         match with_keeper(&config, &shutdown, &witness, &mut lasting, patience).await {
             Err(RunError::KeeperLost) if !shutdown.is_cancelled() => {
@@ -155,6 +161,7 @@ struct Lasting {
     notes: Notes,
     records: Arc<Records>,
     proxy: Option<Proxy>,
+    rest: CancellationToken,
 }
 
 impl Lasting {
@@ -352,7 +359,8 @@ async fn with_keeper(
     lasting.notes.repeat();
     let outbox = Outbox { uplink, metrics, shown, notes: lasting.notes.clone() };
     let main = HostTask::new(reconciler, ledger, executor, inbox, outbox, directory);
-    let mut main = main.witnessed_by(witness.clone()).with_proxy(proxy.clone());
+    let main = main.witnessed_by(witness.clone()).with_proxy(proxy.clone());
+    let mut main = main.resting_on(lasting.rest.clone());
     if config.firewall && users::own_uid().is_root() {
         let (ports, wanted) = watch::channel(Told::default());
         let (firewall, ends) =

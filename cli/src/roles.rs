@@ -126,7 +126,18 @@ pub(crate) fn agent_config(args: &args::Agent) -> anyhow::Result<AgentConfig> {
 pub(crate) fn agent_process(args: &args::Agent) -> Result<(), Failure> {
     log_to_stderr(ROLE_LOG);
     let config = agent_config(args)?;
-    until_signalled(|shutdown| async { nave_agent::run(config, shutdown).await.map_err(anyhow::Error::from) })
+    until_signalled(|shutdown| async {
+        let mut rests = signal(SignalKind::user_defined1()).context("listen for SIGUSR1")?;
+        let rest = CancellationToken::new();
+        let mut agent = pin!(nave_agent::run(config, shutdown, rest.clone()));
+        loop {
+            tokio::select! {
+                ended = &mut agent => return ended.map_err(anyhow::Error::from),
+                // From the keeper: services end first.
+                _ = rests.recv() => rest.cancel(),
+            }
+        }
+    })
 }
 
 /// One hub member.

@@ -94,3 +94,64 @@ fn a_port_that_is_taken_is_named_before_anything_starts() {
     assert_eq!(process.wait(), Some(1));
     assert!(said(folder.path()).contains(&(port + 1).to_string()), "{}", said(folder.path()));
 }
+
+/// Writes a word at its start and end into a file that all of them write to.
+fn told(name: &str, file: &Path, at_end: &str, more: &str) -> String {
+    let file = file.display();
+    format!(
+        r#"name = "{name}"
+command = ["sh", "-c", '''trap "{at_end}; echo {name} ends >> {file}; exit 0" USR2
+trap "" TERM; echo {name} begins >> {file}; while :; do sleep 0.02; done''']
+stop = {{ signal = "SIGUSR2", grace = "60s" }}
+{more}"#
+    )
+}
+
+#[test]
+fn an_end_is_each_services_own_and_in_order_and_asked_again_at_once() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::Builder::new().prefix("nave-dev").tempdir_in("/dev/shm").expect("a folder");
+    let (dir, port) = (folder.path(), free_ports());
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).expect("opened");
+    let file = dir.join("told");
+    std::fs::write(&file, "").expect("made");
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)).expect("opened");
+    let lines = || std::fs::read_to_string(&file).expect("it is there");
+    let mut first = dev(dir, port);
+    wait_ready(dir, 1);
+    let apply = |manifest: &str| {
+        run(Some(&dir.join("data/client.toml")), &["apply", "-f", "-", "--wait"], Some(manifest)).expect(0);
+    };
+    let hook = format!(
+        "hooks.post_stop.command = [\"sh\", \"-c\", \"echo db is put away >> {}\"]\n",
+        file.display()
+    );
+    apply(&told("db", &file, ":", &hook));
+    apply(&told("web", &file, "sleep 0.5", "needs = [\"db\"]\n"));
+    nave(dir, &["status"]).expect(0);
+    eventually("both have begun", SOON, || lines().matches("begins").count() == 2);
+    first.signal(nix::sys::signal::Signal::SIGINT);
+    assert_eq!(first.wait(), Some(0), "{}", said(dir));
+    let ends = lines();
+    let ends: Vec<&str> = ends.lines().filter(|line| !line.ends_with("begins")).collect();
+    assert_eq!(ends, ["web ends", "db ends", "db is put away"], "{}", said(dir));
+
+    // They are wanted as before.
+    let mut second = dev(dir, port);
+    wait_ready(dir, 2);
+    eventually("both have begun again", SOON, || lines().matches("begins").count() == 4);
+    apply(
+        r#"name = "deaf"
+command = ["sh", "-c", 'trap "" TERM; echo deaf; while :; do sleep 0.1; done']
+stop.grace = "10m"
+health.log = "deaf"
+"#,
+    );
+    second.signal(nix::sys::signal::Signal::SIGINT);
+    eventually("the others have ended", SOON, || lines().matches("is put away").count() == 2);
+    let data = dir.join("data/agent-1");
+    assert!(!processes_of(&data).is_empty(), "it has its ten minutes");
+    second.signal(nix::sys::signal::Signal::SIGINT);
+    assert_eq!(second.wait(), Some(0), "{}", said(dir));
+    assert!(processes_of(&data).is_empty(), "or none");
+}

@@ -59,6 +59,8 @@ pub struct Reconciler {
     stops: BTreeMap<InstanceId, u64>,
     /// They are to stop, and stay for others here that need them.
     held: BTreeSet<InstanceId>,
+    /// See [`Reconciler::rest`].
+    rests: bool,
     /// See [`Reconciler::take_stirred`].
     stirred: bool,
 }
@@ -79,6 +81,7 @@ impl Reconciler {
             lease: None,
             stops: BTreeMap::new(),
             held: BTreeSet::new(),
+            rests: false,
             stirred: true,
         }
     }
@@ -184,6 +187,9 @@ impl Reconciler {
             Some(_) => self.step(now, rng, instance, Input::Wanted(Box::new(wanted)), orders),
             None => {
                 let mut supervisor = Supervisor::new(wanted, &self.boot_id, now);
+                if self.rests {
+                    supervisor.rest();
+                }
                 if let Some(until) = self.lease {
                     supervisor.note_lease(until);
                 }
@@ -247,6 +253,28 @@ impl Reconciler {
         let nothing = pb::WantedSet { incarnation, generation, instances: Vec::new() };
         let orders = self.apply_wanted(now, rng, nothing.clone()).unwrap_or_default();
         (nothing, orders)
+    }
+
+    /// All that this host runs ends, each as its manifest says, what is needed after what needs it; nothing starts any
+    /// more. What is wanted stays so, and the next agent starts it again.
+    pub fn rest<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R) -> Vec<Order> {
+        self.rests = true;
+        self.stirred = true;
+        self.supervisors.values_mut().for_each(Supervisor::rest);
+        let all: BTreeSet<InstanceId> = self.supervisors.keys().copied().collect();
+        self.hold_needed(now, &all);
+        let mut orders = Vec::new();
+        for instance in all {
+            self.step(now, rng, instance, Input::Tick, &mut orders);
+        }
+        self.release_needed(now, rng, &mut orders);
+        orders
+    }
+
+    /// All has ended, after [`Reconciler::rest`].
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        self.rests && self.keeper_known && self.supervisors.values().all(Supervisor::is_at_rest)
     }
 
     /// One input for one instance; ignored when there is no such instance (an exit is acknowledged all the same).

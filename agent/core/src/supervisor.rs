@@ -68,6 +68,8 @@ pub struct Supervisor {
     wanted: pb::WantedInstance,
     /// The hub no longer knows it.
     forget: bool,
+    /// All that this host runs is to end, and nothing starts before another agent.
+    rests: bool,
     /// Of the newest process; behind `wanted.epoch` while that one is stopped.
     epoch: u64,
     /// Processes ordered in `epoch`.
@@ -111,6 +113,8 @@ enum Goal {
     Stop,
     /// Placed anew: end what runs for the older epoch, then begin again.
     Replace,
+    /// Wanted as ever, but this host's services rest until an agent begins anew.
+    Rest,
 }
 
 impl Supervisor {
@@ -123,6 +127,7 @@ impl Supervisor {
             epoch: wanted.epoch,
             wanted,
             forget: false,
+            rests: false,
             attempt: 0,
             ports: Ports::new(),
             pick_ports: false,
@@ -257,9 +262,23 @@ impl Supervisor {
         self.forget
     }
 
-    /// The hub wants it to end.
+    /// It is to end and not to begin again.
     pub(crate) fn is_to_stop(&self) -> bool {
-        self.goal() == Goal::Stop
+        matches!(self.goal(), Goal::Stop | Goal::Rest)
+    }
+
+    /// From now on what runs is to end, with all that belongs to its end; what is wanted stays so.
+    pub(crate) fn rest(&mut self) {
+        self.rests = true;
+    }
+
+    /// Nothing of it runs, and nothing is owed for what ran.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        let ended = match &self.state {
+            State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. } | State::Gone => true,
+            State::Pending(_) | State::Starting(_) | State::Running(_) | State::Stopping(_) => false,
+        };
+        ended && self.sweeps.is_empty() && self.post_stop == PostStop::Nothing
     }
 
     /// The name of its service, if it has been told.
@@ -284,6 +303,8 @@ impl Supervisor {
     fn goal(&self) -> Goal {
         if self.forget || self.wanted.desired() == pb::Desired::Stop {
             Goal::Stop
+        } else if self.rests {
+            Goal::Rest
         } else if self.wanted.epoch > self.epoch {
             Goal::Replace
         } else {

@@ -38,6 +38,8 @@ pub(crate) struct Agent {
     /// Before the next start.
     delay_ns: i64,
     stopping: bool,
+    /// It ends by itself, after its services.
+    rests: bool,
 }
 
 #[derive(Debug)]
@@ -62,7 +64,7 @@ enum State {
 impl Agent {
     pub(crate) fn new(command: Vec<OsString>) -> Self {
         let state = if command.is_empty() { State::Off } else { State::Waiting { until: 0 } };
-        Self { command, state, delay_ns: 0, stopping: false }
+        Self { command, state, delay_ns: 0, stopping: false, rests: false }
     }
 
     pub(crate) fn pid(&self) -> Option<u32> {
@@ -105,9 +107,19 @@ impl Agent {
         }
     }
 
+    /// Has it end all services as their manifests say, and then itself, for good. `false`: there is none. One of a build
+    /// that does not know the signal ends of it, and the rest is ours as ever.
+    pub(crate) fn rest(&mut self) -> bool {
+        let State::Running { pidfd, termed: false, signal_at, .. } = &mut self.state else { return false };
+        *signal_at = None;
+        self.stopping = true;
+        self.rests = true;
+        sys::pidfd_signal(pidfd.as_fd(), libc::SIGUSR1, false).is_ok()
+    }
+
     /// Ends it for good.
     pub(crate) fn stop(&mut self) {
-        if self.stopping {
+        if self.stopping && !std::mem::take(&mut self.rests) {
             return;
         }
         self.stopping = true;

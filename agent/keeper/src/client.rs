@@ -81,6 +81,10 @@ pub struct Client {
     last_id: u64,
 }
 
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Client {
     /// Connects, without a hello: enough for [`Client::list`] and [`Client::shutdown`].
     ///
@@ -167,8 +171,21 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn shutdown(&mut self, stop_services: bool, grace: Duration) -> Result<(), ClientError> {
-        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-        self.request(Request::Shutdown(pb::KeeperShutdown { stop_services, grace_ms }), None)?;
+        self.end(pb::KeeperShutdown { stop_services, grace_ms: milliseconds(grace), orderly_ms: 0 })
+    }
+
+    /// The same, where the agent gets so long to end the services as their manifests say, before what is left is ended
+    /// within `grace`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn shutdown_in_order(&mut self, orderly: Duration, grace: Duration) -> Result<(), ClientError> {
+        let (orderly_ms, grace_ms) = (milliseconds(orderly), milliseconds(grace));
+        self.end(pb::KeeperShutdown { stop_services: true, grace_ms, orderly_ms })
+    }
+
+    fn end(&mut self, shutdown: pb::KeeperShutdown) -> Result<(), ClientError> {
+        self.request(Request::Shutdown(shutdown), None)?;
         let mut rest = [0; 512];
         while receive(self.stream.as_fd(), &mut rest)?.0 > 0 {}
         Ok(())

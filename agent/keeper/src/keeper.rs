@@ -96,6 +96,8 @@ pub(crate) enum Mode {
 pub(crate) struct Stopping {
     asker: Option<Asker>,
     services: bool,
+    /// The agent ends the services until then; the grace that what is left gets after it.
+    orderly: Option<(i64, i64)>,
     look_at: i64,
     /// Empty cgroup directories that will not go are left after this.
     cgroups_until: i64,
@@ -225,7 +227,7 @@ impl Keeper {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             match i32::try_from(signal.ssi_signo) {
                 Ok(libc::SIGCHLD) => self.reap(),
-                Ok(libc::SIGTERM | libc::SIGINT) => self.stop(None, false, 0),
+                Ok(libc::SIGTERM | libc::SIGINT) => self.stop(None, false, 0, 0),
                 Ok(libc::SIGUSR2) => {
                     self.upgrade.wanted.get_or_insert(Wanted::Again);
                 }

@@ -46,7 +46,7 @@ impl Agent {
     fn start(config: &AgentConfig) -> Self {
         let shutdown = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        tasks.spawn(run(config.clone(), shutdown.clone()));
+        tasks.spawn(run(config.clone(), shutdown.clone(), CancellationToken::new()));
         Self { tasks, shutdown }
     }
 

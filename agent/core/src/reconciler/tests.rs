@@ -444,3 +444,26 @@ fn what_is_needed_waits_for_what_stops_too_and_not_for_ever() {
     }
     assert_eq!(now.since(NOW), crate::supervisor::GRACE + crate::supervisor::KILL_WAIT);
 }
+
+#[test]
+fn a_host_that_rests_ends_all_in_order_starts_nothing_and_begins_again_with_the_next_agent() {
+    let mut reconciler = chain();
+    assert_eq!(stopped(&reconciler.rest(NOW, &mut rng())), [3]);
+    assert_eq!(stopped(&reconciler.exited(NOW, &mut rng(), exit(3, 1, 1))), [2]);
+    // What the hub sends meanwhile is wanted, and waits.
+    let orders = reconciler.apply_delta(NOW, &mut rng(), delta(5, 6, vec![run(4)], vec![])).unwrap();
+    assert_eq!(spawns(&orders), 0);
+    assert!(!reconciler.is_at_rest());
+    assert_eq!(stopped(&reconciler.exited(NOW, &mut rng(), exit(2, 1, 2))), [1]);
+    assert_eq!(spawns(&reconciler.exited(NOW, &mut rng(), exit(1, 1, 3))), 0);
+    assert!(!reconciler.is_at_rest(), "what they have left behind is not known to be gone");
+    for id in 1..=3 {
+        let empty = Input::CgroupEmpty { key: key(1, 1), killed: 0 };
+        assert_eq!(spawns(&reconciler.input(NOW, &mut rng(), InstanceId(id), empty)), 0);
+    }
+    assert!(reconciler.is_at_rest());
+    assert_eq!(reconciler.next_wake(), None);
+    assert_eq!(reconciler.gone(), [], "the hub is not told that they have left");
+    let mut next = restored(&reconciler);
+    assert_eq!(spawns(&next.keeper_processes(NOW, &mut rng(), &[])), 4, "and what came meanwhile");
+}

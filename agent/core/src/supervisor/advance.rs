@@ -39,26 +39,32 @@ impl Supervisor {
                     let running = running.clone();
                     self.begin_stop(now, running, StopCause::Probe(why), out);
                 }
-                (State::Running(_), Goal::Stop) if self.stays_for_others(now) => return,
-                (State::Running(running), Goal::Stop | Goal::Replace) => {
+                (State::Running(_), Goal::Stop | Goal::Rest) if self.stays_for_others(now) => return,
+                (State::Running(running), Goal::Stop | Goal::Replace | Goal::Rest) => {
                     let running = running.clone();
                     self.begin_stop(now, running, StopCause::Told, out);
                 }
                 (State::Stopping(_), _) => return self.climb(now, out),
-                (State::Gone, Goal::Stop) => return,
+                (State::Gone, Goal::Stop | Goal::Rest) => return,
                 (State::Gone, Goal::Run | Goal::Replace) => {
                     self.memory = super::RestartMemory::default();
                     self.state = State::due(now);
                 }
-                (State::Starting(Starting::PickingPorts), Goal::Stop | Goal::Replace) => {
+                (State::Starting(Starting::PickingPorts), Goal::Stop | Goal::Replace | Goal::Rest) => {
                     self.state = State::due(now);
                 }
                 (State::Starting(Starting::PickingPorts), Goal::Run) => return,
-                (State::Starting(Starting::Preparing { ending: false }), Goal::Stop | Goal::Replace) => {
+                (
+                    State::Starting(Starting::Preparing { ending: false }),
+                    Goal::Stop | Goal::Replace | Goal::Rest,
+                ) => {
                     self.state = State::Starting(Starting::Preparing { ending: true });
                     return out.push(Action::CancelPreparation { key: self.key() });
                 }
-                (State::Starting(Starting::PreStart { ending: false }), Goal::Stop | Goal::Replace) => {
+                (
+                    State::Starting(Starting::PreStart { ending: false }),
+                    Goal::Stop | Goal::Replace | Goal::Rest,
+                ) => {
                     return self.end_pre_start(out);
                 }
                 (State::Starting(Starting::PreStart { ending: false }), Goal::Run)
@@ -92,6 +98,9 @@ impl Supervisor {
                 }
                 (State::BackingOff { .. }, Goal::Run) => return self.start(out),
                 (State::Exited { .. } | State::Failed { .. }, Goal::Run) => return,
+                (State::BackingOff { .. } | State::Exited { .. } | State::Failed { .. }, Goal::Rest) => {
+                    return;
+                }
             }
         }
     }
@@ -102,7 +111,8 @@ impl Supervisor {
         let own = match &self.state {
             State::BackingOff { until, .. } => {
                 let waits = !self.sweeps.is_empty() || self.post_stop != PostStop::Nothing;
-                (!waits && self.keeper_known && !self.waits_for_lease).then_some(*until)
+                let starts = self.keeper_known && !self.waits_for_lease && self.goal() != Goal::Rest;
+                (!waits && starts).then_some(*until)
             }
             State::Starting(Starting::PreStart { ending: false }) => {
                 self.lease.filter(|_| self.needs_lease())

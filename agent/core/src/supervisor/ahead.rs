@@ -7,8 +7,8 @@ use std::time::Duration;
 use nave_proto::pb;
 use rand::Rng;
 
+use super::Supervisor;
 use super::action::{Action, Level};
-use super::{Goal, Supervisor};
 use crate::monotonic::Monotonic;
 
 /// Between two tries, doubled each time. Whoever serves the artifacts may be in trouble because of all who ask.
@@ -53,7 +53,7 @@ impl Ahead {
 impl Supervisor {
     /// Orders what is asked for, and takes back what is not any more.
     pub(super) fn fetch_ahead(&mut self, now: Monotonic, out: &mut Vec<Action>) {
-        let wanted = self.wanted.fetch.as_ref().filter(|_| self.goal() != Goal::Stop);
+        let wanted = self.wanted.fetch.as_ref().filter(|_| !self.is_to_stop());
         let Some(order) = wanted else {
             if self.ahead != Ahead::Nothing {
                 self.ahead = Ahead::Nothing;

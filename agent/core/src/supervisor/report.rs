@@ -60,7 +60,9 @@ impl Supervisor {
             (_, Goal::Stop) => {
                 observed::State::Stopping(observed::Stopping { process: self.state.process().cloned() })
             }
-            (State::Pending(_), _) | (_, Goal::Replace) => observed::State::Pending(observed::Pending {}),
+            (State::Pending(_), _) | (_, Goal::Replace | Goal::Rest) => {
+                observed::State::Pending(observed::Pending {})
+            }
             (State::Starting(_), Goal::Run) => observed::State::Starting(observed::Starting {}),
             (State::Running(running), Goal::Run) => observed::State::Running(observed::Running {
                 process: Some(running.process.clone()),
@@ -128,10 +130,10 @@ impl Supervisor {
                         why.clone()
                     }
                     (super::StopCause::Lease, Goal::Run) => LEASE_OVER.to_owned(),
-                    (_, Goal::Run | Goal::Stop) => progress(stopping),
+                    (_, Goal::Run | Goal::Stop | Goal::Rest) => progress(stopping),
                 })
             }
-            (State::Pending(_), Goal::Run | Goal::Replace) => "waits for the keeper".to_owned(),
+            (State::Pending(_), Goal::Run | Goal::Replace | Goal::Rest) => "waits for the keeper".to_owned(),
             (State::Running(running), Goal::Run) if running.health.stuck.is_some() => {
                 let why = self.stuck().map_or("", |stuck| stuck.why.as_str());
                 format!("{why}; waits for its turn to be started again")
@@ -144,8 +146,11 @@ impl Supervisor {
             (State::Failed { reason }, Goal::Run) => reason.clone(),
             (State::Starting(Starting::Preparing { .. }), Goal::Run) => "fetches what it needs".to_owned(),
             (State::Starting(Starting::PreStart { .. }), Goal::Run) => "runs its pre_start hook".to_owned(),
-            (State::Running(_), Goal::Stop) => "stays until what needs it on this host has ended".to_owned(),
-            (_, Goal::Stop) if self.runs_post_stop() => "runs its post_stop hook".to_owned(),
+            (State::Running(_), Goal::Stop | Goal::Rest) => {
+                "stays until what needs it on this host has ended".to_owned()
+            }
+            (_, Goal::Stop | Goal::Rest) if self.runs_post_stop() => "runs its post_stop hook".to_owned(),
+            (_, Goal::Rest) => "rests until this host's agent starts again".to_owned(),
             (State::Starting(Starting::PickingPorts | Starting::Spawning) | State::Gone, Goal::Run)
             | (_, Goal::Stop | Goal::Replace) => String::new(),
         }

@@ -198,6 +198,7 @@ impl Supervisor {
         match &self.state {
             State::Stopping(Stopping { cause: StopCause::Probe(_), .. }) => pb::ExitCause::Probe,
             State::Stopping(Stopping { cause: StopCause::Watchdog(_), .. }) => pb::ExitCause::Watchdog,
+            State::Stopping(_) if self.goal() == Goal::Rest => pb::ExitCause::Operator,
             State::Stopping(_)
             | State::Pending(_)
             | State::Starting(_)

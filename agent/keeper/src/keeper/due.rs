@@ -185,6 +185,14 @@ impl Keeper {
         let now = boottime_ns();
         let Mode::Stopping(stopping) = &mut self.mode else { return false };
         stopping.look_at = now + LOOK_NS;
+        if let Some((until, grace_ns)) = stopping.orderly {
+            if !self.agent.is_off() && now < until {
+                return false;
+            }
+            stopping.orderly = None;
+            self.stop_services(now, grace_ns);
+        }
+        let Mode::Stopping(stopping) = &self.mode else { return false };
         let (asker, cgroups_until) = (stopping.asker, stopping.cgroups_until);
         if stopping.services {
             if self.table.values().any(|kept| kept.process().is_some() || kept.ladder.is_some()) {

@@ -43,8 +43,9 @@ impl Keeper {
             Some(Request::Status(_)) => Ok(Some(Reply::Status(self.status()))),
             Some(Request::Upgrade(upgrade)) => self.ask_upgrade(asker, upgrade).map(|()| None),
             Some(Request::Shutdown(shutdown)) => {
-                let grace_ns = i64::try_from(shutdown.grace_ms).unwrap_or(i64::MAX / MS).saturating_mul(MS);
-                self.stop(Some(asker), shutdown.stop_services, grace_ns);
+                let ns = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX / MS).saturating_mul(MS);
+                let (grace_ns, orderly_ns) = (ns(shutdown.grace_ms), ns(shutdown.orderly_ms));
+                self.stop(Some(asker), shutdown.stop_services, grace_ns, orderly_ns);
                 Ok(None)
             }
             Some(Request::Hello(hello)) => Ok(Some(self.hello(connection, &hello))),
@@ -204,21 +205,37 @@ impl Keeper {
         Ok(None)
     }
 
-    /// Begins the end: of services as well when asked.
-    pub(super) fn stop(&mut self, asker: Option<Asker>, services: bool, grace_ns: i64) {
+    /// Begins the end: of services as well when asked, by their agent when it gets the time and is there.
+    pub(super) fn stop(&mut self, asker: Option<Asker>, services: bool, grace_ns: i64, orderly_ns: i64) {
         let now = boottime_ns();
+        let orderly = (services && orderly_ns > 0 && !self.is_stopping() && self.agent.rest())
+            .then_some((now.saturating_add(orderly_ns), grace_ns));
         if let Mode::Stopping(stopping) = &mut self.mode {
             // Asked again: the newest asker hears of it, and more may be asked for, not less.
             stopping.asker = asker.or(stopping.asker);
             stopping.services |= services;
+            stopping.orderly = None;
         } else {
-            let cgroups_until = now.saturating_add(grace_ns).saturating_add(CGROUPS_WITHIN_NS);
-            self.mode = Mode::Stopping(Stopping { asker, services, look_at: now, cgroups_until });
+            self.mode =
+                Mode::Stopping(Stopping { asker, services, orderly, look_at: now, cgroups_until: now });
         }
-        if services {
-            for kept in self.table.values_mut() {
-                let cause = Cause { cause: pb::ExitCause::Operator, message: "stopped with its keeper" };
-                begin_ladder(kept, libc::SIGTERM, now.saturating_add(grace_ns), cause);
+        if services && orderly.is_none() {
+            self.stop_services(now, grace_ns);
+        }
+    }
+
+    /// All that still runs, at once.
+    pub(super) fn stop_services(&mut self, now: i64, grace_ns: i64) {
+        let kill_at = now.saturating_add(grace_ns);
+        if let Mode::Stopping(stopping) = &mut self.mode {
+            stopping.cgroups_until = kill_at.saturating_add(CGROUPS_WITHIN_NS);
+        }
+        for kept in self.table.values_mut() {
+            let cause = Cause { cause: pb::ExitCause::Operator, message: "stopped with its keeper" };
+            begin_ladder(kept, libc::SIGTERM, kill_at, cause);
+            // One that has been asked for longer gets no more time than the others.
+            if let Some(ladder) = kept.ladder.as_mut().filter(|ladder| ladder.kills == 0) {
+                ladder.kill_at = ladder.kill_at.min(kill_at);
             }
         }
     }

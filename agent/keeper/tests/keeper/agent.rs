@@ -1,5 +1,8 @@
 //! The agent as the keeper's child.
 
+use std::path::Path;
+use std::time::Duration;
+
 use nix::sys::signal::Signal;
 
 use crate::harness::{Host, eventually, kill, runs};
@@ -78,4 +81,60 @@ fn sigterm_ends_agent_and_keeper_and_leaves_services() {
     assert!(termed.exists(), "it was asked, not killed");
     assert!(!host.data_dir().join("keeper.pid").exists());
     kill(service, Signal::SIGKILL);
+}
+
+/// An agent that, asked to end what runs, opens a gate, waits for what comes of it, and ends.
+fn ends_services(host: &Host) -> [String; 3] {
+    let path = |name: &str| host.dir.path().join(name).display().to_string();
+    let script = format!(
+        "trap 'touch {}; while ! test -e {}; do sleep 0.02; done; exit 0' USR1; touch {}; while :; do sleep 0.02; done",
+        path("go"),
+        path("done"),
+        path("hears"),
+    );
+    ["/bin/sh".to_owned(), "-c".to_owned(), script]
+}
+
+#[test]
+fn services_are_ended_by_their_agent_when_it_has_the_time() {
+    let mut host = Host::off();
+    let agent = ends_services(&host);
+    host.start_keeper(&agent);
+    let mut client = host.agent();
+    let (gate, done) = (host.gate("go"), host.dir.path().join("done"));
+    client
+        .spawn(&host.script(1, &format!("trap '' TERM; {} echo bye; touch {}", gate.wait(), done.display())));
+    eventually("an agent that hears", || host.dir.path().join("hears").exists().then_some(()));
+    host.connect().shutdown_in_order(Duration::from_secs(60), Duration::ZERO).unwrap();
+    assert_eq!(host.keeper_ends(), 0);
+    assert_eq!(host.line(1, "bye"), "");
+    assert!(!host.said().contains("starting it again"), "{}", host.said());
+}
+
+#[test]
+fn an_agent_that_does_not_end_services_is_not_waited_for_when_asked_again() {
+    let mut host = Host::off();
+    let agent = ends_services(&host);
+    host.start_keeper(&agent);
+    let mut client = host.agent();
+    let deaf = client.spawn(&host.script(1, "trap '' TERM; while :; do sleep 0.02; done"));
+    eventually("an agent that hears", || host.dir.path().join("hears").exists().then_some(()));
+    let pid = host.connect().status().unwrap().agent_pid;
+    kill(pid, Signal::SIGSTOP);
+    let mut first = host.connect();
+    let waits = std::thread::spawn(move || {
+        first.shutdown_in_order(Duration::from_secs(600), Duration::from_secs(600))
+    });
+    eventually("it is asked", || {
+        host.connect()
+            .upgrade(Path::new("/x"), Path::new("/x"), None)
+            .err()
+            .filter(|error| error.to_string().contains("shut down"))
+    });
+    assert!(runs(deaf), "its agent has all the time");
+    kill(pid, Signal::SIGKILL);
+    host.connect().shutdown(true, Duration::ZERO).unwrap();
+    assert_eq!(host.keeper_ends(), 0);
+    assert!(!runs(deaf));
+    let _the_newest_asker_is_answered = waits.join().unwrap();
 }
