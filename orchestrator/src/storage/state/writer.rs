@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
+use nave_orchestrator_core::Change;
 use prost::Message as _;
 use rocksdb::{WriteBatch, WriteOptions};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -22,6 +23,37 @@ pub(super) enum Message {
     Barrier(oneshot::Sender<()>),
     Replace(SnapshotFile, oneshot::Sender<io::Result<()>>),
     Close,
+}
+
+/// Rows to be written as one: a key and what it holds from now on, if anything.
+#[derive(Default)]
+struct Rows {
+    rows: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    bytes: usize,
+}
+
+impl Rows {
+    fn add(&mut self, changes: &[Change]) {
+        for change in changes {
+            let (key, value) = (change.key(), change.value());
+            self.bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+            self.rows.push((key, value));
+        }
+    }
+
+    /// By key, each once, as it was added last: RocksDB finds the place of a key at once that lies just behind the one
+    /// before, and what was overtaken in the meantime need not be written.
+    fn in_order(mut self) -> Vec<(Vec<u8>, Option<Vec<u8>>)> {
+        self.rows.sort_by(|(a, _), (b, _)| a.cmp(b));
+        self.rows.dedup_by(|later, kept| {
+            let same = later.0 == kept.0;
+            if same {
+                std::mem::swap(later, kept);
+            }
+            same
+        });
+        self.rows
+    }
 }
 
 pub(super) struct Writer {
@@ -68,15 +100,19 @@ impl Writer {
 
     /// Writes `first` and the batches that wait behind it; returns the message that ended the run of batches.
     fn write(&mut self, first: StateBatch, first_slot: OwnedSemaphorePermit) -> io::Result<Option<Message>> {
-        let mut out = WriteBatch::default();
+        let mut rows = Rows::default();
         let mut slots = vec![first_slot];
         let mut following = None;
-        self.encode(&mut out, &first);
-        while out.size_in_bytes() < WRITE_BYTES_MAX {
+        let mut newest = first;
+        rows.add(&newest.changes);
+        while rows.bytes < WRITE_BYTES_MAX {
             match self.queue.try_recv() {
                 Ok(Message::Write(batch, slot)) => {
-                    self.encode(&mut out, &batch);
+                    rows.add(&batch.changes);
                     slots.push(slot);
+                    let membership = newest.membership;
+                    newest = batch;
+                    newest.membership = newest.membership.or(membership);
                 }
                 Ok(other) => {
                     following = Some(other);
@@ -85,22 +121,24 @@ impl Writer {
                 Err(_) => break,
             }
         }
-        self.db.0.write(out).map_err(rocks::io_error)?;
+        self.db.0.write(self.encode(rows, &newest)).map_err(rocks::io_error)?;
         Ok(following)
     }
 
-    fn encode(&self, out: &mut WriteBatch, batch: &StateBatch) {
-        let (rows, meta) = (self.db.family(ROWS), self.db.family(META));
-        for change in &batch.changes {
-            match change.value() {
-                Some(value) => out.put_cf(rows, change.key(), value),
-                None => out.delete_cf(rows, change.key()),
+    fn encode(&self, rows: Rows, newest: &StateBatch) -> WriteBatch {
+        let mut out = WriteBatch::default();
+        let (family, meta) = (self.db.family(ROWS), self.db.family(META));
+        for (key, value) in rows.in_order() {
+            match value {
+                Some(value) => out.put_cf(family, key, value),
+                None => out.delete_cf(family, key),
             }
         }
-        out.put_cf(meta, APPLIED, log_id_to_pb(&batch.applied).encode_to_vec());
-        if let Some(membership) = &batch.membership {
+        out.put_cf(meta, APPLIED, log_id_to_pb(&newest.applied).encode_to_vec());
+        if let Some(membership) = &newest.membership {
             out.put_cf(meta, MEMBERSHIP, stored_membership_to_pb(membership).encode_to_vec());
         }
+        out
     }
 
     /// The mark goes first and comes last, both synced, so that a crash in between leaves no half that looks whole.
@@ -124,5 +162,39 @@ impl Writer {
         let mut synced = WriteOptions::default();
         synced.set_sync(true);
         self.db.0.write_opt(out, &synced).map_err(rocks::io_error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use nave_orchestrator_core::RowId;
+    use nave_proto::pb;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Written as one or one after the other, the database is the same.
+        #[test]
+        fn the_last_of_each_row_is_what_is_written(
+            steps in prop::collection::vec((0..6u8, prop::option::of(any::<u64>())), 0..60),
+        ) {
+            let mut rows = Rows::default();
+            let mut expected: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
+            for (number, version) in steps {
+                let name = format!("s{number}");
+                let change = match version {
+                    Some(version) => Change::Service(
+                        pb::ServiceRecord { name, version, ..Default::default() }.into(),
+                    ),
+                    None => Change::Deleted(RowId::Service(name)),
+                };
+                expected.insert(change.key(), change.value());
+                rows.add(&[change]);
+            }
+            prop_assert_eq!(rows.in_order(), expected.into_iter().collect::<Vec<_>>());
+        }
     }
 }
