@@ -15,7 +15,6 @@ mod rows;
 mod services;
 
 use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
@@ -180,6 +179,6 @@ impl ClusterState {
 
     /// Events after `revision`, oldest first, for a watcher that resumes.
     pub fn events_after(&self, revision: u64) -> impl Iterator<Item = &Arc<pb::EventRecord>> + '_ {
-        self.events.range((Bound::Excluded((revision, u32::MAX)), Bound::Unbounded))
+        self.events.after(revision)
     }
 }
