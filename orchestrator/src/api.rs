@@ -6,6 +6,7 @@
 
 pub(crate) mod access;
 pub(crate) mod cluster;
+pub(crate) mod connection;
 pub(crate) mod convert;
 pub(crate) mod deadline;
 pub(crate) mod enroll;
@@ -119,10 +120,15 @@ impl Hub {
 
     /// Returns once this member may be read: at once, or, when asked, once it has shown to be up to date.
     pub(crate) async fn read<T>(&self, request: &Request<T>, linearizable: bool) -> Result<(), Status> {
+        self.read_by(deadline::of(request.metadata()), linearizable).await
+    }
+
+    /// The same for a caller whose request has been taken apart already.
+    pub(crate) async fn read_by(&self, deadline: Instant, linearizable: bool) -> Result<(), Status> {
         if !linearizable {
             return Ok(());
         }
-        match self.raft.linearize(deadline::of(request.metadata())).await {
+        match self.raft.linearize(deadline).await {
             Ok(_) => Ok(()),
             Err(error) => Err(errors::read(&error, self.reach().await)),
         }

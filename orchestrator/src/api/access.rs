@@ -99,11 +99,16 @@ pub(crate) fn callers(path: &str) -> Option<Callers> {
 /// Lets a call pass, or says why not. `cluster` is this member's.
 pub(crate) fn check<B>(request: &Request<B>, cluster: ClusterId) -> Result<(), Status> {
     let identity = request.extensions().get::<PeerInfo>().and_then(|peer| peer.identity.as_ref());
-    let identity = identity.filter(|identity| identity.cluster == cluster);
-    decide(request.uri().path(), identity)
+    decide(request.uri().path(), known(identity, cluster))
 }
 
-fn decide(path: &str, identity: Option<&PeerIdentity>) -> Result<(), Status> {
+/// An identity of another cluster is nobody's here.
+pub(crate) fn known(identity: Option<&PeerIdentity>, cluster: ClusterId) -> Option<&PeerIdentity> {
+    identity.filter(|identity| identity.cluster == cluster)
+}
+
+/// The same for a path and an identity of this cluster.
+pub(crate) fn decide(path: &str, identity: Option<&PeerIdentity>) -> Result<(), Status> {
     let caller = caller(identity);
     match callers(path) {
         Some(callers) if caller.is_some_and(|caller| callers.include(caller)) => Ok(()),

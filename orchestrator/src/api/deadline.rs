@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use http::HeaderMap;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 
@@ -14,8 +15,21 @@ const LONGEST: Duration = Duration::from_secs(60);
 
 /// When the hub must have its answer ready.
 pub(crate) fn of(metadata: &MetadataMap) -> Instant {
-    let allowed = metadata.get("grpc-timeout").and_then(|value| parse(value.as_bytes())).unwrap_or(DEFAULT);
-    Instant::now() + allowed.min(LONGEST) * 4 / 5
+    at(metadata.get("grpc-timeout").and_then(|value| parse(value.as_bytes())))
+}
+
+/// The same of a call that tonic has not seen.
+pub(crate) fn of_headers(headers: &HeaderMap) -> Instant {
+    at(allowed(headers))
+}
+
+/// What the client allows; nothing: it does not say.
+pub(crate) fn allowed(headers: &HeaderMap) -> Option<Duration> {
+    headers.get("grpc-timeout").and_then(|value| parse(value.as_bytes()))
+}
+
+fn at(allowed: Option<Duration>) -> Instant {
+    Instant::now() + allowed.unwrap_or(DEFAULT).min(LONGEST) * 4 / 5
 }
 
 /// `TimeoutValue TimeoutUnit` of the gRPC protocol: at most eight digits and one of H M S m u n.

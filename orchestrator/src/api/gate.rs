@@ -10,6 +10,7 @@ use futures::future::{BoxFuture, Either, Ready, ready};
 use http::{Request, Response};
 use nave_proto::ids::ClusterId;
 use nave_proto::pb::service_service_server::ServiceServiceServer;
+use nave_tls::PeerIdentity;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::service::Routes;
@@ -24,6 +25,7 @@ const SERVICES: &str = "/nave.v1.ServiceService/";
 #[derive(Clone)]
 pub(crate) struct Gate {
     cluster: ClusterId,
+    direct: Services,
     services: ServiceServiceServer<Services>,
     routes: Routes,
 }
@@ -35,8 +37,19 @@ impl fmt::Debug for Gate {
 }
 
 impl Gate {
-    pub(crate) fn new(cluster: ClusterId, services: ServiceServiceServer<Services>, routes: Routes) -> Self {
-        Self { cluster, services, routes }
+    pub(crate) fn new(cluster: ClusterId, direct: Services, routes: Routes) -> Self {
+        let services = ServiceServiceServer::new(direct.clone());
+        Self { cluster, direct, services, routes }
+    }
+
+    /// What the generated server answers with, for calls that need no more of it.
+    pub(crate) fn services(&self) -> Services {
+        self.direct.clone()
+    }
+
+    /// The identity, when it is one of this cluster's.
+    pub(crate) fn known<'a>(&self, identity: Option<&'a PeerIdentity>) -> Option<&'a PeerIdentity> {
+        access::known(identity, self.cluster)
     }
 }
 

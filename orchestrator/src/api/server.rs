@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use nave_proto::pb;
 use nave_tls::{ClientPolicy, IncomingLimits};
 use pb::agent_session_server::AgentSessionServer;
@@ -10,15 +11,15 @@ use pb::cluster_service_server::ClusterServiceServer;
 use pb::enroll_service_server::EnrollServiceServer;
 use pb::event_service_server::EventServiceServer;
 use pb::host_service_server::HostServiceServer;
-use pb::service_service_server::ServiceServiceServer;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tonic::service::{Routes, RoutesBuilder};
-use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::api::cluster::Cluster;
+use crate::api::connection::{self, note_panic};
 use crate::api::enroll::Enroll;
 use crate::api::events::Events;
 use crate::api::gate::Gate;
@@ -27,16 +28,6 @@ use crate::api::services::Services;
 use crate::api::{Hub, member};
 use crate::dispatch::Dispatch;
 
-/// Calls under way on one connection. A client library that multiplexes keeps at most this many; 512 clients on one
-/// channel fit twice.
-const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
-/// A stream's window: a Raft append of 1 MiB and a page of a listing pass without waiting for a round trip.
-const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
-/// A connection's window. What a connection may make us hold is this much at most, 4 MiB.
-const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
-/// A peer that vanished without a word is noticed after interval and time-out.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long calls under way may go on once the member stops.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -51,32 +42,32 @@ pub(crate) async fn serve(
     health: HealthReporter,
 ) -> Result<(), String> {
     let tls = nave_tls::server_config(&hub.credentials, ClientPolicy { anonymous: true, expired: true });
-    let incoming = nave_tls::incoming(listener, tls, IncomingLimits::default(), hub.stop.child_token());
     let gate = gate(&hub, health)?;
-    let stop = hub.stop.clone();
-    let serving = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
-        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .serve_with_incoming_shutdown(gate, incoming, hub.stop.clone().cancelled_owned());
-    let drained = async move {
-        stop.cancelled().await;
-        tokio::time::sleep(DRAIN).await;
-    };
-    tokio::select! {
-        result = serving => result.map_err(|error| format!("the API server failed: {error}")),
-        () = drained => {
-            tracing::debug!("calls still under way were cut off");
-            Ok(())
+    let incoming = nave_tls::incoming(listener, tls, IncomingLimits::default(), hub.stop.child_token());
+    let mut incoming = std::pin::pin!(incoming);
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = incoming.next() => match accepted {
+                Some(Ok(stream)) => {
+                    connections.spawn(connection::serve(stream, gate.clone(), hub.stop.clone()));
+                }
+                Some(Err(error)) => return Err(format!("the API server failed: {error}")),
+                None => break,
+            },
+            Some(ended) = connections.join_next() => note_panic(ended),
         }
     }
+    // The last handshakes are done, so this began a moment after `hub.stop`.
+    let all_ended = async { while connections.join_next().await.is_some() {} };
+    if timeout(DRAIN, all_ended).await.is_err() {
+        tracing::debug!("calls still under way were cut off");
+    }
+    Ok(())
 }
 
 fn gate(hub: &Arc<Hub>, health: HealthReporter) -> Result<Gate, String> {
-    let services = ServiceServiceServer::new(Services::new(hub.clone()));
-    Ok(Gate::new(hub.cluster, services, routes(hub, health)?))
+    Ok(Gate::new(hub.cluster, Services::new(hub.clone()), routes(hub, health)?))
 }
 
 /// All services but `ServiceService`, whose calls the gate hands on itself.

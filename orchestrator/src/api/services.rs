@@ -11,9 +11,10 @@ use pb::apply_service_response::Outcome;
 use pb::command::Body;
 use pb::service_service_server::ServiceService;
 use prost::Message as _;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
-use crate::api::{Committed, Hub, convert, errors, logs, traffic};
+use crate::api::{Committed, Hub, access, convert, deadline, errors, logs, traffic};
 use crate::watch::feed;
 
 /// Events shown beside one service.
@@ -39,6 +40,71 @@ impl Services {
     ) -> Result<Response<pb::ChangeResponse>, Status> {
         let Committed { revision, accepted } = self.hub.write(request, request_id, body).await?;
         Ok(Response::new(pb::ChangeResponse { version: accepted.version, revision }))
+    }
+
+    /// `ApplyService`.
+    pub(crate) async fn apply(
+        &self,
+        actor: String,
+        deadline: Instant,
+        mut request: pb::ApplyServiceRequest,
+    ) -> Result<pb::ApplyServiceResponse, Status> {
+        let mut manifest =
+            request.manifest.take().ok_or_else(|| errors::invalid_field("manifest", "is missing"))?;
+        let bytes = manifest.encoded_len();
+        if bytes > MANIFEST_BYTES_MAX {
+            return Err(errors::manifest_too_large(bytes));
+        }
+        manifest::fill_defaults(&mut manifest);
+        manifest::validate(&manifest).map_err(|violations| errors::invalid_manifest(&violations))?;
+        if request.dry_run {
+            return self.dry_run(&request, &manifest);
+        }
+        let name = manifest.name.clone();
+        let body = Body::ApplyService(pb::ApplyService {
+            manifest: Some(manifest),
+            expected_version: request.expected_version,
+        });
+        let Committed { revision, accepted } =
+            self.hub.write_as(actor, request.request_id, body, deadline).await?;
+        let mut answer = pb::ApplyServiceResponse {
+            version: accepted.version,
+            revision,
+            outcome: accepted.outcome,
+            changes: Vec::new(),
+            replaces_instances: false,
+        };
+        if accepted.outcome() == Outcome::Updated {
+            self.tell_change(&name, &mut answer);
+        }
+        Ok(answer)
+    }
+
+    /// `GetService`.
+    pub(crate) async fn get(
+        &self,
+        deadline: Instant,
+        request: &pb::GetServiceRequest,
+    ) -> Result<pb::GetServiceResponse, Status> {
+        let pb::GetServiceRequest { name, linearizable } = request;
+        let linearizable = *linearizable;
+        self.hub.read_by(deadline, linearizable).await?;
+        let state = self.hub.raft.state();
+        let record = state.service(name).ok_or_else(|| errors::no_service(name))?;
+        let filter = EventFilter { service: Some(name.clone()), host: None };
+        let answer = pb::GetServiceResponse {
+            service: Some(convert::service(&state, record)),
+            instances: state.instances_of(name).map(|record| convert::instance(&state, record)).collect(),
+            events: state
+                .events(&filter, EVENTS_SHOWN)
+                .into_iter()
+                .rev()
+                .map(|record| convert::event(&state, &record))
+                .collect(),
+            freshness: self.hub.freshness(&state, linearizable),
+        };
+        drop(state);
+        Ok(answer)
     }
 
     /// What an apply would do, found without writing anything.
@@ -76,19 +142,17 @@ impl Services {
         })
     }
 
-    /// The manifest that a committed apply replaced: the one seen before unless another apply came between.
-    fn replaced(
-        &self,
-        seen: Option<Arc<pb::ServiceRecord>>,
-        name: &str,
-        version: u64,
-    ) -> Option<Box<pb::Manifest>> {
-        let seen = seen?;
-        if seen.version + 1 == version {
-            return seen.manifest.clone();
-        }
+    /// Adds what a committed apply has changed. Its version and the one before are still there: many more would have to
+    /// be made before an answer is, and then it says less.
+    fn tell_change(&self, name: &str, answer: &mut pb::ApplyServiceResponse) {
         let state = self.hub.raft.state();
-        state.manifest(name, version.checked_sub(1)?).cloned().map(Box::new)
+        let version = |version: Option<u64>| state.manifest(name, version?);
+        if let Some(before) = version(answer.version.checked_sub(1))
+            && let Some(after) = version(Some(answer.version))
+        {
+            answer.changes = manifest::diff(Some(before), after);
+            answer.replaces_instances = !manifest::same_template(before, after);
+        }
     }
 }
 
@@ -98,45 +162,9 @@ impl ServiceService for Services {
         &self,
         request: Request<pb::ApplyServiceRequest>,
     ) -> Result<Response<pb::ApplyServiceResponse>, Status> {
-        let actor = crate::api::access::actor(&request);
-        let deadline = crate::api::deadline::of(request.metadata());
-        let mut request = request.into_inner();
-        let mut manifest =
-            request.manifest.take().ok_or_else(|| errors::invalid_field("manifest", "is missing"))?;
-        let bytes = manifest.encoded_len();
-        if bytes > MANIFEST_BYTES_MAX {
-            return Err(errors::manifest_too_large(bytes));
-        }
-        manifest::fill_defaults(&mut manifest);
-        manifest::validate(&manifest).map_err(|violations| errors::invalid_manifest(&violations))?;
-        if request.dry_run {
-            return self.dry_run(&request, &manifest).map(Response::new);
-        }
-        let before =
-            self.hub.raft.state().service(&manifest.name).filter(|service| !service.deleting).cloned();
-        // Only a change of something has a difference to tell; a new service costs no second copy.
-        let after = before.is_some().then(|| manifest.clone());
-        let body = Body::ApplyService(pb::ApplyService {
-            manifest: Some(manifest),
-            expected_version: request.expected_version,
-        });
-        let Committed { revision, accepted } =
-            self.hub.write_as(actor, request.request_id, body, deadline).await?;
-        let mut answer = pb::ApplyServiceResponse {
-            version: accepted.version,
-            revision,
-            outcome: accepted.outcome,
-            changes: Vec::new(),
-            replaces_instances: false,
-        };
-        if accepted.outcome() == Outcome::Updated
-            && let Some(after) = after
-            && let Some(before) = self.replaced(before, &after.name, accepted.version)
-        {
-            answer.changes = manifest::diff(Some(&before), &after);
-            answer.replaces_instances = !manifest::same_template(&before, &after);
-        }
-        Ok(Response::new(answer))
+        let actor = access::actor(&request);
+        let deadline = deadline::of(request.metadata());
+        self.apply(actor, deadline, request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_service(
@@ -192,25 +220,8 @@ impl ServiceService for Services {
         &self,
         request: Request<pb::GetServiceRequest>,
     ) -> Result<Response<pb::GetServiceResponse>, Status> {
-        let linearizable = request.get_ref().linearizable;
-        self.hub.read(&request, linearizable).await?;
-        let name = &request.get_ref().name;
-        let state = self.hub.raft.state();
-        let record = state.service(name).ok_or_else(|| errors::no_service(name))?;
-        let filter = EventFilter { service: Some(name.clone()), host: None };
-        let answer = pb::GetServiceResponse {
-            service: Some(convert::service(&state, record)),
-            instances: state.instances_of(name).map(|record| convert::instance(&state, record)).collect(),
-            events: state
-                .events(&filter, EVENTS_SHOWN)
-                .into_iter()
-                .rev()
-                .map(|record| convert::event(&state, &record))
-                .collect(),
-            freshness: self.hub.freshness(&state, linearizable),
-        };
-        drop(state);
-        Ok(Response::new(answer))
+        let deadline = deadline::of(request.metadata());
+        self.get(deadline, request.get_ref()).await.map(Response::new)
     }
 
     async fn list_services(

@@ -1,5 +1,6 @@
 //! Whole members in this process: everything but the processes themselves is real.
 
+mod calls;
 mod harness;
 mod one;
 mod three;
