@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nave_tests::cluster::SOON;
 use nave_tests::process::{alive, send};
-use nave_tests::{Cluster, Setup, eventually};
+use nave_tests::{Cluster, Setup, eventually, eventually_some};
 use nix::sys::signal::Signal;
 
 use crate::between_hosts::ask;
@@ -225,6 +225,18 @@ fn sha256(path: &Path) -> String {
     String::from_utf8_lossy(&output.stdout).split(' ').next().expect("a sum").to_owned()
 }
 
+/// The processes that fetch from there.
+fn fetchers(url: &str) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").expect("it is there").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let fetches = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+        words.contains(&&b"artifact-stub"[..]) && words.contains(&url.as_bytes())
+    };
+    pids.filter(fetches).collect()
+}
+
 #[test]
 fn artifacts_are_fetched_once_unpacked_and_refused_when_they_are_not_what_was_meant() {
     let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
@@ -295,8 +307,20 @@ sha256 = "{sum}"
     eventually("it is being fetched", SOON, || {
         cluster.ps("late").iter().any(|row| row["reason"] == "fetches what it needs")
     });
+    // An agent that ends leaves nobody behind who fetches, and the next one begins anew.
+    let url = format!("http://{}/x", silent.local_addr().expect("an address"));
+    let fetching = || fetchers(&url).first().copied();
+    let fetcher = eventually_some("somebody who fetches it", SOON, fetching);
+    let before = cluster.agents[0].agent_pid();
+    send(before, Signal::SIGTERM);
+    eventually("the agent has ended", SOON, || !alive(before));
+    assert!(!alive(fetcher), "what it had begun ended with it");
+    eventually("the next one fetches", SOON, || fetching().is_some());
     cluster.nave(&["delete", "late"]).expect(0);
     eventually("nobody waits for the end of that", SOON, || cluster.ps("late").is_empty());
+    let cache = std::fs::read_dir(cluster.agents[0].dir.join("data/cache")).expect("it is there");
+    let names: Vec<String> = cache.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    assert!(!names.iter().any(|name| name.contains(&bad)), "no half of it is left: {names:?}");
 }
 
 #[test]

@@ -114,27 +114,29 @@ fn services_are_ended_by_their_agent_when_it_has_the_time() {
 #[test]
 fn an_agent_that_does_not_end_services_is_not_waited_for_when_asked_again() {
     let mut host = Host::off();
-    let agent = ends_services(&host);
-    host.start_keeper(&agent);
+    let hears = host.dir.path().join("hears");
+    let script = format!("trap '' USR1; touch {}; while :; do sleep 0.02; done", hears.display());
+    host.start_keeper(&["/bin/sh", "-c", &script]);
     let mut client = host.agent();
-    let deaf = client.spawn(&host.script(1, "trap '' TERM; while :; do sleep 0.02; done"));
-    eventually("an agent that hears", || host.dir.path().join("hears").exists().then_some(()));
-    let pid = host.connect().status().unwrap().agent_pid;
-    kill(pid, Signal::SIGSTOP);
-    let mut first = host.connect();
-    let waits = std::thread::spawn(move || {
-        first.shutdown_in_order(Duration::from_secs(600), Duration::from_secs(600))
+    let deaf = client.spawn(&host.script(1, "trap '' TERM; echo deaf; while :; do sleep 0.02; done"));
+    host.line(1, "deaf");
+    eventually("an agent that is deaf", || hears.exists().then_some(()));
+    let long = Duration::from_secs(600);
+    let (mut first, mut second) = (host.connect(), host.connect());
+    std::thread::scope(|threads| {
+        // Whoever has asked before the newest is answered by the end of the keeper.
+        threads.spawn(|| first.shutdown_in_order(long, long));
+        eventually("it is asked", || is_stopping(&host).then_some(()));
+        assert!(runs(deaf), "its agent has all the time");
+        // Now without the agent, and with a long grace.
+        threads.spawn(|| second.shutdown(true, long));
+        host.connect().shutdown(true, Duration::ZERO).unwrap();
     });
-    eventually("it is asked", || {
-        host.connect()
-            .upgrade(Path::new("/x"), Path::new("/x"), None)
-            .err()
-            .filter(|error| error.to_string().contains("shut down"))
-    });
-    assert!(runs(deaf), "its agent has all the time");
-    kill(pid, Signal::SIGKILL);
-    host.connect().shutdown(true, Duration::ZERO).unwrap();
     assert_eq!(host.keeper_ends(), 0);
     assert!(!runs(deaf));
-    let _the_newest_asker_is_answered = waits.join().unwrap();
+}
+
+fn is_stopping(host: &Host) -> bool {
+    let refused = host.connect().upgrade(Path::new("/x"), Path::new("/x"), None);
+    refused.is_err_and(|error| error.to_string().contains("shut down"))
 }
