@@ -76,17 +76,20 @@ pub(crate) fn instance_event(
                 (false, _, true) => ("instance_started", format!("runs on {host}, not ready yet{why}")),
             }
         }
-        State::BackingOff(backing_off) if fresh => (
-            "instance_exited",
-            format!("{} on {host}, is started again{why}", ended(backing_off.last_exit.as_ref())),
-        ),
+        State::BackingOff(backing_off) if fresh => {
+            let how = ended(backing_off.last_exit.as_ref());
+            // It says so itself already.
+            let why = if how.contains(&after.reason) { "" } else { &why };
+            ("instance_exited", format!("{how} on {host}, is started again{why}"))
+        }
         State::Exited(exited) if fresh => {
             ("instance_exited", format!("{} on {host}{why}", ended(exited.exit.as_ref())))
         }
-        State::Failed(failed) if fresh => (
-            "instance_failed",
-            format!("{} on {host} and was given up{why}", ended(failed.last_exit.as_ref())),
-        ),
+        State::Failed(failed) if fresh => {
+            let why = why.replacen(": given up: ", ": ", 1);
+            let how = ended(failed.last_exit.as_ref());
+            ("instance_failed", format!("{how} on {host} and was given up{why}"))
+        }
         State::Pending(_)
         | State::Starting(_)
         | State::Stopping(_)
@@ -223,6 +226,20 @@ mod tests {
             )
         };
         let failed = instance(State::Failed(pb::observed::Failed { last_exit: None }), 11);
+        let reason = "given up: restarted 3 times within 24h".to_owned();
+        let given_up = pb::InstanceRecord { reason, ..failed.clone() };
+        let exit = pb::ExitRecord {
+            cause: pb::ExitCause::ExecError.into(),
+            message: "pre_start failed".into(),
+            ..Default::default()
+        };
+        let not_started = pb::InstanceRecord {
+            reason: exit.message.clone(),
+            ..instance(
+                State::BackingOff(pb::observed::BackingOff { last_exit: Some(exit), ..Default::default() }),
+                11,
+            )
+        };
         for (before, after, expected) in [
             (&pending, &up, Some("web.0 (i-42) runs on alpha, not ready yet")),
             (&pending, &ready, Some("web.0 (i-42) is ready on alpha")),
@@ -240,6 +257,16 @@ mod tests {
             ),
             (&backing_off, &backing_off, None),
             (&backing_off, &failed, Some("web.0 (i-42) ended on alpha and was given up")),
+            (
+                &up,
+                &not_started,
+                Some("web.0 (i-42) could not be started (pre_start failed) on alpha, is started again"),
+            ),
+            (
+                &up,
+                &given_up,
+                Some("web.0 (i-42) ended on alpha and was given up: restarted 3 times within 24h"),
+            ),
         ] {
             let found = instance_event(before, after, "alpha").map(|(_, sentence)| sentence);
             assert_eq!(found.as_deref(), expected);

@@ -136,6 +136,7 @@ fn budget(restart: Option<&pb::Restart>) -> (u32, Duration) {
 /// `5m`, `90s`.
 fn human(duration: Duration) -> String {
     match duration.as_secs() {
+        seconds if seconds >= 3600 && seconds % 3600 == 0 => format!("{}h", seconds / 3600),
         seconds if seconds >= 60 && seconds % 60 == 0 => format!("{}m", seconds / 60),
         seconds => format!("{seconds}s"),
     }

@@ -93,7 +93,11 @@ fn fetch(url: &str, out: &mut impl Write) -> Result<(), String> {
                 .timeout_connect(Some(CONNECT_TIMEOUT))
                 .user_agent(concat!("nave/", env!("CARGO_PKG_VERSION")))
                 .build();
-            let answer = config.new_agent().get(url).call().map_err(|e| e.to_string())?;
+            let answer = config.new_agent().get(url).call().map_err(|e| match e {
+                // Without saying first that it is one.
+                ureq::Error::Io(error) => error.to_string(),
+                other => other.to_string(),
+            })?;
             Box::new(answer.into_body().into_reader())
         }
     };
