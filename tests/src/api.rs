@@ -1,6 +1,7 @@
 //! A client of the gRPC API for tests and measurements that need more speed, or less politeness, than the command
 //! line gives: one channel per member, no retries but the caller's own.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -84,9 +85,14 @@ impl Api {
 
     /// Names of all services, read linearizably.
     pub async fn service_names(&self, member: usize) -> Result<Vec<String>, tonic::Status> {
+        Ok(self.service_versions(member).await?.into_keys().collect())
+    }
+
+    /// The version of each service, read linearizably.
+    pub async fn service_versions(&self, member: usize) -> Result<BTreeMap<String, u64>, tonic::Status> {
         let request = pb::ListServicesRequest { linearizable: true };
         let answer = self.services(member).list_services(request).await?.into_inner();
-        Ok(answer.services.into_iter().map(|service| service.name).collect())
+        Ok(answer.services.into_iter().map(|service| (service.name, service.version)).collect())
     }
 }
 
