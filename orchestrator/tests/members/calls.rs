@@ -9,6 +9,8 @@ use http::Request;
 use nave_proto::pb;
 use nave_tls::{Credentials, Dialer, Expect, Role};
 use prost::Message as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tonic::Code;
 
@@ -76,6 +78,18 @@ impl Raw {
 fn request(path: &str) -> Request<()> {
     let request = Request::post(format!("http://nave{path}"));
     request.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
+}
+
+/// How many the member serves now, by its own count.
+async fn watchers(cluster: &Cluster) -> u64 {
+    let address = cluster.members[0].config.metrics_listen.unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = "GET /metrics HTTP/1.1\r\nHost: member\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("nave_watchers "));
+    line.expect("it is among the metrics").parse().unwrap()
 }
 
 fn framed(compressed: u8, length: u32, message: &[u8]) -> Bytes {
@@ -146,7 +160,8 @@ async fn what_a_client_gives_up_makes_room_for_more() {
     let folder = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(folder.path(), 1).await;
     let raw = Raw::open(&cluster, &cluster.credentials(Role::Operator("ann".to_owned()))).await;
-    // Twice as many as a connection may have at once: each must have ended on the other side, too.
+    let before = watchers(&cluster).await;
+    // Twice as many as a connection may have at once.
     for _ in 0..2048 {
         let mut requests =
             tokio::time::timeout(PATIENCE, raw.requests.clone().ready()).await.expect("room").unwrap();
@@ -156,6 +171,12 @@ async fn what_a_client_gives_up_makes_room_for_more() {
         assert_eq!(answer.status(), 200);
         // Dropping both halves is a reset.
     }
+    let ended = async {
+        while watchers(&cluster).await > before {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, ended).await.expect("each has ended on the other side, too");
     let get = pb::GetServiceRequest { name: "nobody".to_owned(), linearizable: true };
     assert_eq!(raw.call(GET, &[whole(&get)]).await.code, Code::NotFound);
     // A call that is not sent to its end holds up nobody, and not the member's end either.
