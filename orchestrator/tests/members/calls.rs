@@ -39,10 +39,10 @@ struct Answer {
 impl Raw {
     async fn open(cluster: &Cluster, credentials: &Credentials) -> Self {
         let dialer = Dialer::new(cluster.address(0), credentials, Expect::Member, b"h2", PATIENCE);
-        let stream = dialer.connect().await.unwrap();
+        let stream = dialer.connect().await.expect("the connection holds");
         let mut builder = h2::client::Builder::new();
         let (requests, connection) =
-            builder.initial_window_size(WINDOW_BYTES).handshake(stream).await.unwrap();
+            builder.initial_window_size(WINDOW_BYTES).handshake(stream).await.expect("the connection holds");
         let mut driver = JoinSet::new();
         driver.spawn(async move { drop(connection.await) });
         Self { requests, _driver: driver }
@@ -53,21 +53,22 @@ impl Raw {
     }
 
     async fn exchange(&self, path: &str, body: &[Bytes]) -> Answer {
-        let mut requests = self.requests.clone().ready().await.unwrap();
-        let (response, mut sink) = requests.send_request(request(path), body.is_empty()).unwrap();
+        let mut requests = self.requests.clone().ready().await.expect("the connection holds");
+        let (response, mut sink) =
+            requests.send_request(request(path), body.is_empty()).expect("the connection holds");
         for (index, chunk) in body.iter().enumerate() {
             // Each in a frame of its own, and most in a packet of its own.
-            sink.send_data(chunk.clone(), index + 1 == body.len()).unwrap();
+            sink.send_data(chunk.clone(), index + 1 == body.len()).expect("the connection holds");
             tokio::task::yield_now().await;
         }
-        let (head, mut source) = response.await.unwrap().into_parts();
+        let (head, mut source) = response.await.expect("the connection holds").into_parts();
         let mut whole = BytesMut::new();
         while let Some(chunk) = source.data().await {
-            let chunk = chunk.unwrap();
-            source.flow_control().release_capacity(chunk.len()).unwrap();
+            let chunk = chunk.expect("the connection holds");
+            source.flow_control().release_capacity(chunk.len()).expect("the connection holds");
             whole.extend_from_slice(&chunk);
         }
-        let trailers = source.trailers().await.unwrap().unwrap_or(head.headers);
+        let trailers = source.trailers().await.expect("the connection holds").unwrap_or(head.headers);
         let status = tonic::Status::from_header_map(&trailers).expect("every answer has a status");
         // Behind the message's prefix; a refusal has neither.
         let prefix = whole.len().min(5);
@@ -77,19 +78,19 @@ impl Raw {
 
 fn request(path: &str) -> Request<()> {
     let request = Request::post(format!("http://nave{path}"));
-    request.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
+    request.header("content-type", "application/grpc").header("te", "trailers").body(()).expect("a good head")
 }
 
 /// How many the member serves now, by its own count.
 async fn watchers(cluster: &Cluster) -> u64 {
-    let address = cluster.members[0].config.metrics_listen.unwrap();
-    let mut stream = TcpStream::connect(address).await.unwrap();
+    let address = cluster.members[0].config.metrics_listen.expect("the harness sets it");
+    let mut stream = TcpStream::connect(address).await.expect("the connection holds");
     let request = "GET /metrics HTTP/1.1\r\nHost: member\r\nConnection: close\r\n\r\n";
-    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.write_all(request.as_bytes()).await.expect("the connection holds");
     let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
+    stream.read_to_string(&mut text).await.expect("the connection holds");
     let line = text.lines().find_map(|line| line.strip_prefix("nave_watchers "));
-    line.expect("it is among the metrics").parse().unwrap()
+    line.expect("it is among the metrics").parse().expect("a number")
 }
 
 fn framed(compressed: u8, length: u32, message: &[u8]) -> Bytes {
@@ -101,7 +102,7 @@ fn framed(compressed: u8, length: u32, message: &[u8]) -> Bytes {
 
 fn whole(message: &impl prost::Message) -> Bytes {
     let message = message.encode_to_vec();
-    framed(0, u32::try_from(message.len()).unwrap(), &message)
+    framed(0, u32::try_from(message.len()).expect("a short message"), &message)
 }
 
 fn in_pieces(body: &Bytes) -> Vec<Bytes> {
