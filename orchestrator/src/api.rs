@@ -185,19 +185,13 @@ impl Hub {
     }
 }
 
-/// A command as it is proposed; the leader stamps its time.
+/// A command as it is proposed; its format is stamped on the way, its time by the leader.
 pub(crate) fn command(
     actor: String,
     request_id: Option<pb::RequestId>,
     body: pb::command::Body,
 ) -> pb::Command {
-    pb::Command {
-        time_unix_ns: 0,
-        actor,
-        request_id,
-        written_by: nave_proto::COMMAND_FORMAT,
-        body: Some(body),
-    }
+    pb::Command { time_unix_ns: 0, actor, request_id, written_by: 0, body: Some(body) }
 }
 
 /// An accepted command's answer.

@@ -1,9 +1,11 @@
-//! What the leader does of itself: the scheduler places and stops instances, liveness says which hosts are lost.
+//! What the leader does of itself: the scheduler places and stops instances, liveness says which hosts are lost,
+//! format says what may be written into the log.
 //!
 //! Controllers take no input. Woken by changes and timers, they look at the state, decide, and propose; so a change
 //! of leader needs nothing special: the next leader's controllers look at the same state. On the other members they
 //! wait.
 
+pub(crate) mod format;
 pub(crate) mod liveness;
 pub(crate) mod members;
 pub(crate) mod scheduler;

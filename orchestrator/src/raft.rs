@@ -29,6 +29,7 @@ use std::sync::atomic::Ordering;
 use nave_orchestrator_core::{Change, ClusterState};
 use nave_proto::ids::{ClusterId, MemberId};
 use nave_proto::pb;
+use nave_proto::pb::command::Body;
 use nave_proto::pb::member_service_server::MemberServiceServer;
 use nave_proto::pb::raft_transport_server::RaftTransportServer;
 use openraft::errors::{InitializeError as OpenraftInitializeError, RaftError};
@@ -151,7 +152,16 @@ impl RaftHub {
 
     /// Puts a command into the log and returns its reply once it is committed and applied on the leader. Whatever the
     /// deadline, no leader is waited for longer than 4.5 s. The time and the format are stamped here.
-    pub async fn propose(&self, command: pb::Command, deadline: Instant) -> Result<pb::Reply, ProposeError> {
+    pub async fn propose(
+        &self,
+        mut command: pb::Command,
+        deadline: Instant,
+    ) -> Result<pb::Reply, ProposeError> {
+        command.written_by = match &command.body {
+            // Whoever does not know that format must not pass over this.
+            Some(Body::AgreeFormat(agreed)) => agreed.format,
+            _ => self.state().command_format(),
+        };
         self.inner.door.propose(command, deadline).await
     }
 

@@ -30,7 +30,7 @@ use tracing::{info, warn};
 use crate::api::peers::Peers;
 use crate::api::{Hub, server};
 use crate::config::{ConfigError, MemberConfig};
-use crate::controllers::{liveness, members, scheduler};
+use crate::controllers::{format, liveness, members, scheduler};
 use crate::dispatch::{self, beats};
 use crate::metrics::{self, Metrics};
 use crate::raft::{RaftHub, RaftOptions, StartError};
@@ -162,6 +162,7 @@ pub async fn run(config: MemberConfig, shutdown: CancellationToken) -> Result<()
     parts.spawn("scheduler", ok(scheduler::run(hub.clone())));
     parts.spawn("liveness", ok(liveness::run(hub.clone())));
     parts.spawn("members", ok(members::run(hub.clone())));
+    parts.spawn("command format", ok(format::run(hub.clone())));
 
     let ended = tokio::select! {
         biased;

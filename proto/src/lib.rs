@@ -31,9 +31,10 @@ pub mod pb {
 /// The compiled file descriptors of `nave.v1`, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nave.v1.bin"));
 
-/// The command format that this build writes into the log; it rises when a new command number is added.
-/// A member that meets a command it does not know stops and names both formats (see `command.proto`).
-pub const COMMAND_FORMAT: u32 = 6;
+/// The newest command format that this build knows; it rises when a new command number is added, or when a command is to
+/// be applied in another way. What is written into the log is of the format that all members know. A member that meets a
+/// later one stops and names both (see `command.proto`).
+pub const COMMAND_FORMAT: u32 = 7;
 
 /// Among the capabilities of a host: its agent knows `WantedInstance.fetch` and reports what became of it.
 pub const FETCHES_AHEAD: &str = "fetch_ahead";

@@ -20,8 +20,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
-use nave_proto::pb;
 use nave_proto::pb::command::Body;
+use nave_proto::{COMMAND_FORMAT, pb};
 
 use crate::change::{Change, RowId};
 use crate::dedup::Recall;
@@ -39,9 +39,14 @@ pub struct Applied {
 /// Either answer of a command.
 type Outcome = Result<pb::Accepted, pb::Rejected>;
 
-/// Whether a newer build wrote this command: it, or a step in it, has no body that this build knows. A member that
-/// meets one must stop before it applies anything.
+/// Whether a newer build wrote this command: it is of a later format, or it, or a step in it, has no body that this build
+/// knows. A member that meets one must stop before it applies anything: also what has a body that is known may be meant
+/// otherwise.
 pub fn unknown_command(command: &pb::Command) -> bool {
+    command.written_by > COMMAND_FORMAT || has_unknown_body(command)
+}
+
+fn has_unknown_body(command: &pb::Command) -> bool {
     match &command.body {
         None => true,
         Some(Body::CommitPlan(plan)) => plan.steps.iter().any(|step| step.step.is_none()),
@@ -64,7 +69,8 @@ pub fn unknown_command(command: &pb::Command) -> bool {
             | Body::SetHostDraining(_)
             | Body::ForgetHost(_)
             | Body::NoteHost(_)
-            | Body::OpenSession(_),
+            | Body::OpenSession(_)
+            | Body::AgreeFormat(_),
         ) => false,
     }
 }
@@ -133,7 +139,7 @@ struct Tx<'a> {
     revision: u64,
     now: i64,
     actor: String,
-    /// Command format of the build that wrote the command.
+    /// The format that the command is written in.
     written_by: u32,
     changes: Vec<Change>,
     events: u32,
@@ -162,6 +168,7 @@ impl Tx<'_> {
             Body::ChangeMember(command) => self.change_member(command),
             Body::NoteHost(command) => self.note_host(command),
             Body::OpenSession(command) => self.open_session(&command),
+            Body::AgreeFormat(command) => self.agree_format(command.format),
         }
     }
 

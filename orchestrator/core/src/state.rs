@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
-use nave_proto::pb;
+use nave_proto::{COMMAND_FORMAT, pb};
 
 use crate::dedup::DedupTable;
 use crate::events::EventFilter;
@@ -28,6 +28,9 @@ pub use hosts::Reserved;
 pub(crate) use hosts::{HostEntry, Hosts};
 pub(crate) use instances::{InstanceEntry, Reservation};
 pub(crate) use ranks::{ClassId, Rank};
+
+/// From this command format on, members agree on the one to write in.
+pub(crate) const FORMATS_ARE_AGREED: u32 = 7;
 pub use rows::RowError;
 pub(crate) use services::{ServiceEntry, Services};
 
@@ -77,6 +80,14 @@ impl ClusterState {
     /// None until `InitCluster` is applied.
     pub fn cluster(&self) -> Option<&pb::ClusterRecord> {
         self.cluster.as_deref()
+    }
+
+    /// The format to write commands in: one that all members know. Before the cluster has begun, this build's own.
+    pub fn command_format(&self) -> u32 {
+        self.cluster.as_ref().map_or(COMMAND_FORMAT, |cluster| match cluster.command_format {
+            0 => FORMATS_ARE_AGREED - 1,
+            agreed => agreed,
+        })
     }
 
     pub fn service(&self, name: &str) -> Option<&Arc<pb::ServiceRecord>> {

@@ -88,12 +88,23 @@ async fn probe(
             continue;
         }
         if let Some(info) = hub.peers.info(id, &joining.address, PROBE).await {
-            let empty = info.last_log_index == 0 && info.term == 0;
-            let why = "has a log already; start it with an empty data directory";
-            probed.insert(id, if empty { Ok(()) } else { Err(why.to_owned()) });
+            probed.insert(id, may_join(&info, hub.raft.state().command_format()));
         }
     }
     probed
+}
+
+fn may_join(info: &pb::MemberInfo, format: u32) -> Result<(), String> {
+    if info.last_log_index != 0 || info.term != 0 {
+        return Err("has a log already; start it with an empty data directory".to_owned());
+    }
+    if info.command_format < format {
+        return Err(format!(
+            "runs nave {}, which is older than this cluster: it knows command formats up to {}, and {format} is in use",
+            info.version, info.command_format
+        ));
+    }
+    Ok(())
 }
 
 /// What is waited for, for `nave cluster status`; said in the log when it changes.

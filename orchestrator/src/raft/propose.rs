@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use nave_proto::ids::MemberId;
-use nave_proto::{COMMAND_FORMAT, pb};
+use nave_proto::pb;
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
@@ -160,7 +160,6 @@ impl Door {
         deadline: Instant,
     ) -> Result<pb::Reply, ProposeError> {
         command.time_unix_ns = 0;
-        command.written_by = COMMAND_FORMAT;
         let repeatable = command.request_id.is_some();
         let ticket = self.enter(command.encode_to_vec().into(), repeatable, false, deadline)?;
         match self.wait(ticket, deadline).await {

@@ -6,6 +6,7 @@ use nave_proto::pb::RejectedCode;
 use super::{Outcome, Tx, rejected};
 use crate::events::Subject;
 use crate::limits::{ADDRESS_SUFFIXES, TOKENS_MAX, UIDS};
+use crate::state::FORMATS_ARE_AGREED;
 
 impl Tx<'_> {
     pub(super) fn init_cluster(&mut self, command: pb::InitCluster) -> Outcome {
@@ -25,6 +26,8 @@ impl Tx<'_> {
             next_member_id: 0,
             joining: Vec::new(),
             retired_members: Vec::new(),
+            // Before, builds wrote nothing here, and all members' rows are the same for ever.
+            command_format: if self.written_by >= FORMATS_ARE_AGREED { self.written_by } else { 0 },
         };
         let message = format!("cluster {} begins", record.cluster_id);
         self.state.cluster = Some(std::sync::Arc::new(record));
@@ -33,6 +36,21 @@ impl Tx<'_> {
             self.put_token(token);
         }
         self.event("cluster_initialised", Subject::default(), message);
+        Ok(pb::Accepted::default())
+    }
+
+    /// Never goes back: what was written since is of the format agreed upon.
+    pub(super) fn agree_format(&mut self, format: u32) -> Outcome {
+        let agreed = self.state.command_format();
+        if format <= agreed {
+            return Err(rejected(
+                RejectedCode::Conflict,
+                format!("command format {agreed} is in use already"),
+            ));
+        }
+        self.edit_cluster(|cluster| cluster.command_format = format);
+        let message = format!("all members know command format {format}; it is used from now on");
+        self.event("format_agreed", Subject::default(), message);
         Ok(pb::Accepted::default())
     }
 

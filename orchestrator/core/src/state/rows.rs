@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
-use nave_proto::pb;
 use nave_proto::pb::row::Row;
+use nave_proto::{COMMAND_FORMAT, pb};
 
 use super::ClusterState;
 use crate::change::Change;
@@ -16,6 +16,10 @@ use crate::wants::InstanceExt as _;
 pub enum RowError {
     #[error("a row of a kind that this build does not know: a newer build wrote it")]
     UnknownTable,
+    #[error(
+        "it is of command format {format}, this build knows formats up to {COMMAND_FORMAT}: a newer build wrote it"
+    )]
+    Newer { format: u32 },
     #[error("instance {instance} belongs to service {service:?}, which has no row")]
     NoService { instance: InstanceId, service: String },
     #[error("instance {instance} is on host {host}, which has no row")]
@@ -90,7 +94,10 @@ impl ClusterState {
             state.events.insert(Arc::new(record));
         }
         state.forget_history();
-        Ok(state)
+        match state.command_format() {
+            format if format > COMMAND_FORMAT => Err(RowError::Newer { format }),
+            _ => Ok(state),
+        }
     }
 
     fn adopt_version(&mut self, record: pb::VersionRecord) -> Result<(), RowError> {

@@ -5,6 +5,7 @@ use nave_proto::pb;
 use nave_proto::pb::RejectedCode;
 use nave_proto::pb::command::Body;
 use nave_proto::pb::reply::Result as ReplyResult;
+use nave_proto::pb::row::Row;
 
 use crate::world::{SECOND, World, apply, delete, manifest};
 
@@ -22,6 +23,42 @@ fn nothing_is_accepted_before_the_cluster_begins_and_it_begins_once() {
     world.accept(init("a"));
     assert_eq!(world.refuse(init("b")).0, RejectedCode::Conflict);
     assert_eq!(world.state.cluster().unwrap().cluster_id, "a");
+}
+
+#[test]
+fn the_format_that_commands_are_written_in_only_rises() {
+    let mut world = World::new();
+    let known = nave_proto::COMMAND_FORMAT;
+    assert_eq!(world.state.command_format(), known, "a cluster begins with what its first build knows");
+    let agree = |format| Body::AgreeFormat(pb::AgreeFormat { format });
+    assert_eq!(world.refuse(agree(known)).0, RejectedCode::Conflict);
+    assert_eq!(world.refuse(agree(known - 1)).0, RejectedCode::Conflict);
+    // A build that does not know a format neither loads a state of it nor takes what is written in it.
+    let later = world.state.rows().map(|mut row| {
+        if let Some(Row::Cluster(cluster)) = &mut row.row {
+            cluster.command_format = known + 1;
+        }
+        row
+    });
+    assert_eq!(ClusterState::from_rows(later, 9).unwrap_err(), RowError::Newer { format: known + 1 });
+    for (written_by, unknown) in [(known + 1, true), (known, false), (1, false)] {
+        let command = pb::Command { written_by, ..world.command(delete("web")) };
+        assert_eq!(unknown_command(&command), unknown, "{written_by}");
+    }
+}
+
+/// Members of both builds must have the same rows, whichever of them replays the log.
+#[test]
+fn a_cluster_of_before_the_agreement_is_of_the_last_format_then() {
+    let mut world = World::blank();
+    let init = Body::InitCluster(pb::InitCluster { cluster_id: "a".into(), ..Default::default() });
+    world.apply(pb::Command { written_by: 3, ..world.command(init) });
+    assert_eq!(world.state.cluster().unwrap().command_format, 0);
+    assert_eq!(world.state.command_format(), 6);
+    world.accept(Body::AgreeFormat(pb::AgreeFormat { format: 7 }));
+    assert_eq!(world.state.command_format(), 7);
+    let told = world.state.events(&EventFilter::default(), 1);
+    assert_eq!(told[0].kind, "format_agreed");
 }
 
 #[test]

@@ -227,6 +227,13 @@ async fn a_command_of_a_newer_version_is_turned_away_at_the_door() {
         matches!(&refused, ProposeError::Refused { why } if why.contains("upgrade all members")),
         "{refused:?}"
     );
+    let format = nave_proto::COMMAND_FORMAT + 1;
+    let agree = pb::Command {
+        body: Some(pb::command::Body::AgreeFormat(pb::AgreeFormat { format })),
+        ..Default::default()
+    };
+    let refused = cluster.hub(follower).propose(agree, soon()).await.unwrap_err();
+    assert!(matches!(refused, ProposeError::Refused { .. }), "{refused:?}");
     put(cluster.hub(follower), "the-leader-lives").await;
 }
 

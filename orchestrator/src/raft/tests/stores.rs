@@ -292,12 +292,26 @@ async fn an_unknown_command_stops_the_member_before_anything_is_applied() {
     let mut stores = stores(dir.path());
     stores.apply(entries(5)).await.unwrap();
     let rows = sorted(stores.rows());
-    let newer = pb::Command { written_by: 7, ..Default::default() };
+    let later = nave_proto::COMMAND_FORMAT + 1;
+    let newer = pb::Command { written_by: later, ..Default::default() };
     let error = stores.apply(vec![command(5, &token("fine")), command(6, &newer)]).await.unwrap_err();
     let message = stores.failure.wait().await;
     assert_eq!(error.to_string(), message);
-    assert!(message.contains("entry 6 holds a command of format 7"), "{message}");
+    assert!(message.contains(&format!("entry 6 holds a command of format {later}")), "{message}");
     assert!(message.contains(&format!("knows formats up to {}", nave_proto::COMMAND_FORMAT)), "{message}");
+    assert_eq!(sorted(stores.rows()), rows);
+}
+
+#[tokio::test]
+async fn a_known_command_of_a_later_format_stops_the_member_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stores = stores(dir.path());
+    stores.apply(entries(5)).await.unwrap();
+    let rows = sorted(stores.rows());
+    // It may be meant in another way by those that know that format.
+    let newer = pb::Command { written_by: nave_proto::COMMAND_FORMAT + 1, ..token("meant-otherwise") };
+    let error = stores.apply(vec![command(5, &newer)]).await.unwrap_err();
+    assert!(error.to_string().contains("install the newer version on this member"), "{error}");
     assert_eq!(sorted(stores.rows()), rows);
 }
 
