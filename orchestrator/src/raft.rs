@@ -29,7 +29,6 @@ use std::sync::atomic::Ordering;
 use nave_orchestrator_core::{Change, ClusterState};
 use nave_proto::ids::{ClusterId, MemberId};
 use nave_proto::pb;
-use nave_proto::pb::command::Body;
 use nave_proto::pb::member_service_server::MemberServiceServer;
 use nave_proto::pb::raft_transport_server::RaftTransportServer;
 use openraft::errors::{InitializeError as OpenraftInitializeError, RaftError};
@@ -157,11 +156,7 @@ impl RaftHub {
         mut command: pb::Command,
         deadline: Instant,
     ) -> Result<pb::Reply, ProposeError> {
-        command.written_by = match &command.body {
-            // Whoever does not know that format must not pass over this.
-            Some(Body::AgreeFormat(agreed)) => agreed.format,
-            _ => self.state().command_format(),
-        };
+        command.written_by = self.state().format_of(command.body.as_ref());
         self.inner.door.propose(command, deadline).await
     }
 

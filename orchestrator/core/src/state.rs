@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nave_proto::ids::{HostId, InstanceId};
+use nave_proto::pb::command::Body;
 use nave_proto::{COMMAND_FORMAT, pb};
 
 use crate::dedup::DedupTable;
@@ -80,6 +81,15 @@ impl ClusterState {
     /// None until `InitCluster` is applied.
     pub fn cluster(&self) -> Option<&pb::ClusterRecord> {
         self.cluster.as_deref()
+    }
+
+    /// The format to write that command in.
+    pub fn format_of(&self, body: Option<&Body>) -> u32 {
+        match body {
+            // Whoever does not know that format must not pass over this.
+            Some(Body::AgreeFormat(agreed)) => agreed.format,
+            _ => self.command_format(),
+        }
     }
 
     /// The format to write commands in: one that all members know. Before the cluster has begun, this build's own.

@@ -55,8 +55,11 @@ fn a_cluster_of_before_the_agreement_is_of_the_last_format_then() {
     world.apply(pb::Command { written_by: 3, ..world.command(init) });
     assert_eq!(world.state.cluster().unwrap().command_format, 0);
     assert_eq!(world.state.command_format(), 6);
-    world.accept(Body::AgreeFormat(pb::AgreeFormat { format: 7 }));
-    assert_eq!(world.state.command_format(), 7);
+    let agree = Body::AgreeFormat(pb::AgreeFormat { format: 7 });
+    let written = |world: &World| world.state.format_of(Some(&delete("web")));
+    assert_eq!((written(&world), world.state.format_of(Some(&agree))), (6, 7));
+    world.accept(agree);
+    assert_eq!((world.state.command_format(), written(&world)), (7, 7));
     let told = world.state.events(&EventFilter::default(), 1);
     assert_eq!(told[0].kind, "format_agreed");
 }
