@@ -273,11 +273,9 @@ fn the_list_of_the_keeper_does_not_mistake_a_hook_for_something_left_behind() {
 #[test]
 fn the_end_of_a_process_has_the_hooks_that_it_was_started_with() {
     let post_stop = |scene: &mut Scene| {
-        let hook = |action| match action {
-            Action::RunHook(order) if order.hook == Hook::PostStop => {
-                Some((order.command.clone(), order.wanted))
-            }
-            _ => None,
+        let hook = |action| {
+            let Action::RunHook(order) = action else { return None };
+            (order.hook == Hook::PostStop).then_some((order.command, order.wanted))
         };
         scene.orders().into_iter().find_map(hook)
     };
