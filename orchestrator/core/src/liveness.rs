@@ -68,6 +68,8 @@ impl Verdict {
 #[derive(Debug, Clone)]
 pub struct Judge {
     leads_since: Duration,
+    /// Of hosts that have not been heard yet, since when they could have been.
+    unheard: BTreeMap<HostId, Duration>,
     /// Until when a host that was lost counts as one of many.
     lost: Option<BTreeMap<HostId, Duration>>,
     flapping: BTreeMap<HostId, Flapping>,
@@ -98,7 +100,14 @@ impl Judge {
     /// Of a leadership that began at this moment, or earlier.
     #[must_use]
     pub fn new(leads_since: Duration) -> Self {
-        Self { leads_since, lost: None, flapping: BTreeMap::new(), braking: false, returned: None }
+        Self {
+            leads_since,
+            unheard: BTreeMap::new(),
+            lost: None,
+            flapping: BTreeMap::new(),
+            braking: false,
+            returned: None,
+        }
     }
 
     /// Whether so many hosts are silent that none is judged.
@@ -116,6 +125,8 @@ impl Judge {
         now: Duration,
         wall_unix_ns: i64,
     ) -> Vec<Verdict> {
+        // A leader that has heard nothing yet counts from its own beginning; and who joins later, from its first look.
+        let unheard_since = if self.lost.is_none() { self.leads_since + OVERLAP } else { now };
         self.remember(state, now, wall_unix_ns);
         let mut verdicts = Vec::new();
         let mut look = Look::default();
@@ -139,8 +150,13 @@ impl Judge {
                     verdicts.extend(lease_over(state, record, leases, now));
                 }
                 (heard, HostStatus::Connected | HostStatus::Silent | HostStatus::Unspecified) => {
-                    // A leader that has heard nothing yet counts from its own beginning.
-                    let since = heard.or_else(|| leases.heard(host)).unwrap_or(self.leads_since + OVERLAP);
+                    let since = match heard.or_else(|| leases.heard(host)) {
+                        Some(heard) => {
+                            self.unheard.remove(&host);
+                            heard
+                        }
+                        None => *self.unheard.entry(host).or_insert(unheard_since),
+                    };
                     look.sort(host, since, now);
                 }
             }
@@ -163,6 +179,7 @@ impl Judge {
         });
         let known = |host: &HostId| state.host(*host).is_some_and(|record| !record.forgotten);
         lost.retain(|host, until| *until > now && known(host));
+        self.unheard.retain(|host, _| known(host));
         self.flapping.retain(|host, flapping| now.saturating_sub(flapping.at) < FLAPPING && known(host));
     }
 

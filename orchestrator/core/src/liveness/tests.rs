@@ -187,6 +187,20 @@ fn a_new_leader_says_who_died_with_the_old_one_within_its_wait() {
 }
 
 #[test]
+fn a_host_that_has_just_joined_has_a_lease_s_time_to_be_heard() {
+    let mut leader = Leader::of(&[UP; 2]);
+    assert_eq!(leader.pass(0.0, 60.0, &[1, 2]), []);
+    leader.fleet.hosts.extend(Fleet::of(&[UP; 3]).hosts.pop());
+    // Registered; its first session is on its way.
+    assert_eq!(leader.pass(60.0, 62.5, &[1, 2]), []);
+    assert_eq!(leader.pass(62.5, 70.0, &[1, 2, 3]), []);
+    // One that is never heard is lost as any other.
+    leader.fleet.hosts.extend(Fleet::of(&[UP; 4]).hosts.pop());
+    let said = leader.pass(70.0, 76.0, &[1, 2, 3]);
+    assert!(matches!(said[..], [(when, 4, LOST)] if (73.0..75.0).contains(&when)), "{said:?}");
+}
+
+#[test]
 fn hosts_that_fall_silent_at_once_are_never_lost_one_by_one() {
     // Their last beats were heard over a whole beat and a member's forwarding.
     let mut leader = Leader::of(&[UP; 10]);
