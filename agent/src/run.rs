@@ -238,9 +238,12 @@ async fn with_keeper(
         () = shutdown.cancelled() => return Ok(()),
     };
     let (keeper_events, keeper_inbox) = mpsc::channel(KEEPER_EVENTS);
+    let keeper_gone = CancellationToken::new();
+    let gone = keeper_gone.clone();
     tasks.spawn(async move {
         let error = keeper_task.run(keeper_events).await;
         warn!(error = %crate::error_chain(&error), "the connection to the keeper has ended");
+        gone.cancel();
         // The main loop hears of it by its empty inbox and ends at the end of a turn, so that nothing is half written
         // when the next begins.
         std::future::pending().await
@@ -266,6 +269,8 @@ async fn with_keeper(
             Err(IdentityError::Stopped) => return Ok(()),
             identity => identity?,
         },
+        // The hub may never answer, and without a keeper nobody would end this.
+        () = keeper_gone.cancelled() => return Err(RunError::KeeperLost),
         ended = tasks.join_next() => return Err(why(ended)),
     };
     let (cluster, host) = (identity.cluster, identity.host);

@@ -11,8 +11,8 @@ use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_tests::cluster::SOON;
 use nave_tests::nave::{binary, run};
-use nave_tests::process::Process;
-use nave_tests::{Cluster, Setup, eventually_some};
+use nave_tests::process::{self, Process};
+use nave_tests::{Cluster, Setup, eventually, eventually_some};
 use nave_tls::{ChannelOptions, Credentials, Expect};
 
 use crate::manifests::sleeper;
@@ -108,6 +108,29 @@ fn tokens_that_expired_were_revoked_or_made_up_enrol_nobody() {
         assert!(said.contains("token"), "{name}: {said}");
     }
     assert_eq!(cluster.json(&["hosts"]).as_array().map(Vec::len), Some(0));
+    an_agent_that_waits_for_its_hub_ends_when_no_keeper_comes_back(&cluster);
+}
+
+/// Nobody would end it any more, and it has the data directory and the ports that the next one needs.
+fn an_agent_that_waits_for_its_hub_ends_when_no_keeper_comes_back(cluster: &Cluster) {
+    let dir = cluster.dir().join("waits");
+    std::fs::create_dir_all(&dir).expect("a folder");
+    std::fs::write(dir.join("token"), token(cluster, &["token", "create"])).expect("written");
+    let nobody =
+        std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let mut command = Command::new(binary());
+    command
+        .args(["agent", "--join", &nobody.to_string()])
+        .args(["--token-file", dir.join("token").to_str().expect("plain")])
+        .args(["--data-dir", dir.join("data").to_str().expect("plain")]);
+    let keeper = Process::start("waits", &mut command, &dir.join("log")).expect("it starts");
+    let agent: u32 = eventually_some("the agent waits for its hub", SOON, || {
+        let log = std::fs::read_to_string(dir.join("log")).ok()?;
+        let pid = std::fs::read_to_string(dir.join("data/nave.pid")).ok()?;
+        log.contains("cannot join yet").then(|| pid.trim().parse().ok())?
+    });
+    drop(keeper); // kill -9
+    eventually("the agent ends, too", SOON, || !process::alive(agent));
 }
 
 fn token(cluster: &Cluster, args: &[&str]) -> String {
