@@ -4,9 +4,10 @@
 set -euo pipefail
 
 nave=$(realpath "$1")
-hello=$(realpath "$2")
 dir=$(mktemp -d /tmp/nave-demo.XXXXXX)
 chmod 755 "$dir" # services run as users of their own and must reach their directories
+hello="$dir/hello"     # a clone below /root is closed to them
+install -m 755 "$2" "$hello"
 export NAVE_CONTEXT="$dir/data/client.toml"
 dev=
 
