@@ -11,6 +11,9 @@ pub(crate) mod members;
 pub(crate) mod scheduler;
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::api::Hub;
 
@@ -36,4 +39,30 @@ async fn leadership(hub: &Arc<Hub>) -> Option<u64> {
 fn still_leads(hub: &Hub, term: u64) -> bool {
     let status = hub.raft.leadership();
     status.leader == Some(hub.id) && status.term == term
+}
+
+/// The looks that a controller takes at a steady pace, the first at once, within one term of this member's leadership.
+struct Looks<'a> {
+    hub: &'a Hub,
+    term: u64,
+    ticks: Interval,
+}
+
+impl<'a> Looks<'a> {
+    fn new(hub: &'a Hub, term: u64, each: Duration) -> Self {
+        let mut ticks = interval(each);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { hub, term, ticks }
+    }
+
+    /// Waits until the next one is due; `false`: this member leads no longer, or stops.
+    async fn next(&mut self) -> bool {
+        if !still_leads(self.hub, self.term) {
+            return false;
+        }
+        tokio::select! {
+            _ = self.ticks.tick() => true,
+            () = self.hub.stop.cancelled() => false,
+        }
+    }
 }

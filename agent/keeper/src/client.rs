@@ -156,7 +156,7 @@ impl Client {
         trial: Option<Duration>,
     ) -> Result<(), ClientError> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        let trial_ms = trial.map_or(0, |trial| u64::try_from(trial.as_millis()).unwrap_or(u64::MAX));
+        let trial_ms = trial.map_or(0, milliseconds);
         let upgrade = pb::KeeperUpgrade { staged: text(staged), previous: text(previous), trial_ms };
         match self.request(Request::Upgrade(upgrade), None) {
             Err(ClientError::Io(error)) if ended(&error) => Ok(()),

@@ -85,13 +85,16 @@ pub(super) async fn read(hub: &Hub) -> Result<pb::ListHostsResponse, Failure> {
 }
 
 pub(super) fn rows(hosts: &[pb::Host]) -> Vec<HostRow<'_>> {
+    hosts.iter().map(|host| HostRow::new(host, facts_of(host))).collect()
+}
+
+fn facts_of(host: &pb::Host) -> &pb::HostFacts {
     static UNKNOWN: LazyLock<pb::HostFacts> = LazyLock::new(pb::HostFacts::default);
-    hosts.iter().map(|host| HostRow::new(host, host.facts.as_ref().unwrap_or(&UNKNOWN))).collect()
+    host.facts.as_ref().unwrap_or(&UNKNOWN)
 }
 
 pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
     let listed = read(hub).await?;
-    let unknown = pb::HostFacts::default();
     if args.json() {
         out::json(&rows(&listed.hosts));
         return Ok(());
@@ -106,7 +109,7 @@ pub(super) async fn run(args: &Listing, hub: &Hub) -> Result<(), Failure> {
     let now = clock::now();
     let mut table = Table::new(["ID", "NAME", "STATUS", "INSTANCES", "CPU", "MEMORY", "ADDRESS", "HEARD"]);
     for host in &listed.hosts {
-        let facts = host.facts.as_ref().unwrap_or(&unknown);
+        let facts = facts_of(host);
         table.row([
             host.id.as_str().into(),
             host.name.as_str().into(),

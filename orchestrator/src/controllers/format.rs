@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use nave_proto::{COMMAND_FORMAT, pb};
 use pb::command::Body;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 use tracing::{debug, info};
 
-use super::{leadership, still_leads};
+use super::{Looks, leadership};
 use crate::api::{self, Hub};
 
 /// After the last member was upgraded.
@@ -20,27 +20,19 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Works while this member leads, until it stops.
 pub(crate) async fn run(hub: Arc<Hub>) {
     while let Some(term) = leadership(&hub).await {
-        let mut ticks = interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        while still_leads(&hub, term) {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                () = hub.stop.cancelled() => return,
-            }
+        let mut looks = Looks::new(&hub, term, TICK);
+        while looks.next().await {
             look(&hub).await;
+        }
+        if hub.stop.is_cancelled() {
+            return;
         }
     }
 }
 
 /// Asks nobody while this build knows nothing later than what is in use.
 async fn look(hub: &Hub) {
-    let used = {
-        let state = hub.raft.state();
-        if state.cluster().is_none() {
-            return;
-        }
-        state.command_format()
-    };
+    let used = hub.raft.state().command_format();
     if used >= COMMAND_FORMAT {
         return;
     }

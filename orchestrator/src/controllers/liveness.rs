@@ -10,10 +10,10 @@ use nave_orchestrator_core::{Judge, Verdict};
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 use pb::command::Body;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use super::{leadership, still_leads};
+use super::{Looks, leadership, still_leads};
 use crate::api::{self, Hub};
 use crate::clock;
 
@@ -40,13 +40,8 @@ pub(crate) async fn run(hub: Arc<Hub>) {
 async fn lead(hub: &Hub, term: u64) {
     let mut judge = Judge::new(hub.beats.now());
     let (mut settled, mut braking) = (false, false);
-    let mut ticks = interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    while still_leads(hub, term) {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            () = hub.stop.cancelled() => return,
-        }
+    let mut looks = Looks::new(hub, term, TICK);
+    while looks.next().await {
         if !settled {
             // A linearizable read has waited for all that was committed before this term.
             settled = is_proven(hub, term).await;

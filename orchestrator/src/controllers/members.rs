@@ -11,10 +11,10 @@ use nave_proto::ids::MemberId;
 use nave_proto::pb;
 use pb::change_member::Change;
 use pb::command::Body;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{leadership, still_leads};
+use super::{Looks, leadership};
 use crate::api::{self, Hub};
 use crate::raft::{MemberNode, MembershipError, MembershipView};
 
@@ -27,13 +27,8 @@ const PROBE: Duration = Duration::from_secs(1);
 /// Works while this member leads, until it stops.
 pub(crate) async fn run(hub: Arc<Hub>) {
     while let Some(term) = leadership(&hub).await {
-        let mut ticks = interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        while still_leads(&hub, term) {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                () = hub.stop.cancelled() => return,
-            }
+        let mut looks = Looks::new(&hub, term, TICK);
+        while looks.next().await {
             while step(&hub).await {}
         }
         hub.member_notes.lock().clear();
