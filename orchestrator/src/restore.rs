@@ -6,6 +6,7 @@
 //! name. What is wrong with a file, a directory or a running cluster is said before anything is written.
 
 mod inspect;
+pub(crate) mod reached;
 
 use std::fs;
 use std::io;
@@ -30,7 +31,7 @@ use crate::storage::directory::{DataDirectory, sync_directory};
 use crate::storage::failure::Failure;
 use crate::storage::log::LogDatabase;
 use crate::storage::snapshot::{SnapshotDirectory, SnapshotWriter};
-use crate::storage::state::{StateDatabase, peek};
+use crate::storage::state::StateDatabase;
 
 /// Why nothing was restored; in each case nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -215,7 +216,7 @@ fn plan(
 ) -> Result<Plan, RestoreError> {
     let last = contents.meta.last_log_id.unwrap_or(LogId::new(LeaderId { term: 1, node_id: config.id.0 }, 1));
     // The old directory may be damaged: that is a reason to restore. Then the gaps alone must do.
-    let known = old.and_then(|old| peek(&old.state()).ok().flatten());
+    let known = old.and_then(reached::reached);
     let of_known = known.as_ref().map_or(0, |(cluster, _)| cluster.incarnation);
     let seconds = u64::try_from(clock::unix_now_ns() / 1_000_000_000).unwrap_or(0);
     let incarnation = seconds.max(contents.info.incarnation + 1).max(of_known + 1);

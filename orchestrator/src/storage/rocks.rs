@@ -46,9 +46,11 @@ pub(crate) fn log_options() -> Options {
     options
 }
 
-/// The state database: never synced, a prefix of the applied entries after a crash, which the log completes.
+/// The state database: written without a write-ahead log, a prefix of the applied entries after a crash, which Raft's
+/// log completes. Without one only an atomic flush keeps column families together.
 pub(crate) fn state_options() -> Options {
     let mut options = common();
+    // Builds before this one had one.
     options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
     options.set_atomic_flush(true);
     options

@@ -1,9 +1,12 @@
 //! The `state` database: the rows of `ClusterState`, and in the same write the log id and membership that they stand
-//! for. It is behind the tables in memory by what its writer thread has queued, and never synced: after a crash it is a
-//! prefix of what was applied, and openraft applies the rest of the log again.
+//! for. It has no write-ahead log, since Raft's log is one: it is behind the tables in memory by what its writer thread
+//! has queued, and on disk by what RocksDB has not flushed yet. After a crash of process or host it is a prefix of what
+//! was applied (all column families are flushed as one), and openraft applies the rest of the log again. It is flushed
+//! at an orderly end and before each snapshot, so what is applied again is at most what lies between two snapshots.
 //!
 //! Snapshots are views of this database, so building one neither stops `apply` nor copies the tables.
 
+mod queue;
 mod writer;
 
 use std::io;
@@ -13,10 +16,11 @@ use std::sync::Arc;
 use nave_orchestrator_core::{Change, ClusterState};
 use nave_proto::pb;
 use prost::Message as _;
-use rocksdb::{ColumnFamily, DB, IteratorMode, Snapshot, WriteBatch, WriteOptions};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use rocksdb::{ColumnFamily, DB, FlushOptions, IteratorMode, Snapshot, WriteBatch, WriteOptions};
+use tokio::sync::{Semaphore, oneshot};
 
-use self::writer::{Message, Writer};
+use self::queue::{Message, Queue, stopped};
+use self::writer::Writer;
 use crate::raft::convert::{log_id_from_pb, stored_membership_from_pb};
 use crate::raft::types::{LogId, SnapshotMeta, StoredMembership};
 use crate::storage::failure::Failure;
@@ -49,7 +53,7 @@ pub(crate) struct LoadedState {
     pub(crate) membership: StoredMembership,
 }
 
-/// The open state database and its writer thread. Dropping it ends the thread after what is queued has been written.
+/// The open state database and its writer thread. Dropping it ends the thread after what is queued is durable.
 #[derive(Debug)]
 pub(crate) struct StateDatabase {
     handle: StateHandle,
@@ -61,8 +65,8 @@ pub(crate) struct StateDatabase {
 #[derive(Debug, Clone)]
 pub(crate) struct StateHandle {
     db: Arc<Database>,
-    queue: mpsc::UnboundedSender<Message>,
-    /// Bounds the queue; not the channel, so that closing never waits.
+    queue: Arc<Queue>,
+    /// Bounds the queue; not the queue itself, so that closing never waits.
     slots: Arc<Semaphore>,
 }
 
@@ -79,15 +83,27 @@ impl Database {
         self.0.cf_handle(name).expect("column families are created in open()")
     }
 
-    /// Deletes every row, and first of all the mark that says what they stand for.
+    /// Not durable before the next flush.
+    fn write(&self, batch: WriteBatch) -> io::Result<()> {
+        let mut unlogged = WriteOptions::default();
+        unlogged.disable_wal(true);
+        self.0.write_opt(batch, &unlogged).map_err(rocks::io_error)
+    }
+
+    /// Makes all that was written durable, as one.
+    fn flush(&self) -> io::Result<()> {
+        let families = [self.family(ROWS), self.family(META)];
+        self.0.flush_cfs_opt(&[&families[0], &families[1]], &FlushOptions::default()).map_err(rocks::io_error)
+    }
+
+    /// Deletes every row, and with them the mark that says what they stand for; durable on return.
     fn clear(&self) -> io::Result<()> {
         let mut batch = WriteBatch::default();
         batch.delete_cf(self.family(META), APPLIED);
         batch.delete_cf(self.family(META), MEMBERSHIP);
         batch.delete_range_cf(self.family(ROWS), [].as_slice(), [u8::MAX; 8].as_slice());
-        let mut synced = WriteOptions::default();
-        synced.set_sync(true);
-        self.0.write_opt(batch, &synced).map_err(rocks::io_error)
+        self.write(batch)?;
+        self.flush()
     }
 }
 
@@ -96,8 +112,8 @@ impl StateDatabase {
     pub(crate) fn open(path: &Path, failure: Failure) -> io::Result<(Self, LoadedState)> {
         let db = Arc::new(Database(rocks::open(&rocks::state_options(), path, [ROWS, META])?));
         let loaded = load(&db)?;
-        let (queue, receiver) = mpsc::unbounded_channel();
-        let writer = Writer::new(db.clone(), receiver, failure.clone());
+        let queue = Arc::new(Queue::default());
+        let writer = Writer::new(db.clone(), queue.clone(), failure.clone());
         let writer =
             std::thread::Builder::new().name("state-writer".to_owned()).spawn(move || writer.run())?;
         let slots = Arc::new(Semaphore::new(QUEUED_BATCHES_MAX));
@@ -112,8 +128,7 @@ impl StateDatabase {
 
 impl Drop for StateDatabase {
     fn drop(&mut self) {
-        // Fails only when the thread has ended already.
-        let _closed = self.handle.queue.send(Message::Close);
+        self.handle.queue.close();
         if let Some(writer) = self.writer.take()
             && writer.join().is_err()
         {
@@ -126,21 +141,23 @@ impl StateHandle {
     /// Queues a batch; waits while too many are queued.
     pub(crate) async fn write(&self, batch: StateBatch) -> io::Result<()> {
         let slot = self.slots.clone().acquire_owned().await.map_err(|_| stopped())?;
-        self.queue.send(Message::Write(batch, slot)).map_err(|_| stopped())
+        self.queue.push(Message::Write(batch, slot))
     }
 
     /// Resolves once all that is queued is in the database.
     pub(crate) async fn barrier(&self) -> io::Result<()> {
-        let (done, reached) = oneshot::channel();
-        self.queue.send(Message::Barrier(done)).map_err(|_| stopped())?;
-        reached.await.map_err(|_| stopped())
+        self.ask(Message::Barrier).await
     }
 
     /// Replaces all rows by a snapshot's; durable on return. The file was verified.
     pub(crate) async fn replace(&self, file: SnapshotFile) -> io::Result<()> {
-        let (done, replaced) = oneshot::channel();
-        self.queue.send(Message::Replace(file, done)).map_err(|_| stopped())?;
-        replaced.await.map_err(|_| stopped())?
+        self.ask(|done| Message::Replace(file, done)).await
+    }
+
+    async fn ask(&self, message: impl FnOnce(oneshot::Sender<io::Result<()>>) -> Message) -> io::Result<()> {
+        let (done, answered) = oneshot::channel();
+        self.queue.push(message(done))?;
+        answered.await.map_err(|_| stopped())?
     }
 
     /// Takes a view of the database after all that was queued, and starts to write it to a file. Returns once the view
@@ -195,16 +212,14 @@ impl StateHandle {
 /// A snapshot in the making.
 pub(crate) type SnapshotBuild = tokio::task::JoinHandle<io::Result<(SnapshotMeta, SnapshotFile)>>;
 
-fn stopped() -> io::Error {
-    io::Error::other("the state writer has stopped")
-}
-
 /// Log id and membership come from the view itself, so they fit the rows whatever is applied meanwhile.
 fn write_snapshot(
     db: &Database,
     view: &Snapshot<'_>,
     directory: &SnapshotDirectory,
 ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
+    // Else the next start would find a snapshot newer than the state, and write all of it anew.
+    db.flush()?;
     let temporary = directory.temporary("build");
     let meta = write_view(db, view, &temporary)?;
     let file = directory.publish(&temporary, &meta)?;
@@ -231,34 +246,31 @@ fn write_view(db: &Database, view: &Snapshot<'_>, into: &TemporaryFile) -> io::R
     Ok(meta)
 }
 
-/// The cluster's row and the applied index of a database that nobody has open; nothing when it holds none. Blocks.
-pub(crate) fn peek(path: &Path) -> io::Result<Option<(pb::ClusterRecord, u64)>> {
+/// What a database that nobody has open holds; nothing when it was never filled, or not wholly. Blocks.
+pub(crate) fn peek(path: &Path) -> io::Result<Option<LoadedState>> {
     let options = rocksdb::Options::default();
     let db =
         DB::open_cf_for_read_only(&options, path, ["default", ROWS, META], false).map_err(rocks::io_error)?;
-    let db = Database(db);
-    let applied = decode_applied(db.0.get_cf(db.family(META), APPLIED).map_err(rocks::io_error)?)?;
-    for item in db.0.iterator_cf(db.family(ROWS), IteratorMode::Start) {
-        let (_, value) = item.map_err(rocks::io_error)?;
-        if let Some(pb::row::Row::Cluster(cluster)) = pb::Row::decode(&*value).map_err(|e| corrupt(&e))?.row {
-            return Ok(Some((cluster, applied.map_or(0, |id| id.index))));
-        }
-    }
-    Ok(None)
+    read(&Database(db))
 }
 
 fn load(db: &Database) -> io::Result<LoadedState> {
+    if let Some(loaded) = read(db)? {
+        return Ok(loaded);
+    }
+    // Rows without a mark are an install that did not end. Openraft installs the snapshot again.
+    db.clear()?;
+    let membership = StoredMembership::default();
+    Ok(LoadedState { tables: ClusterState::new(), applied: None, membership })
+}
+
+fn read(db: &Database) -> io::Result<Option<LoadedState>> {
     let get = |key| db.0.get_cf(db.family(META), key).map_err(rocks::io_error);
     let applied = decode_applied(get(APPLIED)?)?;
-    let Some(last) = applied else {
-        // Rows without a mark are an install that did not end. Openraft installs the snapshot again.
-        db.clear()?;
-        let membership = StoredMembership::default();
-        return Ok(LoadedState { tables: ClusterState::new(), applied: None, membership });
-    };
+    let Some(last) = applied else { return Ok(None) };
     let membership = decode_membership(get(MEMBERSHIP)?)?;
     let tables = ClusterState::from_rows(read_rows(db)?, last.index).map_err(|e| corrupt(&e))?;
-    Ok(LoadedState { tables, applied, membership })
+    Ok(Some(LoadedState { tables, applied, membership }))
 }
 
 fn read_rows(db: &Database) -> io::Result<Vec<pb::Row>> {

@@ -186,3 +186,40 @@ async fn what_a_client_gives_up_makes_room_for_more() {
     sink.send_data(whole(&apply(manifest("web", 0))).slice(..9), false).unwrap();
     tokio::time::timeout(Duration::from_secs(20), cluster.end()).await.expect("it ends in time");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_read_of_requests_makes_room_for_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(folder.path(), 1).await;
+    let operator = Raw::open(&cluster, &cluster.credentials(Role::Operator("ann".to_owned()))).await;
+    let member = Raw::open(&cluster, &cluster.credentials(Role::Member(nave_proto::ids::MemberId(1)))).await;
+    let garbage = vec![0xff; 500_000];
+    let body = framed(0, u32::try_from(garbage.len()).unwrap(), &garbage);
+    // Three times what a connection may have under way; of the refused ones nobody reads the body.
+    for _ in 0..24 {
+        assert_eq!(operator.call(APPLY, std::slice::from_ref(&body)).await.code, Code::Internal);
+        assert_eq!(operator.call(LIST, std::slice::from_ref(&body)).await.code, Code::Internal);
+        assert_eq!(member.call(APPLY, std::slice::from_ref(&body)).await.code, Code::PermissionDenied);
+    }
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_answers_no_pings_is_let_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(folder.path(), 1).await;
+    let operator = cluster.credentials(Role::Operator("ann".to_owned()));
+    let quiet = Raw::open(&cluster, &operator).await;
+    let dialer = Dialer::new(cluster.address(0), &operator, Expect::Member, b"h2", PATIENCE);
+    let mut deaf = dialer.connect().await.unwrap();
+    // The preface and empty settings; from here on it hears and says nothing.
+    deaf.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut heard = Vec::new();
+    // However it ends: with a word of farewell, or cut off.
+    let _ended = tokio::time::timeout(PATIENCE, deaf.read_to_end(&mut heard)).await.expect("its end");
+    assert!(heard.windows(4).any(|kind| kind == [8, 6, 0, 0]), "it was asked: {heard:?}");
+    // One that has nothing to say but answers stays.
+    let get = pb::GetServiceRequest { name: "nobody".to_owned(), linearizable: true };
+    assert_eq!(quiet.call(GET, &[whole(&get)]).await.code, Code::NotFound);
+    cluster.end().await;
+}

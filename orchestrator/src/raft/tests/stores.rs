@@ -166,20 +166,67 @@ async fn rows_equal_tables() {
     assert_eq!(sorted(stores.rows_on_disk().await), sorted(stores.rows()));
 }
 
+/// With 30 entries in the log, all committed, applied and in the state database, where nothing was flushed.
+async fn unflushed(path: &Path) -> Stores {
+    let mut stores = stores(path);
+    stores.log.save_vote(&Vote::new_committed(1, 1)).await.unwrap();
+    stores.append(entries(30)).await;
+    stores.apply(entries(30)).await.unwrap();
+    stores.log.save_committed(Some(id(29))).await.unwrap();
+    // The mark goes with the next write.
+    stores.append(vec![entry(30, Payload::Blank)]).await;
+    assert_eq!(sorted(stores.rows_on_disk().await), sorted(stores.rows()));
+    stores
+}
+
 #[tokio::test]
-async fn a_crash_leaves_what_was_written() {
+async fn what_a_crash_takes_from_the_state_comes_back_from_the_log() {
     let dir = tempfile::tempdir().unwrap();
-    let mut before = stores(&dir.path().join("a"));
-    before.log.save_vote(&Vote::new_committed(1, 1)).await.unwrap();
-    before.append(entries(30)).await;
-    before.apply(entries(30)).await.unwrap();
-    let rows = sorted(before.rows_on_disk().await);
+    let before = unflushed(&dir.path().join("a")).await;
     // Nothing is flushed or closed in the copy.
     copy_directory(&dir.path().join("a"), &dir.path().join("b"));
     let mut after = stores(&dir.path().join("b"));
-    assert_eq!(after.machine.applied_state().await.unwrap(), before.machine.applied_state().await.unwrap());
-    assert_eq!(sorted(after.rows()), rows);
+    assert_eq!(after.machine.applied_state().await.unwrap().0, None);
     assert_eq!(after.recover().await, Some(id(29)));
+    assert_eq!(sorted(after.rows()), sorted(before.rows()));
+    assert_eq!(sorted(after.rows_on_disk().await), sorted(before.rows()));
+}
+
+#[tokio::test]
+async fn an_orderly_end_leaves_the_whole_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = unflushed(dir.path()).await;
+    let rows = sorted(before.rows());
+    drop(before);
+    let mut after = stores(dir.path());
+    assert_eq!(after.machine.applied_state().await.unwrap().0, Some(id(29)));
+    assert_eq!(sorted(after.rows()), rows);
+}
+
+#[tokio::test]
+async fn after_a_crash_the_state_is_not_older_than_the_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut before = stores(&dir.path().join("a"));
+    before.apply(entries(30)).await.unwrap();
+    let rows = sorted(before.rows());
+    before.machine.try_create_snapshot_builder(true).await.unwrap().build_snapshot().await.unwrap();
+    before.apply(vec![command(30, &token("later"))]).await.unwrap();
+    before.opened.state.handle().barrier().await.unwrap();
+    copy_directory(&dir.path().join("a"), &dir.path().join("b"));
+    let mut after = stores(&dir.path().join("b"));
+    assert_eq!(after.machine.applied_state().await.unwrap().0, Some(id(29)));
+    assert_eq!(sorted(after.rows()), rows);
+}
+
+#[tokio::test]
+async fn what_an_old_directory_has_reached_is_read_from_state_and_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = unflushed(&dir.path().join("a")).await;
+    copy_directory(&dir.path().join("a"), &dir.path().join("b"));
+    let directory = DataDirectory::open(&dir.path().join("b"), CLUSTER, MemberId(1)).unwrap();
+    let (cluster, applied) = crate::restore::reached::reached(&directory).unwrap();
+    assert_eq!(applied, 30, "the last of the log, committed or not");
+    assert_eq!(Some(&cluster), before.machine.tables().state.read().cluster());
 }
 
 #[tokio::test]
@@ -226,13 +273,13 @@ async fn a_snapshot_moves_the_state_to_another_member() {
     assert_eq!(to.machine.applied_state().await.unwrap().0, Some(id(49)));
     assert_eq!(to.opened.snapshots.current().unwrap().0, snapshot.meta);
     assert_eq!(to.observer.restored.load(std::sync::atomic::Ordering::SeqCst), 2);
+    copy_directory(&to_path, &dir.path().join("crashed"));
+    let again = stores(&dir.path().join("crashed"));
+    assert_eq!(sorted(again.rows()), sorted(to.rows()), "an install is durable");
+
     to.apply(vec![command(50, &token("later"))]).await.unwrap();
     assert_eq!(sorted(to.rows()), sorted(from.rows()));
     assert_eq!(sorted(to.rows_on_disk().await), sorted(to.rows()));
-
-    copy_directory(&to_path, &dir.path().join("crashed"));
-    let again = stores(&dir.path().join("crashed"));
-    assert_eq!(sorted(again.rows()), sorted(from.rows()));
 }
 
 #[tokio::test]

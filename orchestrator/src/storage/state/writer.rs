@@ -1,29 +1,22 @@
 //! The one thread that writes the state database. It encodes rows as well, which keeps that off the apply path, and
-//! writes all batches that wait as one.
+//! writes all batches that have gathered as one.
 
 use std::io;
 use std::sync::Arc;
 
 use nave_orchestrator_core::Change;
 use prost::Message as _;
-use rocksdb::{WriteBatch, WriteOptions};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use rocksdb::WriteBatch;
+use tokio::sync::oneshot;
 
+use super::queue::{Message, Queue};
 use super::{APPLIED, Database, MEMBERSHIP, META, ROWS, StateBatch};
 use crate::raft::convert::{log_id_to_pb, stored_membership_to_pb};
 use crate::storage::failure::Failure;
-use crate::storage::rocks;
 use crate::storage::snapshot::SnapshotFile;
 
 /// A write is handed to RocksDB when it holds this much, whatever else waits.
 const WRITE_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-pub(super) enum Message {
-    Write(StateBatch, OwnedSemaphorePermit),
-    Barrier(oneshot::Sender<()>),
-    Replace(SnapshotFile, oneshot::Sender<io::Result<()>>),
-    Close,
-}
 
 /// Rows to be written as one: a key and what it holds from now on, if anything.
 #[derive(Default)]
@@ -56,73 +49,73 @@ impl Rows {
     }
 }
 
+/// Batches on their way into the database, and what they stand for together.
+#[derive(Default)]
+struct Gathered {
+    rows: Rows,
+    newest: Option<StateBatch>,
+}
+
+impl Gathered {
+    fn add(&mut self, batch: StateBatch) {
+        self.rows.add(&batch.changes);
+        let membership = self.newest.take().and_then(|before| before.membership);
+        let newest = self.newest.insert(batch);
+        newest.membership = newest.membership.take().or(membership);
+    }
+}
+
 pub(super) struct Writer {
     db: Arc<Database>,
-    queue: mpsc::UnboundedReceiver<Message>,
+    queue: Arc<Queue>,
     failure: Failure,
 }
 
 impl Writer {
-    pub(super) fn new(db: Arc<Database>, queue: mpsc::UnboundedReceiver<Message>, failure: Failure) -> Self {
+    pub(super) fn new(db: Arc<Database>, queue: Arc<Queue>, failure: Failure) -> Self {
         Self { db, queue, failure }
     }
 
-    pub(super) fn run(mut self) {
+    pub(super) fn run(self) {
         let failure = self.failure.clone();
         let _guard = failure.guard("the state's writer");
-        let mut next = self.queue.blocking_recv();
-        while let Some(message) = next.take() {
-            let result = match message {
-                Message::Write(batch, slot) => self.write(batch, slot).map(|following| next = following),
-                Message::Barrier(done) => {
-                    // A caller that is gone no longer cares.
-                    let _gone = done.send(());
-                    Ok(())
-                }
-                Message::Replace(file, done) => {
-                    let result = self.replace(&file);
-                    let copy = result.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string())).copied();
-                    let _gone = done.send(copy);
-                    result
-                }
-                Message::Close => return,
-            };
-            if let Err(error) = result {
-                self.failure
-                    .publish(format!("writing the state in {} failed: {error}", self.db.0.path().display()));
-                return;
+        let result = self.serve();
+        if let Err(error) = result {
+            failure.publish(format!("writing the state in {} failed: {error}", self.db.0.path().display()));
+        }
+    }
+
+    /// Until the queue is closed and empty; then all of it is durable, so that the next start finds it.
+    fn serve(&self) -> io::Result<()> {
+        while let Some(messages) = self.queue.take() {
+            let mut gathered = Gathered::default();
+            for message in messages {
+                self.handle(message, &mut gathered)?;
             }
-            if next.is_none() {
-                next = self.queue.blocking_recv();
+            self.write(&mut gathered)?;
+        }
+        self.db.flush()
+    }
+
+    fn handle(&self, message: Message, gathered: &mut Gathered) -> io::Result<()> {
+        match message {
+            Message::Write(batch, _slot) => {
+                gathered.add(batch);
+                if gathered.rows.bytes >= WRITE_BYTES_MAX {
+                    self.write(gathered)?;
+                }
+                Ok(())
+            }
+            Message::Barrier(done) => answer(done, self.write(gathered)),
+            Message::Replace(file, done) => {
+                answer(done, self.write(gathered).and_then(|()| self.replace(&file)))
             }
         }
     }
 
-    /// Writes `first` and the batches that wait behind it; returns the message that ended the run of batches.
-    fn write(&mut self, first: StateBatch, first_slot: OwnedSemaphorePermit) -> io::Result<Option<Message>> {
-        let mut rows = Rows::default();
-        let mut slots = vec![first_slot];
-        let mut following = None;
-        let mut newest = first;
-        rows.add(&newest.changes);
-        while rows.bytes < WRITE_BYTES_MAX {
-            match self.queue.try_recv() {
-                Ok(Message::Write(batch, slot)) => {
-                    rows.add(&batch.changes);
-                    slots.push(slot);
-                    let membership = newest.membership;
-                    newest = batch;
-                    newest.membership = newest.membership.or(membership);
-                }
-                Ok(other) => {
-                    following = Some(other);
-                    break;
-                }
-                Err(_) => break,
-            }
-        }
-        self.db.0.write(self.encode(rows, &newest)).map_err(rocks::io_error)?;
-        Ok(following)
+    fn write(&self, gathered: &mut Gathered) -> io::Result<()> {
+        let Gathered { rows, newest: Some(newest) } = std::mem::take(gathered) else { return Ok(()) };
+        self.db.write(self.encode(rows, &newest))
     }
 
     fn encode(&self, rows: Rows, newest: &StateBatch) -> WriteBatch {
@@ -141,7 +134,7 @@ impl Writer {
         out
     }
 
-    /// The mark goes first and comes last, both synced, so that a crash in between leaves no half that looks whole.
+    /// The mark goes first and comes last, both durable, so that a crash in between leaves no half that looks whole.
     fn replace(&self, file: &SnapshotFile) -> io::Result<()> {
         self.db.clear()?;
         let (rows, meta) = (self.db.family(ROWS), self.db.family(META));
@@ -150,7 +143,7 @@ impl Writer {
         while let Some((key, value)) = reader.next_row()? {
             out.put_cf(rows, key, value);
             if out.size_in_bytes() >= WRITE_BYTES_MAX {
-                self.db.0.write(std::mem::take(&mut out)).map_err(rocks::io_error)?;
+                self.db.write(std::mem::take(&mut out))?;
             }
         }
         let snapshot = reader.meta();
@@ -159,10 +152,25 @@ impl Writer {
         }
         let membership = stored_membership_to_pb(&snapshot.last_membership).encode_to_vec();
         out.put_cf(meta, MEMBERSHIP, membership);
-        let mut synced = WriteOptions::default();
-        synced.set_sync(true);
-        self.db.0.write_opt(out, &synced).map_err(rocks::io_error)
+        self.db.write(out)?;
+        self.db.flush()
     }
+}
+
+/// Nobody asks one that has ended, or is about to.
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.queue.close();
+        while self.queue.take().is_some() {}
+    }
+}
+
+/// Tells whoever waits, and whoever goes on with the next message.
+fn answer(done: oneshot::Sender<io::Result<()>>, result: io::Result<()>) -> io::Result<()> {
+    let copy = result.as_ref().map_err(|error| io::Error::new(error.kind(), error.to_string())).copied();
+    // A caller that is gone no longer cares.
+    let _gone = done.send(copy);
+    result
 }
 
 #[cfg(test)]

@@ -1,0 +1,120 @@
+//! What waits for the state's writer. Nobody waits for its batches, so they are left to gather: the writer is woken
+//! when there are many, when one has waited for [`LINGER`], or when somebody waits for an answer. That saves two
+//! switches of threads for each entry of a quiet hub, and lets rows that change often be written once.
+
+use std::io;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::time::Instant;
+
+use super::{QUEUED_BATCHES_MAX, StateBatch};
+use crate::storage::snapshot::SnapshotFile;
+
+/// How long a batch may lie in the queue. It costs nothing but its memory: the log has it too.
+const LINGER: Duration = Duration::from_millis(100);
+/// With so many the writer is woken at once, long before `apply` has to wait.
+const GATHERED_BATCHES: usize = QUEUED_BATCHES_MAX / 2;
+
+pub(super) enum Message {
+    Write(StateBatch, OwnedSemaphorePermit),
+    Barrier(oneshot::Sender<io::Result<()>>),
+    Replace(SnapshotFile, oneshot::Sender<io::Result<()>>),
+}
+
+impl Message {
+    fn can_wait(&self) -> bool {
+        matches!(self, Self::Write(..))
+    }
+}
+
+/// Unbounded by itself; the permits in its batches bound it.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<QueueState>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    messages: Vec<Message>,
+    urgent: bool,
+    closed: bool,
+    writer: Writer,
+}
+
+/// What the writer does meanwhile.
+#[derive(Default, PartialEq, Eq)]
+enum Writer {
+    #[default]
+    Works,
+    /// Any message wakes it.
+    Sleeps,
+    /// It wakes by itself soon; what can wait for that does.
+    Lingers,
+}
+
+impl QueueState {
+    fn is_due(&self) -> bool {
+        self.urgent || self.closed || self.messages.len() >= GATHERED_BATCHES
+    }
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queue").finish_non_exhaustive()
+    }
+}
+
+impl Queue {
+    /// Fails when the writer has ended, or is about to.
+    pub(super) fn push(&self, message: Message) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(stopped());
+        }
+        state.urgent |= !message.can_wait();
+        state.messages.push(message);
+        let wakes = match state.writer {
+            Writer::Works => false,
+            Writer::Sleeps => true,
+            Writer::Lingers => state.is_due(),
+        };
+        if wakes {
+            state.writer = Writer::Works;
+            self.wake.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Takes no more messages.
+    pub(super) fn close(&self) {
+        self.state.lock().closed = true;
+        self.wake.notify_one();
+    }
+
+    /// Waits for what is to be done next, oldest first; `None`: closed and empty.
+    pub(super) fn take(&self) -> Option<Vec<Message>> {
+        let mut state = self.state.lock();
+        while state.messages.is_empty() && !state.closed {
+            state.writer = Writer::Sleeps;
+            self.wake.wait(&mut state);
+        }
+        let due = Instant::now() + LINGER;
+        while !state.is_due() {
+            state.writer = Writer::Lingers;
+            if self.wake.wait_until(&mut state, due.into_std()).timed_out() {
+                break;
+            }
+        }
+        state.writer = Writer::Works;
+        state.urgent = false;
+        let messages = std::mem::take(&mut state.messages);
+        (!messages.is_empty()).then_some(messages)
+    }
+}
+
+pub(super) fn stopped() -> io::Error {
+    io::Error::other("the state writer has stopped")
+}
