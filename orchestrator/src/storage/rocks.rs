@@ -65,7 +65,8 @@ fn column_family(name: &str, cache: &Cache) -> ColumnFamilyDescriptor {
     options.set_write_buffer_size(MEMTABLE_BYTES);
     options.set_max_write_buffer_number(4);
     options.set_compression_type(DBCompressionType::Lz4);
-    options.set_level_zero_file_num_compaction_trigger(8);
+    // What is written is seldom read before it is written over or purged: merged late, most of it is gone by then.
+    options.set_level_zero_file_num_compaction_trigger(16);
     // Never slow a write down for a compaction that lags: the log's writer must not wait, and the state's rows are few.
     options.set_level_zero_slowdown_writes_trigger(1 << 30);
     options.set_level_zero_stop_writes_trigger(1 << 30);

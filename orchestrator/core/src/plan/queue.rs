@@ -1,7 +1,7 @@
 //! Services that a plan has yet to look at, those of the highest priority first, so that they get what room there is.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::state::Services;
@@ -11,7 +11,8 @@ use crate::wants::ManifestExt as _;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Queue {
     order: BTreeSet<(Reverse<u32>, Arc<str>)>,
-    priorities: BTreeMap<Arc<str>, u32>,
+    /// Looked up by name only, never gone through in its own order.
+    priorities: HashMap<Arc<str>, u32>,
 }
 
 impl Queue {
