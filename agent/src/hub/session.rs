@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use futures::stream::{self, Stream, StreamExt as _};
 use nave_agent_core::Monotonic;
 use nave_proto::lease::BEAT;
 use nave_proto::pb;
@@ -106,7 +107,7 @@ impl Session<'_> {
         };
         let channel = nave_tls::channel(address, &self.members.identity.credentials, Expect::Member, options);
         let mut client = AgentSessionClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(client.open_session(ReceiverStream::new(to_send)).await?.into_inner())
+        Ok(client.open_session(begun(to_send).await).await?.into_inner())
     }
 
     async fn converse(
@@ -194,6 +195,13 @@ impl Session<'_> {
     }
 }
 
+/// What is to be sent, once it has begun with the main loop's hello. A member may take the stream before it has heard
+/// anything, and then we begin to beat; a beat that overtook the hello would be refused.
+async fn begun(mut to_send: mpsc::Receiver<pb::AgentMessage>) -> impl Stream<Item = pb::AgentMessage> {
+    let hello = to_send.recv().await;
+    stream::iter(hello).chain(ReceiverStream::new(to_send))
+}
+
 /// When the lease ends that answers a beat, by when that beat was sent; nothing when we do not know it (any more).
 fn lease_until(unanswered: &mut VecDeque<(u64, Monotonic)>, lease: pb::Lease) -> Option<Monotonic> {
     while let Some((sequence, sent)) = unanswered.pop_front() {
@@ -210,7 +218,23 @@ fn lease_until(unanswered: &mut VecDeque<(u64, Monotonic)>, lease: pb::Lease) ->
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
+
+    #[tokio::test]
+    async fn nothing_is_sent_before_the_hello() {
+        let (outgoing, to_send) = mpsc::channel(OUTGOING);
+        let mut begun = std::pin::pin!(begun(to_send));
+        assert!(begun.as_mut().now_or_never().is_none(), "a stream would be taken, and beats begin");
+        let said = [ToHub::Hello(pb::Hello::default()), ToHub::Beat(pb::Beat { sequence: 1 })]
+            .map(|message| pb::AgentMessage { message: Some(message) });
+        for message in said.clone() {
+            outgoing.send(message).await.unwrap();
+        }
+        drop(outgoing);
+        assert_eq!(begun.await.collect::<Vec<_>>().await, said);
+    }
 
     #[test]
     fn a_lease_is_counted_from_when_its_beat_was_sent() {

@@ -118,8 +118,8 @@ fn an_agent_that_does_not_end_services_is_not_waited_for_when_asked_again() {
     let script = format!("trap '' USR1; touch {}; while :; do sleep 0.02; done", hears.display());
     host.start_keeper(&["/bin/sh", "-c", &script]);
     let mut client = host.agent();
-    let deaf = client
-        .spawn(&host.script(1, "trap 'echo asked' TERM; echo deaf; while :; do sleep 0.02; done"));
+    let deaf =
+        client.spawn(&host.script(1, "trap 'echo asked' TERM; echo deaf; while :; do sleep 0.02; done"));
     host.line(1, "deaf");
     eventually("an agent that is deaf", || hears.exists().then_some(()));
     let long = Duration::from_secs(600);
