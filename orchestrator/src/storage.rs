@@ -3,7 +3,7 @@
 //! ```text
 //! identity     whose directory this is: cluster, member, format; also the lock   (directory.rs)
 //! log/         RocksDB: every Raft group's entries, votes, purge marks; synced    (log.rs)
-//! state/       RocksDB: the rows of `ClusterState`, behind the log; never synced  (state.rs)
+//! state/       RocksDB: the rows of `ClusterState`, behind the log; without a WAL  (state.rs)
 //! snapshots/   the newest snapshot as one file, synced before the log is purged   (snapshot.rs)
 //! ```
 //!

@@ -88,7 +88,7 @@ impl RaftHub {
         Ok(member)
     }
 
-    /// Ends without a handover, as a crash would; what is written stays.
+    /// Ends without a handover, as a crash would, but closes its databases: what was written stays.
     #[cfg(test)]
     pub(crate) async fn kill(&self) {
         self.inner.tasks.close();

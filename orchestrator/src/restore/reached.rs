@@ -9,26 +9,30 @@ use prost::Message as _;
 
 use crate::raft::types::REGISTRY_GROUP;
 use crate::storage::directory::DataDirectory;
-use crate::storage::log::{LoggedEntry, dump_log};
+use crate::storage::log::{LoggedEntry, read_log};
 use crate::storage::state::peek;
 
-/// The cluster's row and the applied index. The old directory may be damaged, which is a reason to restore: then as
-/// far as it can be read, or nothing, and the gaps alone must do. Blocks.
+/// The cluster's row and the applied index. The old directory may be damaged, which is a reason to restore: of the log
+/// counts what comes before the damage, and of a state that cannot be read nothing, so that the gaps alone must do.
+/// Blocks.
 pub(crate) fn reached(old: &DataDirectory) -> Option<(pb::ClusterRecord, u64)> {
-    let (mut tables, mut applied) = match peek(&old.state()) {
-        Ok(Some(loaded)) => (loaded.tables, loaded.applied.map(|id| id.index)),
-        Ok(None) => (ClusterState::new(), None),
-        Err(_) => return None,
+    let (mut tables, mut applied) = match peek(&old.state()).ok()? {
+        Some(loaded) => (loaded.tables, loaded.applied.map(|id| id.index)),
+        None => (ClusterState::new(), None),
     };
-    for entry in dump_log(old.path(), REGISTRY_GROUP).unwrap_or_default() {
+    let read = read_log(old.path(), REGISTRY_GROUP, |entry| {
         let next = applied.map_or(0, |index| index + 1);
         if entry.index < next {
-            continue;
+            return true;
         }
-        if entry.index > next || apply(&mut tables, &entry).is_err() {
-            break;
+        let fits = entry.index == next && apply(&mut tables, &entry).is_ok();
+        if fits {
+            applied = Some(entry.index);
         }
-        applied = Some(entry.index);
+        fits
+    });
+    if let Err(error) = read {
+        tracing::warn!(%error, "the old log cannot be read to its end");
     }
     Some((tables.cluster()?.clone(), applied.unwrap_or(0)))
 }

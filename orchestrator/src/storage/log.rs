@@ -24,6 +24,7 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::DB;
 use tokio::sync::oneshot;
 
+pub(crate) use self::dump::read_log;
 pub use self::dump::{LoggedEntry, dump_log};
 pub(crate) use self::reader::LogReader;
 use self::tail::Tail;

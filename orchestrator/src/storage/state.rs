@@ -3,6 +3,8 @@
 //! has queued, and on disk by what RocksDB has not flushed yet. After a crash of process or host it is a prefix of what
 //! was applied (all column families are flushed as one), and openraft applies the rest of the log again. It is flushed
 //! at an orderly end and before each snapshot, so what is applied again is at most what lies between two snapshots.
+//! The commit mark of the log is on disk with the next write only, so a member that was killed may start one write
+//! behind what it had shown, until it hears from a leader; a linearizable read waits for that.
 //!
 //! Snapshots are views of this database, so building one neither stops `apply` nor copies the tables.
 
@@ -301,6 +303,20 @@ fn corrupt(error: &dyn std::fmt::Display) -> io::Error {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+
+    /// Whether RocksDB changes its files just now, by itself.
+    pub(crate) fn is_busy(handle: &StateHandle) -> bool {
+        let kinds = [
+            "mem-table-flush-pending",
+            "num-running-flushes",
+            "compaction-pending",
+            "num-running-compactions",
+        ];
+        kinds.iter().any(|kind| {
+            let value = handle.db.0.property_int_value_cf(handle.db.family(ROWS), &format!("rocksdb.{kind}"));
+            value.unwrap() != Some(0)
+        })
+    }
 
     /// Leaves the rows of a closed database, without what they stand for.
     pub(crate) fn forget_mark(path: &Path) {

@@ -219,6 +219,44 @@ async fn after_a_crash_the_state_is_not_older_than_the_snapshot() {
 }
 
 #[tokio::test]
+async fn what_rocksdb_flushes_by_itself_is_a_prefix_of_what_was_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, copy) = (dir.path().join("a"), dir.path().join("b"));
+    let mut before = stores(&path);
+    // Three times what one memtable holds, and the mark and the membership are in another.
+    let large = |index: u64| command(index, &token(&format!("{index}-{}", "x".repeat(60_000))));
+    before.apply(entries(3)).await.unwrap();
+    for index in 3..400 {
+        before.apply(vec![large(index)]).await.unwrap();
+    }
+    before.opened.state.handle().barrier().await.unwrap();
+    let flushed = || {
+        let files = std::fs::read_dir(path.join("state")).unwrap();
+        files
+            .filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|kind| kind == "sst"))
+            .count()
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), async {
+        // One for each of the two column families.
+        while flushed() < 2 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+    copy_directory(&path, &copy);
+    let mut after = stores(&copy);
+    let applied = after.machine.applied_state().await.unwrap();
+    let index = applied.0.unwrap().index;
+    assert!((3..400).contains(&index), "{index}");
+    assert_eq!(applied.1.log_id(), &Some(id(0)));
+    let mut whole = stores(&dir.path().join("whole"));
+    whole.apply(entries(3)).await.unwrap();
+    whole.apply((3..=index).map(large).collect()).await.unwrap();
+    assert_eq!(sorted(after.rows()), sorted(whole.rows()));
+}
+
+#[tokio::test]
 async fn what_an_old_directory_has_reached_is_read_from_state_and_log() {
     let dir = tempfile::tempdir().unwrap();
     let before = unflushed(&dir.path().join("a")).await;

@@ -30,18 +30,33 @@ pub struct LoggedEntry {
 /// # Errors
 /// When there is no log database, or one of its entries cannot be decoded.
 pub fn dump_log(data_dir: &Path, group: u32) -> io::Result<Vec<LoggedEntry>> {
+    let mut entries = Vec::new();
+    read_log(data_dir, group, |entry| {
+        entries.push(entry);
+        true
+    })?;
+    Ok(entries)
+}
+
+/// The same one by one, until `take` wants no more.
+pub(crate) fn read_log(
+    data_dir: &Path,
+    group: u32,
+    mut take: impl FnMut(LoggedEntry) -> bool,
+) -> io::Result<()> {
     let families = ["default", keys::LOG, keys::META];
     let db = DB::open_cf_for_read_only(&Options::default(), data_dir.join("log"), families, false)
         .map_err(io_error)?;
     let log = db.cf_handle(keys::LOG).expect("opened with this column family");
     let first = keys::entry(group, 0);
-    let mut entries = Vec::new();
     for row in db.iterator_cf(&log, IteratorMode::From(&first, Direction::Forward)) {
         let (key, value) = row.map_err(io_error)?;
         let Some(index) = keys::index(group, &key) else { break };
-        entries.push(decode(index, &value)?);
+        if !take(decode(index, &value)?) {
+            break;
+        }
     }
-    Ok(entries)
+    Ok(())
 }
 
 fn decode(index: u64, value: &[u8]) -> io::Result<LoggedEntry> {

@@ -1,5 +1,5 @@
 //! What waits for the state's writer. Nobody waits for its batches, so they are left to gather: the writer is woken
-//! when there are many, when one has waited for [`LINGER`], or when somebody waits for an answer. That saves two
+//! when there are many, when it has left the first for [`LINGER`], or when somebody waits for an answer. That saves two
 //! switches of threads for each entry of a quiet hub, and lets rows that change often be written once.
 
 use std::io;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nave_orchestrator_core::Change;
 use prost::Message as _;
 use rocksdb::WriteBatch;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::queue::{Message, Queue};
 use super::{APPLIED, Database, MEMBERSHIP, META, ROWS, StateBatch};
@@ -54,11 +54,14 @@ impl Rows {
 struct Gathered {
     rows: Rows,
     newest: Option<StateBatch>,
+    /// Given back when they are written: a database that is slow makes `apply` wait.
+    slots: Vec<OwnedSemaphorePermit>,
 }
 
 impl Gathered {
-    fn add(&mut self, batch: StateBatch) {
+    fn add(&mut self, batch: StateBatch, slot: OwnedSemaphorePermit) {
         self.rows.add(&batch.changes);
+        self.slots.push(slot);
         let membership = self.newest.take().and_then(|before| before.membership);
         let newest = self.newest.insert(batch);
         newest.membership = newest.membership.take().or(membership);
@@ -85,7 +88,7 @@ impl Writer {
         }
     }
 
-    /// Until the queue is closed and empty; then all of it is durable, so that the next start finds it.
+    /// Until the queue is closed and empty; then all of it is made durable, so that the next start finds it.
     fn serve(&self) -> io::Result<()> {
         while let Some(messages) = self.queue.take() {
             let mut gathered = Gathered::default();
@@ -94,13 +97,16 @@ impl Writer {
             }
             self.write(&mut gathered)?;
         }
-        self.db.flush()
+        if let Err(error) = self.db.flush() {
+            tracing::warn!(%error, "the state was not flushed; the next start applies more of the log again");
+        }
+        Ok(())
     }
 
     fn handle(&self, message: Message, gathered: &mut Gathered) -> io::Result<()> {
         match message {
-            Message::Write(batch, _slot) => {
-                gathered.add(batch);
+            Message::Write(batch, slot) => {
+                gathered.add(batch, slot);
                 if gathered.rows.bytes >= WRITE_BYTES_MAX {
                     self.write(gathered)?;
                 }
@@ -114,7 +120,9 @@ impl Writer {
     }
 
     fn write(&self, gathered: &mut Gathered) -> io::Result<()> {
-        let Gathered { rows, newest: Some(newest) } = std::mem::take(gathered) else { return Ok(()) };
+        let Gathered { rows, newest: Some(newest), slots: _until_written } = std::mem::take(gathered) else {
+            return Ok(());
+        };
         self.db.write(self.encode(rows, &newest))
     }
 
