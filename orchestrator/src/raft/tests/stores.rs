@@ -229,16 +229,10 @@ async fn what_rocksdb_flushes_by_itself_is_a_prefix_of_what_was_applied() {
     for index in 3..400 {
         before.apply(vec![large(index)]).await.unwrap();
     }
-    before.opened.state.handle().barrier().await.unwrap();
-    let flushed = || {
-        let files = std::fs::read_dir(path.join("state")).unwrap();
-        files
-            .filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|kind| kind == "sst"))
-            .count()
-    };
+    let handle = before.opened.state.handle();
+    handle.barrier().await.unwrap();
     tokio::time::timeout(std::time::Duration::from_secs(30), async {
-        // One for each of the two column families.
-        while flushed() < 2 {
+        while crate::storage::state::tests::is_busy(&handle) {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
     })

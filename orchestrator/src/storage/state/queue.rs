@@ -30,10 +30,16 @@ impl Message {
 }
 
 /// Unbounded by itself; the permits in its batches bound it.
-#[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<QueueState>,
     wake: Condvar,
+    linger: Duration,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self { state: Mutex::default(), wake: Condvar::new(), linger: LINGER }
+    }
 }
 
 #[derive(Default)]
@@ -101,7 +107,7 @@ impl Queue {
             state.writer = Writer::Sleeps;
             self.wake.wait(&mut state);
         }
-        let due = Instant::now() + LINGER;
+        let due = Instant::now() + self.linger;
         while !state.is_due() {
             state.writer = Writer::Lingers;
             if self.wake.wait_until(&mut state, due.into_std()).timed_out() {
@@ -117,4 +123,62 @@ impl Queue {
 
 pub(super) fn stopped() -> io::Error {
     io::Error::other("the state writer has stopped")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::raft::types::{LeaderId, LogId};
+
+    /// One whose batches would wait for ever.
+    fn patient() -> Queue {
+        Queue { linger: Duration::from_secs(100_000), ..Queue::default() }
+    }
+
+    fn batch(index: u64) -> Message {
+        let applied = LogId::new(LeaderId { term: 1, node_id: 1 }, index);
+        let slot = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Message::Write(StateBatch { changes: Vec::new(), applied, membership: None }, slot)
+    }
+
+    /// What a writer that waits already gets, when all of these have come one by one.
+    fn taken(queue: &Queue, messages: Vec<Message>) -> usize {
+        std::thread::scope(|threads| {
+            let taken = threads.spawn(|| queue.take().map_or(0, |taken| taken.len()));
+            for message in messages {
+                while queue.state.lock().writer == Writer::Works {
+                    std::thread::yield_now();
+                }
+                queue.push(message).unwrap();
+            }
+            taken.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn a_batch_waits_for_others_but_not_for_ever() {
+        assert_eq!(taken(&Queue { linger: Duration::ZERO, ..Queue::default() }, vec![batch(1)]), 1);
+        let many = u64::try_from(GATHERED_BATCHES).unwrap();
+        assert_eq!(taken(&patient(), (0..many).map(batch).collect()), GATHERED_BATCHES);
+    }
+
+    #[test]
+    fn whoever_asks_has_an_answer_at_once_and_all_before_it_with_it() {
+        let (done, _answer) = oneshot::channel();
+        assert_eq!(taken(&patient(), vec![batch(1), batch(2), Message::Barrier(done)]), 3);
+    }
+
+    #[test]
+    fn a_closed_one_gives_what_it_has_and_takes_no_more() {
+        let queue = patient();
+        queue.push(batch(1)).unwrap();
+        queue.close();
+        assert!(queue.push(batch(2)).is_err());
+        assert_eq!(queue.take().map(|taken| taken.len()), Some(1));
+        assert!(queue.take().is_none());
+    }
 }
