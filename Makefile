@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help packages build everything demo test e2e bench model sim verify fix
+.PHONY: help packages test-packages build everything demo test e2e bench model sim verify fix
 
 CARGO ?= cargo
 # One profile for everything that links RocksDB, so that it is compiled once.
@@ -15,12 +15,15 @@ help: ## what there is to make
 packages: ## install the build packages that are missing (Debian and Ubuntu)
 	@tools/packages.sh
 
+test-packages: # and those that the tests run
+	@tools/packages.sh test
+
 # The whole workspace is named here and below, since features of shared crates differ by what is asked for: so nothing
 # is compiled once for the binary and again for the tests.
 build: packages ## build the one binary, target/release/nave
 	$(CARGO) build $(RELEASE) --locked --workspace --bin nave --bin hello
 
-everything: packages ## build the binary, the tests and the measurements
+everything: test-packages ## build the binary, the tests and the measurements
 	$(CARGO) build $(RELEASE) --locked --workspace --all-targets
 
 demo: build ## a tour of the main job that ends by itself and cleans up
