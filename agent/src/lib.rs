@@ -24,6 +24,8 @@ mod keeper;
 mod ledger;
 mod logs;
 mod metrics;
+#[cfg(test)]
+mod nobody;
 mod notes;
 mod notify;
 mod pressure;

@@ -203,7 +203,8 @@ mod tests {
         let check = Check::Http { port, path: "/".into() };
         assert_eq!(check.run(Duration::from_millis(50)).await.unwrap_err(), "no answer in 50 ms");
         assert_eq!(Check::Tcp { port }.run(TIMEOUT).await, Ok(()));
-        let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let nobody = crate::nobody::Nobody::new();
+        let free = nobody.address.port();
         for check in [
             Check::Tcp { port: free },
             Check::Http { port: free, path: "/".into() },

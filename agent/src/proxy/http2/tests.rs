@@ -343,7 +343,8 @@ async fn those_that_were_not_reached_leave_a_retry_for_one_that_is_unwell() {
         let mut tasks = JoinSet::new();
         let bad = endpoint(&mut tasks, Manner::Status(503));
         let good = endpoint(&mut tasks, Manner::Status(200));
-        let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let nobody = crate::nobody::Nobody::new();
+        let gone = nobody.address;
         let mut scene = scene(tasks, &[gone, gone, bad.address, good.address], rules.clone()).await;
         let request = Request::builder().method("GET").uri("http://api/x").body(()).unwrap();
         let answer = answer(&mut scene.client, request, Bytes::new()).await.unwrap();

@@ -100,7 +100,7 @@ async fn a_body_larger_than_any_buffer_crosses_both_ways() {
 async fn what_reached_no_process_there_goes_elsewhere_whatever_it_is() {
     let mut hosts = Hosts::new(FAR).await;
     let here = hosts.stage.answering(OK).await;
-    let gone = hosts.stage.nobody().await;
+    let gone = hosts.stage.nobody();
     for there in [vec![], vec![local(1, gone)]] {
         hosts.far.update(there);
         hosts.near.update(vec![remote(1), local(2, here)]);
@@ -121,7 +121,7 @@ async fn what_reached_no_process_there_goes_elsewhere_whatever_it_is() {
 async fn an_instance_that_is_not_ready_is_stood_in_for_on_its_host() {
     let mut hosts = Hosts::new(FAR).await;
     let there = hosts.stage.answering(OK).await;
-    let gone = hosts.stage.nobody().await;
+    let gone = hosts.stage.nobody();
     hosts.near.update(vec![remote(1)]);
     let draining = endpoint(1, Reach::Local(gone), EndpointState::Draining);
     hosts.far.update(vec![draining, local(2, there)]);

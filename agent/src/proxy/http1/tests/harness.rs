@@ -8,11 +8,13 @@ use std::time::Duration;
 use nave_agent_core::balancer::{BalancerSettings, EndpointKey, EndpointSpec, Reach};
 use nave_agent_core::directory::{EndpointState, PortRules, Protocol};
 use nave_proto::ids::InstanceId;
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::nobody::Nobody;
 use crate::proxy::http1::serve;
 use crate::proxy::route::Route;
 
@@ -23,6 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub(super) struct Stage {
     tasks: JoinSet<()>,
+    nobodies: Mutex<Vec<Nobody>>,
     /// The agent is ending.
     pub(super) ending: CancellationToken,
 }
@@ -65,8 +68,11 @@ impl Stage {
     }
 
     /// Nobody listens there.
-    pub(super) async fn nobody(&self) -> SocketAddr {
-        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    pub(super) fn nobody(&self) -> SocketAddr {
+        let nobody = Nobody::new();
+        let address = nobody.address;
+        self.nobodies.lock().push(nobody);
+        address
     }
 
     /// A caller's connection to a route with these endpoints, in whatever order the balancer asks them.

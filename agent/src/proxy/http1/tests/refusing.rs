@@ -13,7 +13,7 @@ const GET: &str = "GET / HTTP/1.1\r\nHost: web\r\n\r\n";
 #[tokio::test]
 async fn nobody_left_is_said_with_all_that_was_tried() {
     let mut stage = Stage::default();
-    let gone = [stage.nobody().await, stage.nobody().await];
+    let gone = [stage.nobody(), stage.nobody()];
     let mut caller = stage.call(&gone, PortRules::default()).await;
     caller.say(GET).await;
     let head = caller.hear_head().await;

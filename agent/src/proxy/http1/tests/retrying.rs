@@ -19,7 +19,7 @@ const POST: &str = "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 4\r\nConnect
 #[tokio::test]
 async fn what_was_never_sent_goes_elsewhere_whatever_it_is() {
     let mut stage = Stage::default();
-    let (gone, there) = (stage.nobody().await, stage.answering(OK).await);
+    let (gone, there) = (stage.nobody(), stage.answering(OK).await);
     for ask in [GET, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"] {
         let mut caller = stage.call(&[gone, there], PortRules::default()).await;
         assert!(caller.ask(ask).await.starts_with("HTTP/1.1 200 OK"));
@@ -81,7 +81,7 @@ async fn a_connection_that_comes_free_is_taken_while_another_is_being_made() {
 #[tokio::test]
 async fn a_body_is_sent_again_with_its_head() {
     let mut stage = Stage::default();
-    let gone = stage.nobody().await;
+    let gone = stage.nobody();
     let echo = stage
         .endpoint(|_, mut stream| async move {
             read_head(&mut stream).await.unwrap();
@@ -148,7 +148,7 @@ async fn an_endpoint_that_is_unwell_is_passed_over() {
 #[tokio::test]
 async fn those_that_were_not_reached_leave_a_retry_for_one_that_is_unwell() {
     let mut stage = Stage::default();
-    let (gone, there) = (stage.nobody().await, stage.answering(OK).await);
+    let (gone, there) = (stage.nobody(), stage.answering(OK).await);
     let unwell = stage.answering("HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy").await;
     let rules = PortRules { retries_max: 1, ..PortRules::default() };
     for _ in 0..CHANCES {
