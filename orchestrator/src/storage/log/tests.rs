@@ -1,8 +1,9 @@
 //! The log database as openraft sees it, across crashes and failures. A crash of the process is a copy of the directory
 //! while the database is open: nothing is flushed or closed in the copy.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
@@ -16,21 +17,38 @@ pub(super) fn write_must_fail(shared: &Shared) -> bool {
     shared.db.path().join("fail-writes").exists()
 }
 
+/// As a crash would leave it at a moment at which RocksDB was not just making or removing files.
 pub(crate) fn copy_directory(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_directory(&entry.path(), &target);
-        } else if entry.file_name() != "LOCK" {
-            match fs::copy(entry.path(), target) {
-                // RocksDB has removed it meanwhile, since nothing needs it any more.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+    loop {
+        let before = files(from);
+        for file in &before {
+            let target = to.join(file);
+            fs::create_dir_all(target.parent().unwrap()).unwrap();
+            match fs::copy(from.join(file), target) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
                 copied => drop(copied.unwrap()),
             }
         }
+        if files(from) == before {
+            return;
+        }
+        fs::remove_dir_all(to).unwrap();
     }
+}
+
+/// Below `from`, relative to it, without locks.
+fn files(from: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let name = PathBuf::from(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(files(&entry.path()).into_iter().map(|below| name.join(below)));
+        } else if name != Path::new("LOCK") {
+            found.insert(name);
+        }
+    }
+    found
 }
 
 fn id(term: u64, index: u64) -> LogId {
