@@ -258,7 +258,11 @@ impl Client {
             if let Some(reply) = self.frames.next_message::<pb::KeeperReply>()? {
                 return Ok(reply);
             }
-            let (count, descriptors) = receive(self.stream.as_fd(), &mut buffer)?;
+            let (count, descriptors) = match receive(self.stream.as_fd(), &mut buffer) {
+                // A signal that is no concern of ours, such as the end of a child.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                received => received?,
+            };
             if count == 0 {
                 return Err(ClientError::Io(io::ErrorKind::UnexpectedEof.into()));
             }
