@@ -411,12 +411,13 @@ impl HostTask {
     }
 
     fn wanted(&mut self, set: pb::WantedSet, work: &mut Work) {
-        let known = self.reconciler.generation() == (set.incarnation, set.generation);
+        let is_news = self.reconciler.is_doubtful()
+            || self.reconciler.generation() != (set.incarnation, set.generation);
         let (generation, instances) = (set.generation, set.instances.len());
         match self.reconciler.apply_wanted(clock::monotonic(), &mut rand::rng(), set.clone()) {
             Ok(orders) => {
                 info!(generation, instances, "the hub has said what it wants");
-                if !known {
+                if is_news {
                     work.records.push(Record::Wanted(set));
                 }
                 work.orders.extend(orders);
@@ -514,7 +515,7 @@ impl HostTask {
 
     /// Only while no record waits for its effect: the rewrite says all that is decided, not all that is done.
     async fn shorten_ledger(&mut self) -> Result<(), RunError> {
-        if !self.ledger.as_ref().is_some_and(Ledger::is_long) || !self.sequencer.is_settled() {
+        if !self.ledger.as_ref().is_some_and(Ledger::wants_rewrite) || !self.sequencer.is_settled() {
             return Ok(());
         }
         let mut ledger = self.ledger.take().expect("it is put back after each write");

@@ -1,7 +1,8 @@
 //! What must outlive the agent: the last wanted set and, per instance, attempts, back-off and deadlines.
 //!
-//! One append-only file of frames (u32 length, u32 CRC-32 of the body, body = `LedgerRecord`), synced once per
-//! turn of the main loop and before the effects that the records guard. It is rewritten when most of it is old.
+//! One append-only file of records (`LedgerRecord` in the keeper's `frames`), synced once per turn of the main loop and
+//! before the effects that the records guard. It is rewritten when most of it is old. A record that is damaged is left
+//! out, and the next rewrite takes it off the disk: each of the others says all of what it is about.
 //! Space is reserved ahead, so that a disk that others filled does not stop us from writing down a restart.
 //! Only the main loop owns one. Exit records live in the keeper's file; this one only says how far we took them.
 
@@ -10,16 +11,15 @@ use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use nave_keeper::frames;
 use nave_proto::pb;
 use nave_proto::pb::ledger_record::Record;
 use nix::fcntl::{FallocateFlags, fallocate};
-use prost::Message as _;
 use tracing::{debug, warn};
 
 use crate::data_dir::sync_folder;
 
 const MAGIC: &[u8; 8] = b"navelgr1";
-const FRAME_HEADER_BYTES: usize = 8;
 /// Longer than any record we write (a wanted set of a thousand instances with 64 KiB manifests), short enough
 /// that a damaged length cannot make us allocate the machine away.
 const FRAME_BYTES_MAX: usize = 80 * 1024 * 1024;
@@ -45,6 +45,8 @@ pub(crate) struct Ledger {
     reserved: u64,
     /// Length right after the last rewrite.
     compacted_len: u64,
+    /// Something in it is damaged.
+    is_damaged: bool,
 }
 
 /// What a file held when it was opened.
@@ -52,12 +54,12 @@ pub(crate) struct Ledger {
 pub(crate) struct Opened {
     pub(crate) ledger: Ledger,
     pub(crate) records: Vec<pb::LedgerRecord>,
-    /// Cut off at its end; a person is to hear of it.
-    pub(crate) torn_bytes: usize,
+    /// Torn or damaged; a person is to hear of it, and the ledger is to be rewritten.
+    pub(crate) lost_bytes: u64,
 }
 
 impl Ledger {
-    /// Opens or makes it, reads all whole frames and cuts off what follows the first that is torn or damaged.
+    /// Opens or makes it, reads all whole records and cuts off what follows the last one.
     pub(crate) fn open(path: &Path) -> Result<Opened, LedgerError> {
         let io = |action| move |source| LedgerError::Io { path: path.display().to_string(), action, source };
         let mut file = OpenOptions::new()
@@ -82,10 +84,9 @@ impl Ledger {
         if !bytes.starts_with(MAGIC) {
             return Err(LedgerError::Strange { path: path.display().to_string() });
         }
-        let (records, whole) = read_frames(&bytes);
-        let torn_bytes = bytes.len() - whole;
-        if torn_bytes > 0 {
-            // Whole records may follow a damaged one. They must not be read again behind what is appended now.
+        let frames::Read { records, end, lost_bytes } = read_records(&bytes);
+        let whole = MAGIC.len() + end;
+        if whole < bytes.len() {
             file.set_len(to_u64(whole)).map_err(io("truncate"))?;
             file.sync_all().map_err(io("sync"))?;
         }
@@ -96,9 +97,10 @@ impl Ledger {
             len: to_u64(whole),
             reserved: 0,
             compacted_len: to_u64(whole),
+            is_damaged: lost_bytes > 0,
         };
         ledger.reserve();
-        Ok(Opened { ledger, records, torn_bytes })
+        Ok(Opened { ledger, records, lost_bytes })
     }
 
     /// Reads what is whole and changes nothing; none when there is no file.
@@ -112,7 +114,7 @@ impl Ledger {
         if !bytes.starts_with(MAGIC) {
             return Err(LedgerError::Strange { path: shown() });
         }
-        Ok(read_frames(&bytes).0)
+        Ok(read_records(&bytes).records)
     }
 
     /// Writes and syncs all of `records`; they are durable once this returns. Blocks on the disk.
@@ -121,22 +123,21 @@ impl Ledger {
         if records.is_empty() {
             return Ok(());
         }
-        let mut frames = Vec::new();
-        for record in records {
-            push_frame(&mut frames, &pb::LedgerRecord { record: Some(record) });
-        }
-        self.file.write_all(&frames).map_err(|e| self.io("write", e))?;
+        let records: Vec<_> =
+            records.into_iter().map(|record| pb::LedgerRecord { record: Some(record) }).collect();
+        let bytes = frames::write(&records);
+        self.file.write_all(&bytes).map_err(|e| self.io("write", e))?;
         self.file.sync_data().map_err(|e| self.io("sync", e))?;
-        self.len += to_u64(frames.len());
+        self.len += to_u64(bytes.len());
         if self.reserved < self.len + RESERVE_BYTES / 2 {
             self.reserve();
         }
         Ok(())
     }
 
-    /// Whether most of the file is old, so that it should be rewritten.
-    pub(crate) fn is_long(&self) -> bool {
-        self.len > COMPACT_BYTES_MIN && self.len > self.compacted_len.saturating_mul(4)
+    /// Whether it should be rewritten: most of the file is old, or some of it damaged.
+    pub(crate) fn wants_rewrite(&self) -> bool {
+        self.is_damaged || self.len > COMPACT_BYTES_MIN && self.len > self.compacted_len.saturating_mul(4)
     }
 
     /// Puts a new file with `records`, which say all that is true now, in the old one's place. A full disk only
@@ -160,6 +161,7 @@ impl Ledger {
             }
         }
         self.compacted_len = self.len;
+        self.is_damaged = false;
         Ok(())
     }
 
@@ -180,9 +182,7 @@ impl Ledger {
 
 fn write_whole(path: &Path, records: &[pb::LedgerRecord]) -> std::io::Result<(File, u64)> {
     let mut bytes = MAGIC.to_vec();
-    for record in records {
-        push_frame(&mut bytes, record);
-    }
+    bytes.extend(frames::write(records));
     let mut file =
         OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(&bytes)?;
@@ -190,66 +190,13 @@ fn write_whole(path: &Path, records: &[pb::LedgerRecord]) -> std::io::Result<(Fi
     Ok((file, to_u64(bytes.len())))
 }
 
-/// All whole frames, and where they end.
-fn read_frames(bytes: &[u8]) -> (Vec<pb::LedgerRecord>, usize) {
-    let mut records = Vec::new();
-    let mut at = MAGIC.len();
-    while let Some((record, end)) = read_frame(bytes, at) {
-        records.push(record);
-        at = end;
-    }
-    (records, at)
-}
-
-fn read_frame(bytes: &[u8], at: usize) -> Option<(pb::LedgerRecord, usize)> {
-    let body_at = at + FRAME_HEADER_BYTES;
-    let header = bytes.get(at..body_at)?;
-    let length = u32::from_le_bytes(header[..4].try_into().ok()?);
-    let crc = u32::from_le_bytes(header[4..].try_into().ok()?);
-    let length = usize::try_from(length).ok().filter(|length| *length <= FRAME_BYTES_MAX)?;
-    let body = bytes.get(body_at..body_at + length)?;
-    if crc32(body) != crc {
-        return None;
-    }
-    Some((pb::LedgerRecord::decode(body).ok()?, body_at + length))
-}
-
-fn push_frame(out: &mut Vec<u8>, record: &pb::LedgerRecord) {
-    let body = record.encode_to_vec();
-    let length = u32::try_from(body.len()).expect("records are far below 4 GiB");
-    out.extend_from_slice(&length.to_le_bytes());
-    out.extend_from_slice(&crc32(&body).to_le_bytes());
-    out.extend_from_slice(&body);
+/// `bytes` begin with the magic.
+fn read_records(bytes: &[u8]) -> frames::Read<pb::LedgerRecord> {
+    frames::read(&bytes[MAGIC.len()..], FRAME_BYTES_MAX)
 }
 
 fn to_u64(length: usize) -> u64 {
     u64::try_from(length).expect("usize fits u64 on every Linux")
-}
-
-/// CRC-32 as in zlib and Ethernet. Written out, since the ledger is small and this is the whole of it.
-pub(crate) fn crc32(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0_u32; 256];
-        let mut index = 0;
-        let mut seed = 0_u32;
-        while index < 256 {
-            let mut value = seed;
-            let mut bit = 0;
-            while bit < 8 {
-                value = if value & 1 == 1 { (value >> 1) ^ 0xEDB8_8320 } else { value >> 1 };
-                bit += 1;
-            }
-            table[index] = value;
-            index += 1;
-            seed += 1;
-        }
-        table
-    };
-    let step = |crc: u32, byte: &u8| {
-        let [low, ..] = crc.to_le_bytes();
-        (crc >> 8) ^ TABLE[usize::from(low ^ byte)]
-    };
-    !bytes.iter().fold(u32::MAX, step)
 }
 
 #[cfg(test)]
@@ -262,11 +209,6 @@ mod tests {
 
     fn read(path: &Path) -> Vec<Record> {
         Ledger::open(path).unwrap().records.into_iter().filter_map(|record| record.record).collect()
-    }
-
-    #[test]
-    fn crc_is_the_standard_one() {
-        assert_eq!(crc32(b"123456789"), 0xCBF4_3926);
     }
 
     #[test]
@@ -295,8 +237,8 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         for cut in usize::try_from(whole).unwrap()..bytes.len() {
             std::fs::write(&path, &bytes[..cut]).unwrap();
-            let Opened { mut ledger, torn_bytes, .. } = Ledger::open(&path).unwrap();
-            assert_eq!(torn_bytes, cut - usize::try_from(whole).unwrap(), "told, for a person to hear of");
+            let Opened { mut ledger, lost_bytes, .. } = Ledger::open(&path).unwrap();
+            assert_eq!(lost_bytes, to_u64(cut) - whole, "told, for a person to hear of");
             ledger.append(vec![instance(2, 1)]).unwrap();
             drop(ledger);
             assert_eq!(read(&path), [instance(1, 7), instance(2, 1)], "cut at {cut}");
@@ -317,23 +259,30 @@ mod tests {
     }
 
     #[test]
-    fn what_was_whole_behind_damage_does_not_come_back_with_the_next_record() {
+    fn what_is_whole_behind_damage_is_used_and_a_rewrite_takes_the_damage_away() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
         let mut ledger = Ledger::open(&path).unwrap().ledger;
         ledger.append(vec![instance(1, 7)]).unwrap();
         let first = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
-        ledger.append(vec![instance(1, 8), instance(1, 9)]).unwrap();
+        ledger.append(vec![instance(2, 8)]).unwrap();
+        let second = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
+        ledger.append(vec![instance(1, 9)]).unwrap();
         drop(ledger);
         let mut bytes = std::fs::read(&path).unwrap();
-        bytes[first + FRAME_HEADER_BYTES] ^= 1;
+        bytes[first + frames::HEADER_BYTES] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
-        let Opened { mut ledger, torn_bytes, .. } = Ledger::open(&path).unwrap();
-        assert_eq!(torn_bytes, bytes.len() - first);
-        // As long as the damaged one.
-        ledger.append(vec![instance(1, 6)]).unwrap();
+        let Opened { mut ledger, lost_bytes, records } = Ledger::open(&path).unwrap();
+        assert_eq!(lost_bytes, to_u64(second - first));
+        ledger.append(vec![instance(3, 6)]).unwrap();
+        assert_eq!(read(&path), [instance(1, 7), instance(1, 9), instance(3, 6)], "the damage is passed over");
+        assert!(ledger.wants_rewrite());
+        ledger.rewrite(&records).unwrap();
+        assert!(!ledger.wants_rewrite());
+        ledger.append(vec![instance(3, 6)]).unwrap();
         drop(ledger);
-        assert_eq!(read(&path), [instance(1, 7), instance(1, 6)]);
+        assert_eq!(read(&path), [instance(1, 7), instance(1, 9), instance(3, 6)]);
+        assert_eq!(Ledger::open(&path).unwrap().lost_bytes, 0);
     }
 
     #[test]
@@ -355,7 +304,7 @@ mod tests {
             let record =
                 pb::InstanceLedger { instance_id: 1, attempt, reason: reason.clone(), ..Default::default() };
             ledger.append(vec![Record::Instance(record.clone())]).unwrap();
-            if ledger.is_long() {
+            if ledger.wants_rewrite() {
                 ledger.rewrite(&[pb::LedgerRecord { record: Some(Record::Instance(record)) }]).unwrap();
             }
         }

@@ -10,6 +10,7 @@ use nave_agent_core::Reconciler;
 use nave_agent_core::address::{DEFAULT_PREFIX, parse_prefix};
 use nave_keeper::witness::Witness;
 use nave_proto::pb;
+use nave_proto::pb::ledger_record::Record;
 use parking_lot::Mutex;
 use rand::Rng as _;
 use tokio::net::{TcpListener, UdpSocket};
@@ -249,6 +250,9 @@ async fn with_keeper(
         std::future::pending().await
     });
     metrics.keeper_up.set(1);
+    for damage in &welcome.damages {
+        lasting.notes.say(damage, damage.clone());
+    }
     lasting.sockets.inherit(&keeper).await.map_err(|_| RunError::KeeperLost)?;
     let listener = lasting.sockets.tcp("listen", config.listen);
     let listener = listener.map_err(|why| cannot_listen("listen", config.listen, why))?;
@@ -308,12 +312,23 @@ async fn with_keeper(
     )
     .with_ways(ways.clone(), resolver);
 
-    let Opened { ledger, records, torn_bytes } = Ledger::open(&data.ledger())?;
-    if torn_bytes > 0 {
-        let path = data.ledger();
-        warn!(path = %path.display(), torn_bytes, "the agent ledger was torn or damaged; what came before is used");
+    let Opened { mut ledger, mut records, lost_bytes } = Ledger::open(&data.ledger())?;
+    if lost_bytes > 0 {
+        let damage = format!(
+            "{}: {lost_bytes} bytes of it were torn or damaged and are not used, the rest is",
+            data.ledger().display()
+        );
+        warn!("{damage}");
+        lasting.notes.say("ledger", damage);
+        // For the next agent as well, should this one end before the hub has said what it wants.
+        let damaged = Record::Damaged(true);
+        ledger.append(vec![damaged.clone()])?;
+        records.push(pb::LedgerRecord { record: Some(damaged) });
     }
     let reconciler = Reconciler::restore(&boot_id, records, clock::monotonic());
+    if reconciler.is_doubtful() {
+        info!("what this host is to run is not known: nothing is started or stopped until the hub has said it");
+    }
     let (_, generation) = reconciler.generation();
     let known = reconciler.supervisors().count();
     info!(%cluster, %host, name = facts.name, generation, instances = known, "this host is known");

@@ -3,7 +3,9 @@
 //! never moves it back. Without a hub the set on disk is enough to keep running, restarting and stopping.
 //!
 //! The agent's main task owns one, feeds it what keeper, probes, hub and timer say, and performs the [`Order`]s in
-//! the order given. Nothing is started or signalled before the keeper's first list.
+//! the order given. Nothing is started or signalled before the keeper's first list. While nobody knows what is wanted,
+//! since the hub has never said it or what it said was lost with a part of the ledger, what runs is left alone and what
+//! does not run stays so, until the hub has said it.
 
 mod needed;
 mod restore;
@@ -49,6 +51,8 @@ pub struct Reconciler {
     supervisors: BTreeMap<InstanceId, Supervisor>,
     /// The keeper has listed what it runs, on the connection in use.
     keeper_known: bool,
+    /// What is wanted is known only in part, or not at all: see the module's description.
+    doubtful: bool,
     /// Newest exit record taken, and newest acknowledged to the keeper.
     exits_taken: u64,
     exits_acknowledged: u64,
@@ -75,6 +79,7 @@ impl Reconciler {
             generation: 0,
             supervisors: BTreeMap::new(),
             keeper_known: false,
+            doubtful: true,
             exits_taken: 0,
             exits_acknowledged: 0,
             changed: BTreeSet::new(),
@@ -127,6 +132,10 @@ impl Reconciler {
             self.put(now, rng, wanted, &mut orders);
         }
         self.release_needed(now, rng, &mut orders);
+        if std::mem::take(&mut self.doubtful) && !self.keeper_known {
+            // What it said before was not acted upon.
+            orders.push(Order { instance: InstanceId(0), action: Action::ListProcesses });
+        }
         Ok(orders)
     }
 
@@ -164,7 +173,8 @@ impl Reconciler {
     }
 
     fn continues(&self, delta: &pb::WantedDelta) -> bool {
-        delta.incarnation == self.incarnation
+        !self.doubtful
+            && delta.incarnation == self.incarnation
             && delta.from_generation == self.generation
             && delta.to_generation >= delta.from_generation
     }
@@ -318,6 +328,12 @@ impl Reconciler {
         self.supervisors.values_mut().for_each(Supervisor::keeper_lost);
     }
 
+    /// Whether it waits for the hub to say what is wanted before it starts or ends anything.
+    #[must_use]
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful
+    }
+
     /// Whether the keeper has listed what it runs on the connection in use.
     #[must_use]
     pub fn is_keeper_known(&self) -> bool {
@@ -332,9 +348,12 @@ impl Reconciler {
         rng: &mut R,
         list: &[pb::KeptProcess],
     ) -> Vec<Order> {
+        self.stirred = true;
+        if self.doubtful && !(list.is_empty() && self.supervisors.is_empty()) {
+            return self.adopt_known(now, rng, list);
+        }
         let fresh = !self.keeper_known;
         self.keeper_known = true;
-        self.stirred = true;
         let mut kept: BTreeMap<InstanceId, Vec<&pb::KeptProcess>> = BTreeMap::new();
         for process in list {
             kept.entry(InstanceId(process.instance_id)).or_default().push(process);
@@ -356,12 +375,32 @@ impl Reconciler {
             let mut processes = kept.remove(&instance).unwrap_or_default();
             // The newest first: an older one beside it is the one too many.
             processes.sort_by_key(|process| std::cmp::Reverse(key(process)));
+            // One that was adopted in doubt may have been acted upon since the keeper was asked.
+            let fresh = fresh && !self.supervisors.get(&instance).is_some_and(Supervisor::knows_keeper);
             for input in told_by(&processes, fresh) {
                 self.step(now, rng, instance, input, &mut orders);
             }
         }
         self.release_needed(now, rng, &mut orders);
         self.acknowledge_exits(&mut orders);
+        orders
+    }
+
+    /// What runs and is known is watched on. Of all else the next list is to speak, when the hub has.
+    fn adopt_known<R: Rng + ?Sized>(
+        &mut self,
+        now: Monotonic,
+        rng: &mut R,
+        list: &[pb::KeptProcess],
+    ) -> Vec<Order> {
+        let mut orders = Vec::new();
+        for process in list.iter().filter(|process| !process.leftover) {
+            let instance = InstanceId(process.instance_id);
+            let known = self.supervisors.get(&instance);
+            if known.is_some_and(|one| !one.is_forgotten() && one.key() == key(process)) {
+                self.step(now, rng, instance, adopted(process), &mut orders);
+            }
+        }
         orders
     }
 
@@ -519,12 +558,16 @@ fn told_by(processes: &[&pb::KeptProcess], fresh: bool) -> Vec<Input> {
     if alive.peek().is_none() {
         inputs.push(Input::Absent { fresh });
     }
-    inputs.extend(alive.map(|process| Input::Adopted {
-        key: key(process),
-        process: process.process.clone().unwrap_or_default(),
-        started_unix_ns: process.started_unix_ns,
-    }));
+    inputs.extend(alive.map(|process| adopted(process)));
     inputs
+}
+
+fn adopted(kept: &pb::KeptProcess) -> Input {
+    Input::Adopted {
+        key: key(kept),
+        process: kept.process.clone().unwrap_or_default(),
+        started_unix_ns: kept.started_unix_ns,
+    }
 }
 
 #[cfg(test)]

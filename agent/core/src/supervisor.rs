@@ -262,6 +262,11 @@ impl Supervisor {
         self.forget
     }
 
+    /// The keeper has said, on the connection in use, what there is of it.
+    pub(crate) fn knows_keeper(&self) -> bool {
+        self.keeper_known
+    }
+
     /// It is to end and not to begin again.
     pub(crate) fn is_to_stop(&self) -> bool {
         matches!(self.goal(), Goal::Stop | Goal::Rest)

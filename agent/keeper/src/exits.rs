@@ -34,17 +34,27 @@ pub(crate) struct Exits {
 
 impl Exits {
     /// Reads the file; `acknowledged` is the highest sequence that the ledger knows as acknowledged. Also returns how
-    /// many bytes of a torn end were dropped.
+    /// many bytes of it were torn or damaged. What such a record said was perhaps told, so its sequence is not given out
+    /// again.
     ///
     /// # Errors
     /// When the file cannot be opened or read.
     pub(crate) fn open(path: &Path, acknowledged: u64) -> io::Result<(Self, u64)> {
-        let (file, loaded) = RecordFile::open::<pb::ExitRecord>(path)?;
-        let last = loaded.records.last().cloned();
+        let (mut file, loaded) = RecordFile::open::<pb::ExitRecord>(path)?;
+        let mut last = loaded.records.last().cloned();
         let written = last.as_ref().map_or(0, |last| last.sequence);
-        let unacknowledged =
-            loaded.records.into_iter().filter(|record| record.sequence > acknowledged).collect();
-        let last_sequence = written.max(acknowledged);
+        let unheard = |record: &pb::ExitRecord| record.sequence > acknowledged && !is_mark(record);
+        let unacknowledged: VecDeque<_> = loaded.records.into_iter().filter(unheard).collect();
+        // Each lost record took more than a byte.
+        let last_sequence = written.max(acknowledged) + loaded.lost_bytes;
+        if loaded.lost_bytes > 0 {
+            let mark = pb::ExitRecord { sequence: last_sequence, ..Default::default() };
+            let whole: Vec<_> = unacknowledged.iter().chain([&mark]).cloned().collect();
+            if let Err(error) = file.replace(&whole) {
+                crate::say!("exit records could not be written anew without what is damaged: {error}");
+            }
+            last = Some(mark);
+        }
         let exits = Self {
             file,
             unacknowledged,
@@ -53,7 +63,7 @@ impl Exits {
             durable_sequence: last_sequence,
             unsynced: false,
         };
-        Ok((exits, loaded.torn_bytes))
+        Ok((exits, loaded.lost_bytes))
     }
 
     /// Takes a record, gives it the next sequence and returns that. [`Exits::persist`] before it is told, [`Exits::sync`]
@@ -126,6 +136,11 @@ impl Exits {
         }
         up_to
     }
+}
+
+/// It says only where the sequence is: no process has instance 0.
+fn is_mark(record: &pb::ExitRecord) -> bool {
+    record.instance_id == 0
 }
 
 #[cfg(test)]

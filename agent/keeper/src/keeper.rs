@@ -81,6 +81,8 @@ pub(crate) struct Keeper {
     pub(crate) agent: Agent,
     pub(crate) mode: Mode,
     pub(crate) upgrade: Upgrade,
+    /// What was not whole of its own files, each a sentence for people.
+    pub(crate) damages: Vec<String>,
     /// When to let go of memory: set by what happens, so that nothing happens in an idle keeper.
     pub(crate) slim_at: Option<i64>,
 }

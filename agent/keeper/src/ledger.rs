@@ -53,7 +53,7 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// Reads the file; also returns how many bytes of a torn end were dropped.
+    /// Reads the file; also returns how many bytes of it were torn or damaged. It is written anew then, without them.
     ///
     /// # Errors
     /// When the file cannot be opened or read.
@@ -64,7 +64,10 @@ impl Ledger {
             content.take(record);
         }
         let compacted_length = file.length();
-        Ok((Self { file, content, compacted_length, behind: false }, loaded.torn_bytes))
+        let lost_bytes = loaded.lost_bytes;
+        let mut ledger = Self { file, content, compacted_length, behind: lost_bytes > 0 };
+        ledger.catch_up();
+        Ok((ledger, lost_bytes))
     }
 
     /// What is on the disk, as far as it is whole.
@@ -235,8 +238,8 @@ mod tests {
         }
         ledger.note(Record::Forgotten(pb::Forget { instance_id: 2, epoch: 1, remove_logs: false }));
         ledger.note(Record::AcknowledgedSequence(4));
-        let (mut next, torn) = Ledger::open(&path).unwrap();
-        assert_eq!((next.content(), torn), (ledger.content(), 0));
+        let (mut next, lost_bytes) = Ledger::open(&path).unwrap();
+        assert_eq!((next.content(), lost_bytes), (ledger.content(), 0));
         let noted = &next.content().kept[&Key { instance_id: 1, epoch: 1 }];
         assert!(!noted.exited, "attempt 2 has not ended; the exit was of attempt 1");
         assert_eq!(noted.deadline.map(|deadline| deadline.boottime_ns), Some(9), "outlives the attempt");

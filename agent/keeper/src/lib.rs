@@ -34,6 +34,7 @@ mod sys;
 mod upgrade;
 
 pub mod client;
+pub mod frames;
 pub mod memory;
 pub mod witness;
 

@@ -3,6 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use nave_agent_core::directory::{Endpoint, EndpointState, Port, PortRules, Protocol};
 
@@ -42,8 +43,12 @@ fn prefix() -> [u8; 2] {
     [127, 100 + u8::try_from(std::process::id() % 100).unwrap()]
 }
 
+/// A port that nobody listens on, below those that the kernel gives away (32768 and up), so that nobody is given it
+/// in the meantime.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let mut ports = std::iter::repeat_with(|| 6_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 2_000);
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
 }
 
 fn start(dir: &Path, shutdown: &CancellationToken) -> Proxy {

@@ -213,11 +213,15 @@ impl AgentSession for FakeHub {
 fn hear(state: &State, message: FromAgent) -> Option<ToAgent> {
     let mut answer = None;
     state.heard.send_modify(|heard| match message {
-        FromAgent::Hello(hello) => heard.hellos.push(hello),
+        FromAgent::Hello(hello) => {
+            heard.facts = hello.facts.clone();
+            heard.hellos.push(hello);
+        }
         FromAgent::Beat(_) => heard.beats += 1,
         FromAgent::Interest(_) => {}
         FromAgent::Acknowledge(acknowledge) => heard.acknowledged = acknowledge.generation,
         FromAgent::Report(report) => {
+            heard.facts = report.facts.or(heard.facts.take());
             heard.reports.extend(report.instances.into_iter().map(|one| (one.instance_id, one)));
             for id in report.gone {
                 heard.reports.remove(&id);

@@ -23,6 +23,8 @@ pub(crate) struct Kept {
     /// Newest exit sequence that the agent has acknowledged.
     pub(crate) acknowledged: u64,
     told: u64,
+    /// What it says of its own files.
+    pub(crate) damages: Vec<String>,
     next_pid: u32,
 }
 
@@ -114,6 +116,7 @@ fn answer(kept: &mut Kept, request: Request) -> Reply {
             Reply::Welcome(pb::KeeperWelcome {
                 version: 1,
                 keeper_pid: std::process::id(),
+                damages: kept.damages.clone(),
                 ..Default::default()
             })
         }

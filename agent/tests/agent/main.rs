@@ -6,7 +6,9 @@
 mod fake_hub;
 mod fake_keeper;
 
+use std::net::TcpListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use nave_agent::{AgentConfig, RunError, run};
@@ -20,9 +22,12 @@ use tokio_util::sync::CancellationToken;
 use fake_hub::FakeHub;
 use fake_keeper::FakeKeeper;
 
-/// A port that nobody listens on at the moment.
+/// A port that nobody listens on, below those that the kernel gives away (32768 and up), so that nobody is given it
+/// in the meantime.
 fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let mut ports = std::iter::repeat_with(|| 4_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 2_000);
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
 }
 
 fn config(dir: &Path, hub: &str, token: &str) -> AgentConfig {
@@ -245,9 +250,42 @@ async fn a_person_is_told_what_to_do_when_joining_cannot_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn damaged_ledgers_are_used_as_far_as_they_are_whole_and_the_hub_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let hub = FakeHub::new(8);
+    let (_running, address) = hub.run().await;
+    let config = config(dir.path(), &address, &hub.token().to_string());
+    let keeper = FakeKeeper::start(&config.data_dir);
+    hub.want(vec![wanted(42, pb::Desired::Run)]);
+    let agent = Agent::start(&config);
+    hub.heard("42 ready", |heard| ready(heard, 42)).await;
+    agent.stop().await;
+
+    let ledger = config.data_dir.join("ledger");
+    let mut bytes = std::fs::read(&ledger).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&ledger, &bytes).unwrap();
+    keeper.kept.lock().damages = vec!["exits: 7 bytes of it were torn".to_owned()];
+    let agent = Agent::start(&config);
+    hub.heard("what was damaged", |heard| {
+        let lacks = &heard.facts.as_ref()?.lacks;
+        let said = |what: &str| lacks.iter().any(|lack| lack.contains(what));
+        (said("/ledger: ") && said("exits: 7 bytes")).then_some(())
+    })
+    .await;
+    hub.heard("42 still ready", |heard| ready(heard, 42)).await;
+    assert_eq!(keeper.kept.lock().spawns.len(), 1, "it is adopted all the same");
+    until("it is written anew without the damage and what is old", || {
+        std::fs::metadata(&ledger).unwrap().len() < bytes.len() as u64 / 2
+    })
+    .await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_taken_port_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut config = config(dir.path(), "127.0.0.1:1", "x");
     config.listen = taken.local_addr().unwrap();
     // It is asked first: it may hold the port for the agent.

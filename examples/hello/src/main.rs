@@ -122,7 +122,9 @@ fn answer(mut stream: TcpStream, options: &Options) -> std::io::Result<()> {
 }
 
 fn respond(stream: &mut TcpStream, status: &str, body: &str) -> std::io::Result<()> {
-    write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    // At once: who is killed between two writes leaves half an answer, which no proxy can mend.
+    stream.write_all((head + body).as_bytes())
 }
 
 /// A shell ignores the signal for both: what is ignored stays ignored through exec.

@@ -27,6 +27,7 @@ impl Reconciler {
             match record.record {
                 Some(Record::Wanted(set)) => {
                     (reconciler.incarnation, reconciler.generation) = (set.incarnation, set.generation);
+                    reconciler.doubtful = false;
                     let named = set.instances.into_iter().map(|one| (InstanceId(one.instance_id), one));
                     before.extend(std::mem::replace(&mut wanted, named.collect()));
                 }
@@ -36,6 +37,8 @@ impl Reconciler {
                     before.extend(removed.filter_map(|id| wanted.remove_entry(&id)));
                     wanted.extend(delta.put.into_iter().map(|one| (InstanceId(one.instance_id), one)));
                 }
+                // A delta may continue what was lost, and cannot be followed either.
+                Some(Record::Damaged(_)) => reconciler.doubtful = true,
                 Some(Record::Delta(_)) | None => {}
                 Some(Record::Instance(ledger)) => {
                     ledgers.insert(InstanceId(ledger.instance_id), ledger);
@@ -74,8 +77,10 @@ impl Reconciler {
                 .collect(),
         };
         let ledgers = self.supervisors.values().map(|supervisor| Record::Instance(supervisor.ledger()));
+        let damaged = self.doubtful.then_some(Record::Damaged(true));
         std::iter::once(Record::Wanted(wanted))
             .chain(ledgers)
+            .chain(damaged)
             .map(|record| pb::LedgerRecord { record: Some(record) })
             .collect()
     }

@@ -1,5 +1,7 @@
 //! The wanted set, the keeper's list and the ledger, one claim a test.
 
+use std::time::Duration;
+
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
@@ -193,6 +195,97 @@ fn the_keepers_list_is_adopted_stopped_or_swept() {
     reconciler.exited(NOW, &mut rng(), exit(7, 1, 1));
     reconciler.input(NOW, &mut rng(), InstanceId(7), Input::CgroupEmpty { key: key(1, 1), killed: 0 });
     assert_eq!(reconciler.gone(), [InstanceId(7)]);
+}
+
+/// Of an agent that died, with what was true then but for the records that `lost` names.
+fn damaged(reconciler: &Reconciler, lost: impl Fn(&pb::ledger_record::Record) -> bool) -> Reconciler {
+    let mut records = reconciler.ledger_records();
+    records.retain(|record| !lost(record.record.as_ref().unwrap()));
+    records.push(pb::LedgerRecord { record: Some(pb::ledger_record::Record::Damaged(true)) });
+    Reconciler::restore("boot", records, NOW)
+}
+
+fn touched(orders: &[Order]) -> Vec<u64> {
+    let touches = |order: &&Order| matches!(order.action, Action::Spawn(_) | Action::Signal { .. });
+    let mut ids: Vec<u64> = orders.iter().filter(touches).map(|order| order.instance.0).collect();
+    ids.dedup();
+    ids
+}
+
+#[test]
+fn whoever_was_never_told_what_is_wanted_takes_nobody_for_a_stranger() {
+    let mut reconciler = Reconciler::new("boot");
+    let list = [kept(1, 1, 1, false), kept(7, 1, 1, false), kept(8, 1, 1, true)];
+    assert_eq!(reconciler.keeper_processes(NOW, &mut rng(), &list), []);
+    assert!(!reconciler.is_keeper_known());
+    assert!(reconciler.apply_delta(NOW, &mut rng(), delta(0, 1, vec![run(1)], vec![])).is_err());
+    let orders = reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![run(1)])).unwrap();
+    assert_eq!(orders.last().unwrap().action, Action::ListProcesses);
+    let orders = reconciler.keeper_processes(NOW, &mut rng(), &list);
+    assert_eq!(touched(&orders), [7], "1 is adopted; 7 is a stranger indeed");
+    assert!(matches!(reconciler.supervisor(InstanceId(1)).unwrap().state(), State::Running(_)));
+}
+
+#[test]
+fn a_lost_wanted_set_ends_nothing() {
+    let before = running(&[1, 2, 3]);
+    let mut after = damaged(&before, |record| matches!(record, pb::ledger_record::Record::Wanted(_)));
+    let list = [kept(1, 1, 1, false), kept(2, 1, 1, false), kept(3, 1, 1, false)];
+    assert_eq!(touched(&after.keeper_processes(NOW, &mut rng(), &list)), [] as [u64; 0]);
+    assert_eq!(touched(&after.tick(NOW + Duration::from_secs(60), &mut rng())), [] as [u64; 0]);
+    // Nor does the next agent, although this one may have written the ledger anew.
+    let mut after = restored(&after);
+    assert_eq!(touched(&after.keeper_processes(NOW, &mut rng(), &list)), [] as [u64; 0]);
+    after.apply_wanted(NOW, &mut rng(), set(6, vec![run(1), run(2)])).unwrap();
+    assert_eq!(touched(&after.keeper_processes(NOW, &mut rng(), &list)), [3]);
+    let mut sure = restored(&after);
+    assert!(!sure.is_doubtful());
+    assert!(!sure.keeper_processes(NOW, &mut rng(), &[]).is_empty());
+}
+
+#[test]
+fn in_doubt_what_runs_is_watched_on_and_what_does_not_run_stays_so() {
+    let before = running(&[1, 2]);
+    let mut after = damaged(&before, |_| false);
+    let orders = after.keeper_processes(NOW, &mut rng(), &[kept(1, 1, 1, false)]);
+    assert_eq!(touched(&orders), [] as [u64; 0]);
+    assert!(matches!(after.supervisor(InstanceId(1)).unwrap().state(), State::Running(_)));
+    assert_eq!(after.full_report(WallOffset::default()), None, "2 is not known yet");
+    let mut orders = after.exited(NOW, &mut rng(), exit(1, 1, 1));
+    orders.extend(after.input(
+        NOW,
+        &mut rng(),
+        InstanceId(1),
+        Input::CgroupEmpty { key: key(1, 1), killed: 0 },
+    ));
+    assert_eq!(touched(&orders), [1], "one that ran may go on running");
+    after.apply_wanted(NOW, &mut rng(), set(6, vec![run(1), run(2)])).unwrap();
+    // The order to start 1 again is on its way.
+    let mut orders = after.keeper_processes(NOW, &mut rng(), &[]);
+    orders.extend(after.input(
+        NOW,
+        &mut rng(),
+        InstanceId(2),
+        Input::CgroupEmpty { key: key(1, 1), killed: 0 },
+    ));
+    orders.extend(after.tick(NOW + Duration::from_secs(10), &mut rng()));
+    assert_eq!(touched(&orders), [2], "it had ended, and the hub wants it");
+}
+
+#[test]
+fn a_record_that_was_lost_makes_no_duplicate_of_what_came_after_it() {
+    // The ledger says that the first attempt runs, the keeper that the third does, or has ended.
+    let mut after = damaged(&running(&[1]), |_| false);
+    after.apply_wanted(NOW, &mut rng(), set(6, vec![run(1)])).unwrap();
+    let mut ended = after.clone();
+    assert_eq!(touched(&after.keeper_processes(NOW, &mut rng(), &[kept(1, 1, 3, false)])), [] as [u64; 0]);
+    assert_eq!(after.supervisor(InstanceId(1)).unwrap().key(), key(1, 3));
+    let code_of_third = pb::ExitRecord { attempt: 3, code: 7, ..exit(1, 1, 9) };
+    ended.exited(NOW, &mut rng(), code_of_third);
+    ended.keeper_processes(NOW, &mut rng(), &[]);
+    let supervisor = ended.supervisor(InstanceId(1)).unwrap();
+    assert_eq!(supervisor.report(WallOffset::default()).last_exit.unwrap().code, 7);
+    assert!(supervisor.key().attempt >= 3, "the number of an attempt is not used twice");
 }
 
 #[test]

@@ -25,6 +25,10 @@ impl Supervisor {
         if self.has_ended(key) {
             return; // the list is older than the exit
         }
+        if restored && key > self.key() && self.attempt != 0 {
+            // What is remembered is older than the truth: a part of the ledger was lost.
+            self.state = State::due(now);
+        }
         let current = key == self.key();
         let manifest = self.wanted.manifest.as_ref();
         match &mut self.state {

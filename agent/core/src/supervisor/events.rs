@@ -237,6 +237,10 @@ impl Supervisor {
             self.last_exit = Some(exit);
             return;
         }
+        if key > self.key() && matches!(self.state, State::Pending(_)) {
+            // What is remembered is older than the truth: a part of the ledger was lost.
+            (self.epoch, self.attempt) = (key.epoch, key.attempt);
+        }
         if key != self.key() {
             return;
         }

@@ -624,7 +624,7 @@ impl World {
                 Some(Record::Forgotten(id)) => {
                     ids.remove(id);
                 }
-                Some(Record::Wanted(_) | Record::Delta(_)) | None => {}
+                Some(Record::Wanted(_) | Record::Delta(_) | Record::Damaged(_)) | None => {}
             }
         }
         ids

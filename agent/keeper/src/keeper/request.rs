@@ -118,6 +118,7 @@ impl Keeper {
             keeper_version: env!("CARGO_PKG_VERSION").to_owned(),
             keeper_pid: std::process::id(),
             boot_id: self.boot_id.clone(),
+            damages: self.damages.clone(),
         })
     }
 

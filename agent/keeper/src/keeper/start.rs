@@ -60,12 +60,13 @@ impl Keeper {
             None => listen(&socket).map_err(file(&socket))?,
         };
         let path = data_dir.join("keeper.ledger");
-        let (ledger, torn) = Ledger::open(&path).map_err(file(&path))?;
-        say_torn(&path, torn);
+        let (ledger, lost_bytes) = Ledger::open(&path).map_err(file(&path))?;
+        let mut damages: Vec<String> = lost(&path, lost_bytes).into_iter().collect();
         let path = data_dir.join("exits");
-        let (exits, torn) =
+        let (exits, lost_bytes) =
             Exits::open(&path, ledger.content().acknowledged_sequence).map_err(file(&path))?;
-        say_torn(&path, torn);
+        damages.extend(lost(&path, lost_bytes));
+        damages.iter().for_each(|damage| crate::say!("{damage}"));
         let noted_sequence = ledger.content().acknowledged_sequence;
 
         let epoll =
@@ -104,6 +105,7 @@ impl Keeper {
             agent: Agent::new(options.agent_command),
             mode: Mode::Running,
             upgrade,
+            damages,
             slim_at: Some(boottime_ns() + super::due::SLIM_AFTER_NS),
             data_dir,
         };
@@ -195,10 +197,14 @@ fn file(path: &Path) -> impl FnOnce(io::Error) -> KeeperError {
     move |source| KeeperError::File { path, source }
 }
 
-fn say_torn(path: &Path, bytes: u64) {
-    if bytes > 0 {
-        crate::say!("{}: the last {bytes} bytes were no whole record and have been dropped", path.display());
-    }
+/// What to tell people of a file that was not whole.
+fn lost(path: &Path, bytes: u64) -> Option<String> {
+    (bytes > 0).then(|| {
+        format!(
+            "{}: {bytes} bytes of it were torn or damaged and are not used, the rest is",
+            path.display()
+        )
+    })
 }
 
 fn block_signals() -> io::Result<SignalFd> {

@@ -103,7 +103,7 @@ fn a_torn_ledger_costs_only_its_torn_end() {
     file.write_all(&[40, 0, 0, 0, 1, 2, 3]).unwrap();
     host.start_keeper(NO_AGENT);
     assert_eq!(host.agent().kept(1).unwrap().process.unwrap().pid, pid);
-    assert!(host.said().contains("the last 7 bytes were no whole record"), "{}", host.said());
+    assert!(host.said().contains("7 bytes of it were torn or damaged"), "{}", host.said());
 }
 
 /// A ledger as another keeper would have left it.
