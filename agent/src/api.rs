@@ -13,14 +13,16 @@ use nave_proto::pb;
 use nave_tls::{Role, TlsConnection};
 use pb::agent_service_server::{AgentService, AgentServiceServer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::clock;
 use crate::data_dir::DataDir;
 use crate::directory::Ways;
 use crate::identity::Identity;
-use crate::logs::LogReader;
+use crate::logs::{Batch, LogReader};
 use crate::metrics::Metrics;
 use crate::proxy::{Recent, Records};
 
@@ -28,6 +30,8 @@ use crate::proxy::{Recent, Records};
 const LOG_READERS: usize = 32;
 /// A look at a few files; ten a second is soon enough for a person's eye.
 const FOLLOW_POLL: Duration = Duration::from_millis(100);
+/// Who waits for a long search is sent an answer with nothing in it so often. A member gives a host up after 10 s.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// What the main loop knows and this API tells.
 #[derive(Debug, Clone, Default)]
@@ -118,16 +122,20 @@ impl AgentService for Api {
     ) -> Result<Response<Self::ReadHostLogsStream>, Status> {
         check_caller(&request)?;
         let request = request.into_inner();
+        let directory = if request.access { &self.access_dir } else { &self.logs_dir };
+        let reader = LogReader::new(directory, self.name.clone(), &request)
+            .map_err(|e| Status::invalid_argument(crate::error_chain(&e)))?;
+        // Members ask every host, most of which have never had the service: that takes no reader's place.
+        if !request.follow && !tokio::fs::try_exists(reader.service_dir()).await.unwrap_or(true) {
+            return Ok(Response::new(Box::pin(futures::stream::empty())));
+        }
         let permit = self.log_readers.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!(
                 "{LOG_READERS} readers follow logs on {} already; try again when one has ended",
                 self.name
             ))
         })?;
-        let directory = if request.access { &self.access_dir } else { &self.logs_dir };
-        let reader = LogReader::new(directory, self.name.clone(), &request)
-            .map_err(|e| Status::invalid_argument(crate::error_chain(&e)))?;
-        Ok(Response::new(Box::pin(stream(reader, request.follow, permit))))
+        Ok(Response::new(Box::pin(stream(reader, request.follow, permit, SIGN_OF_LIFE))))
     }
 
     async fn get_agent_info(
@@ -195,31 +203,62 @@ fn stream(
     reader: LogReader,
     follow: bool,
     permit: OwnedSemaphorePermit,
+    sign_of_life: Duration,
 ) -> impl Stream<Item = Result<pb::ReadLogsResponse, Status>> + Send {
     futures::stream::unfold(Some((reader, permit, false)), move |state| async move {
         let (mut reader, permit, said_live) = state?;
+        let asked = Instant::now();
         loop {
             let read = tokio::task::spawn_blocking(move || {
-                let batch = reader.next_batch();
+                let batch = reader.next_batch(clock::monotonic());
                 (reader, batch)
             });
             let (back, batch) = read.await.expect("reading files does not panic");
             reader = back;
             match batch {
-                Ok(lines) if !lines.is_empty() => {
+                Ok(Batch::Lines(lines)) => {
                     let answer = pb::ReadLogsResponse { lines, ..Default::default() };
                     return Some((Ok(answer), Some((reader, permit, said_live))));
                 }
-                Ok(_) if follow && !said_live && reader.is_live() => {
+                Ok(Batch::Searching) if asked.elapsed() < sign_of_life => {}
+                Ok(Batch::Searching) => {
+                    return Some((Ok(pb::ReadLogsResponse::default()), Some((reader, permit, said_live))));
+                }
+                Ok(Batch::End) if follow && !said_live && reader.is_live() => {
                     let answer = pb::ReadLogsResponse { live: true, ..Default::default() };
                     return Some((Ok(answer), Some((reader, permit, true))));
                 }
-                Ok(_) if follow => tokio::time::sleep(FOLLOW_POLL).await,
-                Ok(_) => return None,
+                Ok(Batch::End) if follow => tokio::time::sleep(FOLLOW_POLL).await,
+                Ok(Batch::End) => return None,
                 Err(error) => {
                     return Some((Err(Status::internal(format!("reading the logs failed: {error}"))), None));
                 }
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_search_that_finds_nothing_shows_that_it_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = dir.path().join("web/i-1-1");
+        std::fs::create_dir_all(&logs).unwrap();
+        let text = "1970-01-01T00:00:01Z stdout F text\n".repeat(100_000);
+        std::fs::write(logs.join("0000000001.log"), text).unwrap();
+        let answers = async |contains: &str, sign_of_life| {
+            let (service, contains) = ("web".to_owned(), contains.to_owned());
+            let request = pb::ReadHostLogsRequest { service, contains, ..Default::default() };
+            let reader = LogReader::new(dir.path(), "north".to_owned(), &request).unwrap();
+            let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+            let answers: Vec<_> = stream(reader, false, permit, sign_of_life).collect().await;
+            answers.into_iter().map(|answer| answer.unwrap().lines.len()).collect::<Vec<usize>>()
+        };
+        assert_eq!(answers("none", Duration::ZERO).await, [0, 0, 0]);
+        assert!(answers("none", Duration::from_secs(3600)).await.is_empty());
+        assert!(answers("text", Duration::ZERO).await.iter().all(|lines| *lines > 0));
+    }
 }

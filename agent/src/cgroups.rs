@@ -1,16 +1,21 @@
 //! Where this agent's control groups are and which limits they can enforce.
 //!
 //! Identity, "is it empty" and kill need only a cgroup2 hierarchy, with or without controllers; limits use
-//! whichever controllers exist, v2 or v1. All our groups lie below the agent's own:
-//! `<mount>/<own path>/nave-<cluster>-<host>/<service>/<instance>-<epoch>`, so that what was delegated to us is
-//! never left and two agents on a machine never meet. The keeper makes the directories; here are the names.
+//! whichever controllers exist, v2 or v1. All our groups lie below the agent's own, or below that of the unit that was
+//! made for them (see `unit`): `<mount>/<path>/nave-<cluster>-<host>/<service>/<instance>-<epoch>`, so that what was
+//! delegated to us is never left and two agents on a machine never meet. The keeper makes the directories; here are the
+//! names.
 
 mod adjust;
+mod tidy;
+mod unit;
 
 use std::path::{Path, PathBuf};
 
 use nave_proto::ids::{ClusterId, HostId};
 use nave_proto::pb;
+
+pub use unit::services_unit;
 
 /// Group that keeper and agent move to when theirs must hand controllers to its children: on cgroup2 a group
 /// with controllers for its children may hold no process itself.
@@ -63,11 +68,13 @@ struct Hierarchies {
 /// What this agent can do with control groups.
 #[derive(Debug, Clone)]
 pub(crate) struct Cgroups {
-    /// Our own directory in the cgroup2 hierarchy, or why there is none.
+    /// The directory that our folder is in, in the cgroup2 hierarchy, or why there is none.
     v2: Result<PathBuf, String>,
     places: Vec<(Controller, Place)>,
     /// `nave-<cluster>-<host>`.
     folder: String,
+    /// Our own unit's directory, when services live in that of another: those of an earlier agent may still be below it.
+    former: Option<PathBuf>,
 }
 
 /// The directories and limit files of one instance, as the keeper's orders want them.
@@ -84,19 +91,29 @@ impl Cgroups {
         let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let hierarchies = parse_hierarchies(&mountinfo, &own);
-        let v2 = match hierarchies.v2 {
+        let own = match hierarchies.v2 {
             None => Err("no cgroup2 hierarchy is mounted".to_owned()),
             Some(path) if !is_writable(&path) => {
                 Err(format!("the agent may not write in {}", path.display()))
             }
             Some(path) => Ok(path),
         };
-        let enabled = v2.as_ref().map(|path| enable_controllers(path, keepers));
+        // Where limits are v1's, the agent's own group has no controllers to hand on and is in nobody's way.
+        let beside = own.as_deref().ok().filter(|_| hierarchies.v1.is_empty()).and_then(unit::beside);
+        let (v2, former) = match beside {
+            Some(services) => (Ok(services), own.ok()),
+            None => (own, None),
+        };
+        let enabled = v2.as_ref().map(|path| match former {
+            // Nobody is in there but who holds it for us.
+            Some(_) => enable_controllers(path, unit::HOLDER, &|_| true),
+            None => enable_controllers(path, LEAF, &|pid| keepers.contains(&pid)),
+        });
         let places = Controller::ALL
             .into_iter()
             .map(|controller| (controller, place(controller, &hierarchies.v1, &v2, &enabled)))
             .collect();
-        Self { v2, places, folder: "nave".to_owned() }
+        Self { v2, places, folder: "nave".to_owned(), former }
     }
 
     /// Names our folder, once this host is known.
@@ -104,9 +121,10 @@ impl Cgroups {
         Self { folder: format!("nave-{cluster}-{host}"), ..self }
     }
 
-    /// The directory of all our services' groups in the cgroup2 hierarchy.
-    pub(crate) fn folder(&self) -> Option<PathBuf> {
-        self.v2.as_ref().ok().map(|own| own.join(&self.folder))
+    /// The directories of all our services' groups in the cgroup2 hierarchy.
+    pub(crate) fn folders(&self) -> Vec<PathBuf> {
+        let places = self.v2.as_ref().ok().into_iter().chain(&self.former);
+        places.map(|place| place.join(&self.folder)).collect()
     }
 
     /// `Err` says why there is no cgroup2 for us.
@@ -119,16 +137,19 @@ impl Cgroups {
         &found.expect("detect() fills in every controller").1
     }
 
-    /// The groups of one instance and the limits that `resources` asks for.
+    /// The groups of one instance and the limits that `resources` asks for. Looks whether it lives where an earlier agent
+    /// had started it.
     pub(crate) fn instance(&self, service: &str, name: &str, resources: &pb::Resources) -> InstanceCgroup {
         let below = |own: &Path| own.join(&self.folder).join(service).join(name);
+        let former = self.former.as_ref().filter(|own| unit::is_populated(&below(own)));
+        let place_v2 = former.map_or(self.v2.as_ref(), Ok);
         let mut group = InstanceCgroup::default();
-        if let Ok(own) = &self.v2 {
+        if let Ok(own) = place_v2 {
             group.cgroup2 = below(own).display().to_string();
             group.files.extend(self.pass_down_controllers(own, service));
         }
         for (controller, place) in &self.places {
-            let (dir, v2) = match (place, &self.v2) {
+            let (dir, v2) = match (place, place_v2) {
                 (Place::V2, Ok(own)) => (below(own), true),
                 (Place::V1(own), _) => (below(own), false),
                 (Place::V2, Err(_)) | (Place::Nowhere(_), _) => continue,
@@ -183,8 +204,9 @@ fn place(
     }
 }
 
-/// Gives our children every controller that we have, and says which those are.
-fn enable_controllers(own: &Path, keepers: &[u32]) -> Result<Vec<String>, String> {
+/// Gives the children of a group every controller that it has, and says which those are. Who `may_move` is put in `leaf`
+/// for that.
+fn enable_controllers(own: &Path, leaf: &str, may_move: &dyn Fn(u32) -> bool) -> Result<Vec<String>, String> {
     let read = |name: &str| std::fs::read_to_string(own.join(name)).unwrap_or_default();
     let wanted: Vec<String> = read("cgroup.controllers")
         .split_whitespace()
@@ -199,7 +221,7 @@ fn enable_controllers(own: &Path, keepers: &[u32]) -> Result<Vec<String>, String
     }
     // The real root (the only group without cgroup.type) may hold processes all the same.
     if own.join("cgroup.type").exists() {
-        move_to_leaf(own, keepers)?;
+        move_to_leaf(own, leaf, may_move)?;
     }
     let request: Vec<String> = wanted.iter().map(|name| format!("+{name}")).collect();
     let control = own.join("cgroup.subtree_control");
@@ -208,17 +230,17 @@ fn enable_controllers(own: &Path, keepers: &[u32]) -> Result<Vec<String>, String
     Ok(wanted)
 }
 
-/// Only when nobody but keeper and agent lives in the group: others are not ours to move.
-fn move_to_leaf(own: &Path, keepers: &[u32]) -> Result<(), String> {
+/// Only when nobody lives in the group but who `may_move`: others are not ours to move.
+fn move_to_leaf(own: &Path, leaf: &str, may_move: &dyn Fn(u32) -> bool) -> Result<(), String> {
     let procs = std::fs::read_to_string(own.join("cgroup.procs")).unwrap_or_default();
     let pids: Vec<u32> = procs.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
-    if let Some(stranger) = pids.iter().find(|pid| !keepers.contains(pid)) {
+    if let Some(stranger) = pids.iter().find(|pid| !may_move(**pid)) {
         return Err(format!(
             "other processes (pid {stranger}) share the agent's control group {}; run it as a unit of its own with Delegate=yes",
             own.display()
         ));
     }
-    let leaf = own.join(LEAF);
+    let leaf = own.join(leaf);
     let failed = |e: std::io::Error| format!("moving to {} failed: {e}", leaf.display());
     if !leaf.is_dir() {
         std::fs::create_dir(&leaf).map_err(failed)?;
@@ -469,6 +491,7 @@ mod tests {
                 (Controller::Pids, Place::V2),
             ],
             folder: "nave-00c1-h-3".into(),
+            former: None,
         };
         let group = cgroups.instance("web", "i-42-1", &pb::Resources::default());
         assert_eq!(group.cgroup2, "/u/nave-00c1-h-3/web/i-42-1");

@@ -7,6 +7,7 @@
 mod confine;
 pub(crate) mod directories;
 mod fetches;
+mod heirs;
 mod hooks;
 pub(crate) mod ports;
 pub(crate) mod spawn;
@@ -17,6 +18,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nave_agent_core::env::UnknownName;
 use nave_agent_core::ports::{PickPortsError, pick};
 use nave_agent_core::supervisor::{Deadline, Hook, HookOrder, ProbeOrder, SpawnOrder};
 use nave_agent_core::{Input, ProcessKey, Supervisor};
@@ -29,7 +31,7 @@ use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use crate::keeper::{CallError, KeeperHandle, Purpose};
-use crate::notify::{NotifySockets, NotifyTasks};
+use crate::notify::{EarName, Ears, NotifyTasks, Said, Speaker, Way, ears_of};
 use crate::pressure::Pressure;
 use crate::probes::{Check, Probes};
 use crate::provision::artifacts::cutoff::Cutoff;
@@ -56,6 +58,17 @@ enum Job {
     Signal(pb::Signal),
     Limit(ProcessKey, Box<pb::Resources>, String),
     Sweep(ProcessKey),
+    /// The keeper is to hold what a process speaks into.
+    Keep(EarName),
+    /// And no longer.
+    LetGo(EarName),
+}
+
+/// Where the executor tells the main loop what happens.
+#[derive(Debug, Clone)]
+pub(crate) struct Tells {
+    pub(crate) inputs: mpsc::Sender<(InstanceId, Input)>,
+    pub(crate) said: mpsc::Sender<Said>,
 }
 
 /// Of one attempt, to be cut short from outside.
@@ -95,14 +108,17 @@ impl Executor {
         context: Arc<SpawnContext>,
         keeper: KeeperHandle,
         port_range: RangeInclusive<u16>,
-        inputs: mpsc::Sender<(InstanceId, Input)>,
+        ears: Ears,
+        tells: Tells,
     ) -> Self {
+        let Tells { inputs, said } = tells;
+        let notify = NotifyTasks::new(keeper.clone(), ears, said, inputs.clone());
         Self {
             context,
             keeper,
             port_range,
             probes: Probes::new(inputs.clone()),
-            notify: NotifyTasks::new(inputs.clone()),
+            notify,
             pressure: Pressure::new(inputs.clone()),
             hooks: Hooks::new(inputs.clone()),
             fetches: Fetches::new(inputs.clone()),
@@ -247,9 +263,11 @@ impl Executor {
 
     /// Removes what a placement left behind, then logs that are too old.
     pub(crate) fn forget(&mut self, instance: InstanceId, epoch: u64, kept: KeptLogs) {
+        self.end_ears(instance, epoch);
         let (keeper, context) = (self.keeper.clone(), self.context.clone());
         self.running.spawn(async move {
             forget(&keeper, instance, epoch).await;
+            tidy_cgroups(context.clone(), format!("{instance}-{epoch}")).await;
             prune_logs(context, kept).await;
             None
         });
@@ -266,7 +284,8 @@ impl Executor {
 
     /// The instance has left this host for good.
     pub(crate) fn remove_directory(&mut self, instance: InstanceId) {
-        self.notify.stop(&self.context.notify, instance);
+        self.end_ears(instance, u64::MAX);
+        self.context.notify.remove(instance);
         self.pressure.stop(instance);
         self.hooks.forget(instance);
         let context = self.context.clone();
@@ -353,31 +372,75 @@ impl Executor {
         self.pressure.watch(instance, key, &group, &resources);
     }
 
+    /// A process has ended; nobody looks at its memory any more.
+    pub(crate) fn ended(&mut self, instance: InstanceId, key: ProcessKey) {
+        self.pressure.ended(instance, key);
+    }
+
     pub(crate) fn stop_probes(&mut self, instance: InstanceId) {
         self.probes.stop(instance);
     }
 
-    /// Hears what a running process says of itself, when its manifest says that it does. `fresh`: it is yet to start.
-    pub(crate) fn listen(
+    /// Makes what a process that is yet to start will say into how it is, when its manifest says that it does. The keeper
+    /// has it before the process starts.
+    pub(crate) fn prepare_to_hear(
         &mut self,
         instance: InstanceId,
         key: ProcessKey,
         wanted: &pb::WantedInstance,
-        fresh: bool,
     ) {
         let Some(manifest) = &wanted.manifest else { return };
-        if crate::notify::line_descriptor(manifest).is_some()
-            && let Err(error) = self.notify.hear_line(&self.context.notify, instance, key, fresh)
-        {
-            warn!(%instance, %error, "its notification FIFO cannot be made, so it will not be seen ready");
+        for name in ears_of(instance, key, manifest) {
+            let speaker = self.speaker(instance, key, wanted);
+            match self.notify.make(&self.context.notify, name, &speaker) {
+                Ok(before) => {
+                    before.into_iter().for_each(|before| self.enqueue(instance, Job::LetGo(before)));
+                    self.enqueue(instance, Job::Keep(name));
+                }
+                Err(error) => {
+                    warn!(%instance, %error, "its notify socket cannot be made, so it will not be seen ready");
+                }
+            }
         }
-        if !NotifySockets::is_wanted(manifest) {
-            return;
+    }
+
+    /// Hears what a running process says of itself, when its manifest says that it does.
+    pub(crate) fn hear(&mut self, instance: InstanceId, key: ProcessKey, wanted: &pb::WantedInstance) {
+        let Some(manifest) = &wanted.manifest else { return };
+        for name in ears_of(instance, key, manifest) {
+            let speaker = self.speaker(instance, key, wanted);
+            self.notify.hear(&self.context.notify, name, speaker);
         }
+    }
+
+    /// What the agents before have left for processes that nobody knows is closed.
+    pub(crate) fn hear_only(&mut self, processes: &BTreeSet<(InstanceId, ProcessKey)>) {
+        let names = |&(instance, key)| [Way::Socket, Way::Line].map(|way| EarName { instance, key, way });
+        let wanted: Vec<EarName> = processes.iter().flat_map(names).collect();
+        let ears = self.notify.retain(&wanted);
+        let keeper = self.keeper.clone();
+        self.running.spawn(async move {
+            // One that is lost, or holds nothing, has nothing to close.
+            let _nothing = ears.tidy(&keeper, &wanted).await;
+            None
+        });
+    }
+
+    fn end_ears(&mut self, instance: InstanceId, epoch: u64) {
+        for closed in self.notify.stop(&self.context.notify, instance, epoch) {
+            self.enqueue(instance, Job::LetGo(closed));
+        }
+    }
+
+    /// As whom the processes of a placement speak.
+    fn speaker(&self, instance: InstanceId, key: ProcessKey, wanted: &pb::WantedInstance) -> Speaker {
+        let Some(manifest) = &wanted.manifest else { return Speaker::default() };
+        let name = format!("{instance}-{}", key.epoch);
+        let group =
+            self.context.cgroups.instance(&manifest.name, &name, &manifest.resources.unwrap_or_default());
+        let is_grouped = !group.cgroup2.is_empty() || !group.cgroup1.is_empty();
         let owner = users::resolve(&manifest.user, wanted.uid).ok().and_then(|run_as| run_as.ids);
-        if let Err(error) = self.notify.listen(&self.context.notify, instance, key, owner) {
-            warn!(%instance, %error, "its notify socket cannot be made, so it will not be seen ready");
-        }
+        Speaker { owner, group: is_grouped.then_some(name) }
     }
 
     fn check(&self, order: &ProbeOrder, supervisor: &Supervisor) -> Result<Option<Check>, String> {
@@ -420,7 +483,7 @@ impl Executor {
     fn start_job(&mut self, instance: InstanceId) {
         let Some(job) = self.queues.get(&instance).and_then(|queue| queue.front()).cloned() else { return };
         let (keeper, inputs, context) = (self.keeper.clone(), self.inputs.clone(), self.context.clone());
-        let making = self.making.clone();
+        let (making, ears) = (self.making.clone(), self.notify.ears());
         self.running.spawn(async move {
             match job {
                 Job::Prepare(preparation) => {
@@ -442,10 +505,28 @@ impl Executor {
                     }
                 }
                 Job::Sweep(key) => sweep(&keeper, &inputs, instance, key).await,
+                Job::Keep(name) => {
+                    // The next keeper gets it when the process is heard.
+                    let _lost = ears.keep(&keeper, name).await;
+                }
+                Job::LetGo(name) => {
+                    let request = pb::DropDescriptor { name: name.to_string() };
+                    keeper.tell(Request::DropDescriptor(request)).await;
+                }
             }
             Some(instance)
         });
     }
+}
+
+/// What the keeper does not know of a placement, and what has become empty with it.
+async fn tidy_cgroups(context: Arc<SpawnContext>, name: String) {
+    let tidied = tokio::task::spawn_blocking(move || {
+        context.cgroups.tidy(&name);
+        context.tell_of_unit();
+    });
+    // It fails only when the runtime is going down.
+    let _ended = tidied.await;
 }
 
 /// Also of artifacts that nobody needs any longer.
@@ -468,8 +549,25 @@ async fn prepare(
     let key = order.key;
     let made = making.spawn_blocking(move || context.prepare(instance, &order, &cutoff)).await;
     // Else the runtime is going down.
-    if let Ok(result) = made {
-        let _ending = inputs.send((instance, Input::Prepared { key, result })).await;
+    let Ok(made) = made else { return };
+    let result = match made {
+        Ok(unknown) => {
+            tell_unknown(inputs, instance, key, unknown).await;
+            Ok(())
+        }
+        Err(error) => Err(error),
+    };
+    let _ending = inputs.send((instance, Input::Prepared { key, result })).await;
+}
+
+async fn tell_unknown(
+    inputs: &mpsc::Sender<(InstanceId, Input)>,
+    instance: InstanceId,
+    key: ProcessKey,
+    names: BTreeSet<UnknownName>,
+) {
+    if !names.is_empty() {
+        let _ending = inputs.send((instance, Input::NamesUnknown { key, names })).await;
     }
 }
 
@@ -486,7 +584,10 @@ async fn spawn_process(
     let preparing = context.clone();
     let prepared = making.spawn_blocking(move || preparing.orders(instance, &order)).await;
     match prepared {
-        Ok(Ok(spawn)) => keeper.ask(Request::Spawn(spawn), Purpose::Spawn { instance, key }).await,
+        Ok(Ok((spawn, unknown))) => {
+            tell_unknown(inputs, instance, key, unknown).await;
+            keeper.ask(Request::Spawn(spawn), Purpose::Spawn { instance, key }).await;
+        }
         Ok(Err(error)) => {
             let _ending = inputs.send((instance, Input::SpawnFailed { key, error })).await;
         }

@@ -114,6 +114,11 @@ fn capabilities(cgroups: &Cgroups, root: bool) -> (Vec<String>, Vec<String>) {
             Place::Nowhere(why) => lacks.push(format!("{what}: {why}")),
         }
     }
+    if let Place::V1(_) = cgroups.place(Controller::Memory) {
+        let what =
+            "beyond resources.memory_soft memory is taken back only while the whole host is short of it";
+        lacks.push(format!("{what}: its memory controller is of cgroup v1"));
+    }
     match root {
         true => can.extend(["users", "private_tmp", "read_only", "capabilities"].map(str::to_owned)),
         false => lacks.extend(
@@ -174,6 +179,8 @@ mod tests {
         let facts = facts(&config, &cgroups, "127.0.0.1:7410".into());
         assert!(facts.cpu_millicores > 0 && facts.memory_bytes > 0, "{facts:?}");
         assert_eq!(facts.capabilities.iter().any(|c| c == "cgroup2"), cgroups.v2().is_ok());
+        let soft = facts.lacks.iter().any(|sentence| sentence.contains("memory_soft"));
+        assert_eq!(soft, matches!(cgroups.place(Controller::Memory), Place::V1(_)));
         for sentence in &facts.lacks {
             assert!(sentence.contains(": "), "a reason is missing: {sentence}");
         }

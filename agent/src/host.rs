@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nave_agent_core::directory::Directory;
 use nave_agent_core::supervisor::{Level, SignalError, SpawnError, SpawnErrorKind};
-use nave_agent_core::{Action, Input, Order, Reconciler, Supervisor, WallOffset};
+use nave_agent_core::{Action, Input, Order, ProcessKey, Reconciler, Supervisor, WallOffset};
 use nave_keeper::witness::Witness;
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use pb::hub_message::Message as FromHub;
 use pb::keeper_reply::Reply;
 use pb::ledger_record::Record;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -38,6 +38,7 @@ use crate::keeper::{CallError, KeeperEvent, Purpose};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::notes::Notes;
+use crate::notify::Said;
 use crate::proxy::Proxy;
 use crate::run::RunError;
 use crate::sequence::Sequencer;
@@ -55,8 +56,10 @@ const COUNT_CALLS: Duration = Duration::from_millis(10);
 pub(crate) struct Inbox {
     pub(crate) keeper: mpsc::Receiver<KeeperEvent>,
     pub(crate) hub: mpsc::Receiver<HubEvent>,
-    /// From probes, notify sockets and jobs.
+    /// From probes and jobs.
     pub(crate) inputs: mpsc::Receiver<(InstanceId, Input)>,
+    /// From the processes themselves.
+    pub(crate) said: mpsc::Receiver<Said>,
 }
 
 /// Who is told: the hub, a scrape, and who asks the agent itself.
@@ -73,6 +76,7 @@ enum Event {
     Keeper(KeeperEvent),
     Hub(HubEvent),
     Input(InstanceId, Input),
+    Said(Said),
     Timer,
     JobDone,
     /// Somebody here calls a service whose endpoints are not known.
@@ -88,6 +92,9 @@ impl Inbox {
         }
         if let Ok((instance, input)) = self.inputs.try_recv() {
             return Some(Event::Input(instance, input));
+        }
+        if let Ok(said) = self.said.try_recv() {
+            return Some(Event::Said(said));
         }
         self.hub.try_recv().ok().map(Event::Hub)
     }
@@ -120,6 +127,8 @@ pub(crate) struct HostTask {
     interest_due: bool,
     /// Calls under way to what drains, as the reconciler was told.
     calls: BTreeMap<InstanceId, u64>,
+    /// Who waits until what was said in this turn is in the ledger.
+    hearing: Vec<oneshot::Sender<()>>,
     /// Cancelled when all services are to end before the agent does.
     rest: CancellationToken,
     rests: bool,
@@ -159,6 +168,7 @@ impl HostTask {
             directory_refused: false,
             interest_due: true,
             calls: BTreeMap::new(),
+            hearing: Vec::new(),
             rest: CancellationToken::new(),
             rests: false,
         }
@@ -211,6 +221,7 @@ impl HostTask {
                 () = self.executor.job_done() => Event::JobDone,
                 () = self.directory.asks() => Event::Asked,
                 Some((instance, input)) = self.inbox.inputs.recv() => Event::Input(instance, input),
+                Some(said) = self.inbox.said.recv() => Event::Said(said),
                 Some(event) = self.inbox.hub.recv() => Event::Hub(event),
                 () = tokio::time::sleep(sleep) => Event::Timer,
             };
@@ -247,6 +258,10 @@ impl HostTask {
             self.onlookers.tell_proxy(&self.reconciler);
         }
         self.carry_out(work).await?;
+        for noted in self.hearing.drain(..) {
+            // Who waits no longer needs not know.
+            let _ended = noted.send(());
+        }
         stirred |= self.reconciler.take_stirred();
         if stirred {
             self.onlookers.tell_proxy(&self.reconciler);
@@ -276,6 +291,7 @@ impl HostTask {
                 }
                 self.input(instance, input, work);
             }
+            Event::Said(said) => self.said(said, work),
             Event::Keeper(event) => self.keeper_event(event, work)?,
             Event::Hub(event) => self.hub_event(event, work),
         }
@@ -287,10 +303,20 @@ impl HostTask {
         work.orders.extend(orders);
     }
 
+    fn said(&mut self, said: Said, work: &mut Work) {
+        let Said { instance, key, messages, noted } = said;
+        for message in messages {
+            self.input(instance, Input::Notify { key, message }, work);
+        }
+        self.hearing.push(noted);
+    }
+
     fn keeper_event(&mut self, event: KeeperEvent, work: &mut Work) -> Result<(), RunError> {
         match event {
             KeeperEvent::Exited(mut exit) => {
-                self.onlookers.exited(InstanceId(exit.instance_id), exit.epoch);
+                let instance = InstanceId(exit.instance_id);
+                self.onlookers.exited(instance, exit.epoch);
+                self.executor.ended(instance, ProcessKey { epoch: exit.epoch, attempt: exit.attempt });
                 self.metrics.process_exits.inc();
                 self.witness.lock().explain(&mut exit);
                 work.orders.extend(self.reconciler.exited(clock::monotonic(), &mut rand::rng(), *exit));
@@ -301,6 +327,7 @@ impl HostTask {
             }
             KeeperEvent::Answered { purpose: Purpose::Spawn { instance, key }, result } => {
                 work.orders.extend(self.sequencer.answered(instance));
+                let runs = matches!(*result, Ok(Reply::Spawned(_)));
                 let input = match *result {
                     Ok(Reply::Spawned(spawned)) => {
                         self.metrics.process_starts.inc();
@@ -314,6 +341,10 @@ impl HostTask {
                     other => Input::SpawnFailed { key, error: spawn_error(other) },
                 };
                 self.input(instance, input, work);
+                // Not before it is known to run: who says nothing yet is not heard.
+                if let Some(supervisor) = self.reconciler.supervisor(instance).filter(|_| runs) {
+                    self.executor.hear(instance, key, supervisor.wanted());
+                }
             }
             KeeperEvent::Answered { purpose: Purpose::Signal { instance, key, signal }, result } => {
                 work.orders.extend(self.sequencer.answered(instance));
@@ -326,12 +357,24 @@ impl HostTask {
                 Ok(Reply::Processes(list)) => self.keeper_processes(&list.processes, work),
                 other => return Err(RunError::KeeperList { message: format!("{other:?}") }),
             },
+            KeeperEvent::Answered { purpose: Purpose::OomKills, result } => self.oom_kills(*result, work),
         }
         Ok(())
     }
 
+    /// Kills that processes have outlived.
+    fn oom_kills(&mut self, answer: Result<Reply, CallError>, work: &mut Work) {
+        // An older keeper lays them to the process's own end.
+        let Ok(Reply::OomKills(told)) = answer else { return };
+        for pb::OutlivedOomKills { instance_id, epoch, attempt, kills, limit_bytes } in told.outlived {
+            let input = Input::OomOutlived { key: ProcessKey { epoch, attempt }, kills, limit_bytes };
+            self.input(InstanceId(instance_id), input, work);
+        }
+    }
+
     fn keeper_processes(&mut self, processes: &[pb::KeptProcess], work: &mut Work) {
-        if !self.reconciler.is_keeper_known() {
+        let is_first = !self.reconciler.is_keeper_known();
+        if is_first {
             let alive = processes.iter().filter(|process| !process.leftover).count();
             info!(processes = alive, "the keeper has said what it runs");
         }
@@ -346,9 +389,17 @@ impl HostTask {
         for supervisor in self.reconciler.supervisors() {
             if supervisor.state().process().is_some() {
                 let (instance, key) = (supervisor.instance(), supervisor.key());
-                self.executor.listen(instance, key, supervisor.wanted(), false);
+                self.executor.hear(instance, key, supervisor.wanted());
                 self.executor.watch_memory(instance, key, supervisor.wanted());
             }
+        }
+        if is_first {
+            let listed = processes.iter().map(|kept| {
+                let key = ProcessKey { epoch: kept.epoch, attempt: kept.attempt };
+                (InstanceId(kept.instance_id), key)
+            });
+            let known = self.reconciler.supervisors().map(|one| (one.instance(), one.key()));
+            self.executor.hear_only(&listed.chain(known).collect());
         }
     }
 
@@ -396,8 +447,9 @@ impl HostTask {
                     self.output.limit(&self.reconciler, &mut self.executor);
                 }
                 FromHub::ReportAcknowledged(acknowledged) => {
-                    let gone = self.uplink.acknowledged(acknowledged.sequence);
-                    work.orders.extend(self.reconciler.acknowledge_gone(&gone));
+                    let committed = self.uplink.acknowledged(acknowledged.sequence);
+                    self.reconciler.acknowledge_ends(&committed.ends);
+                    work.orders.extend(self.reconciler.acknowledge_gone(&committed.gone));
                 }
                 FromHub::Directory(update) => self.directory_told(update),
                 FromHub::CallersLeft(left) => {
@@ -544,7 +596,7 @@ impl HostTask {
                 self.executor.end_hook(instance, key, hook, wanted);
             }
             Action::Spawn(order) => {
-                self.executor.listen(instance, order.key, &order.wanted, true);
+                self.executor.prepare_to_hear(instance, order.key, &order.wanted);
                 if let Some(manifest) = &order.wanted.manifest {
                     self.output.begun(instance, order.key.epoch, manifest);
                 }

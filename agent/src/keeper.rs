@@ -74,6 +74,7 @@ pub(crate) enum Purpose {
     Spawn { instance: InstanceId, key: ProcessKey },
     Signal { instance: InstanceId, key: ProcessKey, signal: i32 },
     List,
+    OomKills,
 }
 
 /// Who gets the answer.
@@ -81,10 +82,13 @@ pub(crate) enum Purpose {
 enum Answer {
     Caller(oneshot::Sender<Result<Reply, CallError>>),
     /// With the descriptor that comes with a good answer.
-    Taker(oneshot::Sender<Result<OwnedFd, CallError>>),
+    Taker(oneshot::Sender<Result<Taken, CallError>>),
     MainLoop(Purpose),
     Nobody,
 }
+
+/// A descriptor that the keeper held, and what it has heard there.
+pub(crate) type Taken = (OwnedFd, Vec<u8>);
 
 /// A request on its way, with the descriptor that goes with it.
 #[derive(Debug)]
@@ -114,12 +118,27 @@ impl KeeperHandle {
 
     /// The keeper holds it under this name, instead of what it held there before.
     pub(crate) async fn store_descriptor(&self, name: String, descriptor: OwnedFd) -> Result<(), CallError> {
-        let request = Request::StoreDescriptor(pb::StoreDescriptor { name });
+        self.store_heard(name, None, descriptor).await
+    }
+
+    /// The same of a socket that processes of this placement speak into; the keeper hears them while there is no agent.
+    pub(crate) async fn store_heard(
+        &self,
+        name: String,
+        speaker: Option<pb::Speaker>,
+        descriptor: OwnedFd,
+    ) -> Result<(), CallError> {
+        let request = Request::StoreDescriptor(pb::StoreDescriptor { name, speaker });
         self.call_with(request, Some(descriptor)).await.map(|_| ())
     }
 
     /// Another end of what the keeper holds under this name.
     pub(crate) async fn take_descriptor(&self, name: String) -> Result<OwnedFd, CallError> {
+        self.take_heard(name).await.map(|(descriptor, _)| descriptor)
+    }
+
+    /// The same with what the keeper has heard there, where processes speak into it; it hears no more then.
+    pub(crate) async fn take_heard(&self, name: String) -> Result<Taken, CallError> {
         let (answer, answered) = oneshot::channel();
         let request = Request::TakeDescriptor(pb::TakeDescriptor { name });
         let asked = Asked { request, descriptor: None, answer: Answer::Taker(answer) };
@@ -290,9 +309,10 @@ async fn forward(
     }
     let Some(answer) = waiting.lock().remove(&message.id) else { return Ok(()) };
     let result = match reply {
-        Reply::Done(_) if matches!(answer, Answer::Taker(_)) => {
+        Reply::Done(done) if matches!(answer, Answer::Taker(_)) => {
             let Answer::Taker(taker) = answer else { return Ok(()) };
-            let _given_up = taker.send(descriptors.pop_front().ok_or(CallError::Lost));
+            let taken = descriptors.pop_front().map(|descriptor| (descriptor, done.heard));
+            let _given_up = taker.send(taken.ok_or(CallError::Lost));
             return Ok(());
         }
         Reply::Error(error) => Err(CallError::Refused(error)),
@@ -390,6 +410,9 @@ async fn next_message(
 }
 
 #[cfg(test)]
+pub(crate) mod shelf;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use tokio::io::AsyncReadExt as _;
@@ -482,10 +505,10 @@ mod tests {
                 let (reply, descriptor) = match request.request.unwrap() {
                     Request::Hello(_) => (Reply::Welcome(pb::KeeperWelcome::default()), None),
                     Request::TakeDescriptor(take) if take.name == "kept" => {
-                        (Reply::Done(pb::KeeperDone {}), received.descriptors.pop_back())
+                        (Reply::Done(pb::KeeperDone::default()), received.descriptors.pop_back())
                     }
                     Request::TakeDescriptor(_) => (Reply::Error(pb::KeeperError::default()), None),
-                    _ => (Reply::Done(pb::KeeperDone {}), None),
+                    _ => (Reply::Done(pb::KeeperDone::default()), None),
                 };
                 let frame = encode(&pb::KeeperReply { id: request.id, reply: Some(reply) }).unwrap();
                 match descriptor {

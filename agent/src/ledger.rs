@@ -275,7 +275,11 @@ mod tests {
         let Opened { mut ledger, lost_bytes, records } = Ledger::open(&path).unwrap();
         assert_eq!(lost_bytes, to_u64(second - first));
         ledger.append(vec![instance(3, 6)]).unwrap();
-        assert_eq!(read(&path), [instance(1, 7), instance(1, 9), instance(3, 6)], "the damage is passed over");
+        assert_eq!(
+            read(&path),
+            [instance(1, 7), instance(1, 9), instance(3, 6)],
+            "the damage is passed over"
+        );
         assert!(ledger.wants_rewrite());
         ledger.rewrite(&records).unwrap();
         assert!(!ledger.wants_rewrite());

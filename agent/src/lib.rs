@@ -28,6 +28,7 @@ mod metrics;
 mod nobody;
 mod notes;
 mod notify;
+mod oom;
 mod pressure;
 mod probes;
 mod provision;
@@ -37,6 +38,7 @@ mod sequence;
 mod sockets;
 mod uplink;
 
+pub use cgroups::services_unit;
 pub use config::{AgentConfig, ConfigError};
 pub use data_dir::DataDirError;
 pub use identity::IdentityError;

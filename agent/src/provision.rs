@@ -16,7 +16,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use nave_agent_core::env::arguments;
+use nave_agent_core::env::{UnknownName, arguments};
 use nave_proto::pb;
 use nix::unistd::{Gid, Uid, chown, fchown};
 
@@ -79,8 +79,8 @@ pub(crate) fn variables(
     variables
 }
 
-/// Fetches artifacts, then makes files and secrets of one start, after taking away those of the last. `owner`: the service's user and group,
-/// when it has one of its own. Returns the names that templates asked for and nobody knows.
+/// Fetches artifacts, then makes files and secrets of one start, after taking away those of the last. `owner`: the
+/// service's user and group, when it has one of its own. Returns the names that templates asked for and nobody knows.
 pub(crate) fn provide(
     artifacts: &Artifacts,
     cutoff: &Cutoff,
@@ -88,7 +88,7 @@ pub(crate) fn provide(
     manifest: &pb::Manifest,
     env: &BTreeMap<String, String>,
     owner: Option<(u32, u32)>,
-) -> Result<BTreeSet<String>, ProvisionError> {
+) -> Result<BTreeSet<UnknownName>, ProvisionError> {
     let fetched: Vec<(&str, PathBuf)> = manifest
         .artifacts
         .iter()
@@ -127,6 +127,18 @@ pub(crate) fn provide(
     Ok(unknown)
 }
 
+/// Reads what a start would read from this host, and keeps nothing of it: the start would fail as this does.
+pub(crate) fn look(order: &pb::FetchOrder) -> Result<(), ProvisionError> {
+    env_file::read_all(&order.env_files)?;
+    for (name, source) in &order.secrets {
+        read_secret(name, source)?;
+    }
+    for file in &order.files {
+        content(file, &BTreeMap::new(), &mut BTreeSet::new())?;
+    }
+    Ok(())
+}
+
 fn provide_secrets(
     folder: &Path,
     manifest: &pb::Manifest,
@@ -138,8 +150,7 @@ fn provide_secrets(
     let made = |e: io::Error| ProvisionError::io("its secrets cannot be made:", folder, &e);
     secrets::make(folder).map_err(made)?;
     for (name, source) in &manifest.secrets {
-        // The path is the operator's; what is in the file is nobody's business.
-        let content = read_host_file(&format!("secret {name}:"), Path::new(source), SECRET_BYTES_MAX)?;
+        let content = read_secret(name, source)?;
         write_file(&folder.join(name), &content, SECRET_MODE, owner)
             .map_err(|e| ProvisionError::io("secret", Path::new(name), &e))?;
     }
@@ -147,6 +158,11 @@ fn provide_secrets(
         chown(folder, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(|e| made(e.into()))?;
     }
     Ok(())
+}
+
+/// The path is the operator's; what is in the file is nobody's business.
+fn read_secret(name: &str, source: &str) -> Result<Vec<u8>, ProvisionError> {
+    read_host_file(&format!("secret {name}:"), Path::new(source), SECRET_BYTES_MAX)
 }
 
 /// Takes all of it away.
@@ -160,9 +176,10 @@ pub(crate) fn remove(run: &Path) -> io::Result<()> {
 fn content(
     file: &pb::File,
     env: &BTreeMap<String, String>,
-    unknown: &mut BTreeSet<String>,
+    unknown: &mut BTreeSet<UnknownName>,
 ) -> Result<Vec<u8>, ProvisionError> {
-    let what = format!("file {}:", file.path);
+    let place = format!("file {}", file.path);
+    let what = format!("{place}:");
     let bytes = match file.source.as_str() {
         "" => file.content.clone().into_bytes(),
         source => read_host_file(&what, Path::new(source), FILE_BYTES_MAX)?,
@@ -176,7 +193,7 @@ fn content(
             format!("{what} is not text in UTF-8; set template = false to take it as it is"),
         )
     })?;
-    let mut expanded = arguments(&[text], env);
+    let mut expanded = arguments(&place, &[text], env);
     unknown.append(&mut expanded.unknown);
     Ok(expanded.value.pop().unwrap_or_default().into_bytes())
 }
@@ -277,7 +294,8 @@ mod tests {
         for _start in 0..2 {
             let unknown =
                 provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), own).unwrap();
-            assert_eq!(unknown, ["NOBODY".to_owned()].into());
+            let asked = UnknownName { place: "file taken".into(), name: "NOBODY".into() };
+            assert_eq!(unknown, [asked].into());
         }
         let read = |path: &str| std::fs::read_to_string(run.join(path)).unwrap();
         assert_eq!(read("files/conf/app.toml"), "port = 20001\n");
@@ -331,5 +349,37 @@ mod tests {
         let error = provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), None)
             .unwrap_err();
         assert!(error.message.ends_with("is not a file"), "{error}");
+    }
+
+    #[test]
+    fn what_a_start_would_lack_is_found_before_in_the_same_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let (run, secrets) = (dir.path().join("i-1"), dir.path().join("secrets/i-1"));
+        let [there, absent] = ["there", "absent"].map(|name| dir.path().join(name).display().to_string());
+        std::fs::write(&there, "A=1\n").unwrap();
+        let source = |path: &str| pb::File { source: path.to_owned(), ..file("a", "") };
+        let order = |env_file: &str, secret: &str, file: &str| pb::FetchOrder {
+            env_files: vec![env_file.to_owned()],
+            secrets: [("password".to_owned(), secret.to_owned())].into(),
+            files: vec![source(file)],
+            ..pb::FetchOrder::default()
+        };
+        look(&order(&there, &there, &there)).unwrap();
+        assert!(!run.exists() && !secrets.exists(), "nothing is kept");
+        let error = look(&order(&absent, &there, &there)).unwrap_err();
+        assert_eq!(Err(error), env_file::read_all(std::slice::from_ref(&absent)).map(drop));
+        for order in [order(&there, &absent, &there), order(&there, &there, &absent)] {
+            let manifest = pb::Manifest {
+                secrets: order.secrets.clone(),
+                files: order.files.clone(),
+                ..pb::Manifest::default()
+            };
+            let started =
+                provide(&none(), &Cutoff::default(), places(&run, &secrets), &manifest, &env(), None);
+            assert_eq!(look(&order).unwrap_err(), started.unwrap_err());
+        }
+        std::fs::write(&there, b"A=\xff\n").unwrap();
+        let error = look(&order(&there, &there, &there)).unwrap_err();
+        assert!(error.message.ends_with("is not text in UTF-8"), "{error}");
     }
 }

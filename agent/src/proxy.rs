@@ -108,8 +108,8 @@ pub(crate) struct ProxyConfig {
     pub(crate) notes: Notes,
     /// With which other agents know this one; none: there are no other hosts.
     pub(crate) credentials: Option<Credentials>,
-    /// This host's name, and the directory of all its services' cgroups if there is one.
-    pub(crate) attest: (String, Option<PathBuf>),
+    /// This host's name, and the directories of all its services' cgroups if there are any.
+    pub(crate) attest: (String, Vec<PathBuf>),
 }
 
 /// For everybody who has to say something to the proxy. No method waits, but those that say so.

@@ -26,10 +26,10 @@ use crate::config::{AgentConfig, ConfigError};
 use crate::data_dir::{DataDir, DataDirError, check_format};
 use crate::directory::{DirectoryHandle, Store, Ways};
 use crate::dns::{Begun, Naming};
-use crate::executor::Executor;
 use crate::executor::directories::Directories;
 use crate::executor::spawn::SpawnContext;
 use crate::executor::users;
+use crate::executor::{Executor, Tells};
 use crate::facts;
 use crate::firewall::{FirewallTask, Told};
 use crate::host::{HostTask, Inbox, Outbox};
@@ -39,7 +39,8 @@ use crate::keeper::{self, KeeperError};
 use crate::ledger::{Ledger, LedgerError, Opened};
 use crate::metrics::{self, Metrics};
 use crate::notes::Notes;
-use crate::notify::NotifySockets;
+use crate::notify::{Ears, NotifySockets};
+use crate::oom;
 use crate::provision::secrets;
 use crate::proxy::{AccessLog, Proxy, ProxyConfig, Recent, Records, Routes};
 use crate::sockets::Sockets;
@@ -51,6 +52,8 @@ const KEEPER_EVENTS: usize = 256;
 const HUB_EVENTS: usize = 16;
 /// Probe results of some hundred instances within a turn.
 const INPUTS: usize = 256;
+/// What as many processes say within a turn; each waits with its next word until the last is noted.
+const SAID: usize = 256;
 /// The name server's port, when another program had it.
 const RETRY_NAMES: Duration = Duration::from_secs(10);
 /// Its service manager starts it again within a second or two; one that was upgraded is there at once. The keeper gives
@@ -156,6 +159,8 @@ pub async fn run(
 #[derive(Debug, Default)]
 struct Lasting {
     sockets: Sockets,
+    /// What processes say into how they are.
+    ears: Ears,
     /// One for all: the proxy's certificate is the one that is renewed.
     identity: Option<Arc<Identity>>,
     routes: Routes,
@@ -207,7 +212,7 @@ impl Lasting {
             records: self.records.clone(),
             notes: self.notes.clone(),
             credentials: Some(identity.credentials.clone()),
-            attest: (name.to_owned(), cgroups.folder()),
+            attest: (name.to_owned(), cgroups.folders()),
         };
         let proxy = Proxy::start(proxy_config, shutdown.clone()).map_err(RunError::Proxy)?;
         Ok(self.proxy.insert(proxy).clone())
@@ -310,7 +315,9 @@ async fn with_keeper(
         notify,
         closed.map(Path::to_owned),
     )
-    .with_ways(ways.clone(), resolver);
+    .with_ways(ways.clone(), resolver)
+    .with_notes(lasting.notes.clone());
+    context.tell_of_unit();
 
     let Opened { mut ledger, mut records, lost_bytes } = Ledger::open(&data.ledger())?;
     if lost_bytes > 0 {
@@ -327,7 +334,9 @@ async fn with_keeper(
     }
     let reconciler = Reconciler::restore(&boot_id, records, clock::monotonic());
     if reconciler.is_doubtful() {
-        info!("what this host is to run is not known: nothing is started or stopped until the hub has said it");
+        info!(
+            "what this host is to run is not known: nothing is started or stopped until the hub has said it"
+        );
     }
     let (_, generation) = reconciler.generation();
     let known = reconciler.supervisors().count();
@@ -372,10 +381,20 @@ async fn with_keeper(
         Ok(())
     });
 
+    let (looking, ends) = (oom::watch(keeper.clone()), shutdown.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            () = looking => Err(RunError::Task("looking for kills".to_owned())),
+            () = ends.cancelled() => Ok(()),
+        }
+    });
+
     let (inputs, input_inbox) = mpsc::channel(INPUTS);
-    let executor = Executor::new(context.into(), keeper.clone(), config.port_min..=config.port_max, inputs);
+    let (said, said_inbox) = mpsc::channel(SAID);
+    let (ports, ears) = (config.port_min..=config.port_max, lasting.ears.clone());
+    let executor = Executor::new(context.into(), keeper.clone(), ports, ears, Tells { inputs, said });
     let uplink = Uplink::new(Hello { cluster, host, facts, run_id: run_id() });
-    let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox };
+    let inbox = Inbox { keeper: keeper_inbox, hub: hub_inbox, inputs: input_inbox, said: said_inbox };
     lasting.notes.repeat();
     let outbox = Outbox { uplink, metrics, shown, notes: lasting.notes.clone() };
     let main = HostTask::new(reconciler, ledger, executor, inbox, outbox, directory);

@@ -36,6 +36,22 @@ struct InFlight {
     sent: Monotonic,
 }
 
+/// What the hub has for good.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Committed {
+    /// They need not be said again.
+    pub(crate) gone: Vec<InstanceId>,
+    /// Of each of these instances all ends up to that number.
+    pub(crate) ends: Vec<(InstanceId, u64)>,
+}
+
+impl From<InFlight> for Committed {
+    fn from(report: InFlight) -> Self {
+        let newest = |one: &pb::InstanceReport| Some((InstanceId(one.instance_id), one.ends.last()?.number));
+        Self { gone: report.gone, ends: report.reports.values().filter_map(newest).collect() }
+    }
+}
+
 #[derive(Debug)]
 struct Open {
     outgoing: mpsc::Sender<pb::AgentMessage>,
@@ -161,13 +177,12 @@ impl Uplink {
         }
     }
 
-    /// The hub has committed a report; these instances of it are gone for good.
-    pub(crate) fn acknowledged(&mut self, sequence: u64) -> Vec<InstanceId> {
-        let Some(open) = &mut self.open else { return Vec::new() };
-        match open.in_flight.take_if(|report| report.sequence == sequence) {
-            Some(report) => report.gone,
-            None => Vec::new(), // of a report that was repeated since
-        }
+    /// The hub has committed a report.
+    pub(crate) fn acknowledged(&mut self, sequence: u64) -> Committed {
+        let open = self.open.as_mut();
+        let report = open.and_then(|open| open.in_flight.take_if(|report| report.sequence == sequence));
+        // None: of a report that was repeated since.
+        report.map(Committed::from).unwrap_or_default()
     }
 
     /// Says what is new. Called after each turn, when the ledger has it.
@@ -319,7 +334,7 @@ mod tests {
         let Some(Message::Report(again)) = next(&mut sent) else { panic!("no report") };
         assert!(again.full && again.instances.len() == 2 && again.sequence == 2, "{again:?}");
 
-        assert!(uplink.acknowledged(1).is_empty(), "an older sequence acknowledges nothing");
+        assert_eq!(uplink.acknowledged(1), Committed::default(), "an older sequence acknowledges nothing");
         assert!(uplink.next_wake().is_some());
         uplink.acknowledged(2);
         assert_eq!(uplink.next_wake(), None);
@@ -358,6 +373,6 @@ mod tests {
             let gone = report(&mut sent).unwrap();
             assert_eq!((gone.gone, gone.instances.len()), (vec![1], 0), "session {session}");
         }
-        assert_eq!(uplink.acknowledged(2), [InstanceId(1)]);
+        assert_eq!(uplink.acknowledged(2).gone, [InstanceId(1)]);
     }
 }

@@ -451,7 +451,7 @@ pub(crate) struct AgentCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum AgentVerb {
-    /// Write the systemd unit that runs keeper and agent
+    /// Write the systemd units of keeper and agent, and of the services
     Install(AgentInstall),
     /// Replace the program of the keeper and agent that run here; services go on
     Upgrade(AgentUpgrade),
@@ -464,10 +464,10 @@ pub(crate) enum AgentVerb {
 pub(crate) struct AgentInstall {
     #[command(flatten)]
     pub(crate) agent: Agent,
-    /// Where the unit goes
+    /// Where the agent's unit goes; that of the services goes beside it
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, default_value = "/etc/systemd/system/nave-agent.service")]
     pub(crate) unit: PathBuf,
-    /// Print it instead
+    /// Print them instead
     #[arg(long)]
     pub(crate) print: bool,
 }

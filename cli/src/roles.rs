@@ -35,7 +35,7 @@ pub(crate) fn before_everything() -> Option<ExitCode> {
     match arguments.next()?.to_str()? {
         "exec-stub" => nave_keeper::exec_stub_main(),
         "exec-check" => nave_keeper::exec_check_main(),
-        "artifact-stub" => Some(nave_agent::artifact_stub_main(arguments)),
+        "artifact-stub" => Some(nave_agent::artifact_stub_main(arguments, std::env::var_os("SSL_CERT_FILE"))),
         "agent" => {
             let args = plain_agent_args(arguments)?;
             Some(match keeper(&args) {

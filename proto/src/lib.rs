@@ -34,7 +34,7 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 /// The newest command format that this build knows; it rises when a new command number is added, or when a command is to
 /// be applied in another way. What is written into the log is of the format that all members know. A member that meets a
 /// later one stops and names both (see `command.proto`).
-pub const COMMAND_FORMAT: u32 = 7;
+pub const COMMAND_FORMAT: u32 = 9;
 
 /// Among the capabilities of a host: its agent knows `WantedInstance.fetch` and reports what became of it.
 pub const FETCHES_AHEAD: &str = "fetch_ahead";

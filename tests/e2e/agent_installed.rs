@@ -1,15 +1,16 @@
-//! Promise: `nave agent install` writes a unit that systemd accepts and under which services outlive the agent.
+//! Promise: `nave agent install` writes units that systemd accepts and under which services outlive the agent.
 
 use std::process::Command;
 
 use nave_tests::nave;
 
 #[test]
-fn the_unit_is_one_that_systemd_accepts() {
+fn the_units_are_such_that_systemd_accepts_them() {
     let dir = tempfile::tempdir().expect("a folder");
     let config = dir.path().join("agent 1.toml");
     std::fs::write(&config, "data_dir = \"data\"\njoin = [\"127.0.0.1:7400\"]\n").expect("it can be written");
     let unit = dir.path().join("nave-agent.service");
+    let services = dir.path().join("nave-services.service");
     let words = |more: &[&'static str]| {
         let paths = [config.to_str(), unit.to_str()].map(|path| path.expect("plain names").to_owned());
         let [config, unit] = paths;
@@ -23,16 +24,21 @@ fn the_unit_is_one_that_systemd_accepts() {
         nave::run(None, &words.iter().map(String::as_str).collect::<Vec<_>>(), None)
     };
     let printed = run(&["--print"]).expect(0);
-    assert!(!unit.exists(), "printing writes nothing");
+    assert!(!unit.exists() && !services.exists(), "printing writes nothing");
     run(&[]).expect(0);
     run(&[]).expect(0);
-    let text = std::fs::read_to_string(&unit).expect("it is there");
-    assert_eq!(text, printed.stdout);
-    for line in ["Delegate=yes", "KillMode=process", "Restart=always"] {
+    let [text, of_services] =
+        [&unit, &services].map(|unit| std::fs::read_to_string(unit).expect("it is there"));
+    let both = format!("# {}\n{text}# {}\n{of_services}", unit.display(), services.display());
+    assert_eq!(both, printed.stdout);
+    for line in ["Delegate=yes", "KillMode=process", "Restart=always", "PartOf=nave-services.service"] {
         assert!(text.lines().any(|other| other == line), "{text}");
     }
+    for line in ["Delegate=yes", "ExitType=cgroup", "OOMPolicy=continue"] {
+        assert!(of_services.lines().any(|other| other == line), "{of_services}");
+    }
     assert!(text.contains("agent --config \"/"), "an absolute path, quoted: {text}");
-    match Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit).output() {
+    match Command::new("systemd-analyze").args(["verify", "--man=no"]).args([&unit, &services]).output() {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(output.status.success() && said.is_empty(), "{said}");
@@ -40,12 +46,15 @@ fn the_unit_is_one_that_systemd_accepts() {
         Err(_) => skipped(),
     }
 
-    std::fs::write(&unit, "[Unit]\n").expect("it can be written");
-    let refused = run(&[]).expect(1);
-    assert!(refused.text().contains("not one of ours"), "{}", refused.text());
+    for theirs in [&unit, &services] {
+        std::fs::write(theirs, "[Unit]\n").expect("it can be written");
+        let refused = run(&[]).expect(1);
+        assert!(refused.text().contains("not one of ours"), "{}", refused.text());
+        std::fs::remove_file(theirs).expect("it can be removed");
+    }
 }
 
 #[expect(clippy::print_stderr, reason = "says that a part was not tested")]
 fn skipped() {
-    eprintln!("systemd-analyze is not there: the unit was not verified");
+    eprintln!("systemd-analyze is not there: the units were not verified");
 }

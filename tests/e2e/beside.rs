@@ -124,17 +124,27 @@ fn files_variables_secrets_and_data_are_there_and_the_secret_is_nowhere_else() {
     // It goes with the instance.
     cluster.nave(&["restart", "db"]).expect(0);
     eventually("the secrets of the old instance are gone", SOON, || !secrets.exists());
-    cluster.wait_ready("db", 1);
+    said("start 3 of version 2");
+    let row = cluster.wait_ready("db", 1).remove(0);
 
-    // What is not there is the reason, by its name.
-    std::fs::remove_file(given.join("password")).expect("removed");
+    // What is not there is the reason, by its name, and nothing is stopped for it.
+    let (here, away) = (given.join("password"), given.join("away"));
+    std::fs::rename(&here, &away).expect("moved");
     cluster.nave(&["restart", "db"]).expect(0);
     eventually("the missing secret is the reason", SOON, || {
-        cluster
-            .ps("db")
-            .iter()
-            .any(|row| row["reason"].as_str().is_some_and(|why| why.contains("secret password:")))
+        let status = cluster.nave(&["status", "db"]).stdout;
+        status.contains("cannot fetch what version 4 needs: secret password:")
     });
+    let still = cluster.wait_ready("db", 1).remove(0);
+    assert_eq!((&still["id"], &still["pid"]), (&row["id"], &row["pid"]), "it runs on");
+    std::fs::rename(&away, &here).expect("moved back");
+    said("start 4 of version 2");
+
+    // Applied again it has another user, and its data is that user's own.
+    cluster.nave(&["delete", "db"]).expect(0);
+    eventually("it is gone", SOON, || !cluster.nave(&["services"]).stdout.contains("db"));
+    cluster.apply(&manifest(&given, 3), &["--wait"]).expect(0);
+    said("start 5 of version 3");
 }
 
 fn environment(pid: u64, name: &str) -> PathBuf {
@@ -225,14 +235,18 @@ fn sha256(path: &Path) -> String {
     String::from_utf8_lossy(&output.stdout).split(' ').next().expect("a sum").to_owned()
 }
 
-/// The processes that fetch from there.
-fn fetchers(url: &str) -> Vec<u32> {
+/// The processes that fetch for this agent. What they fetch from is nowhere for others to read.
+fn fetchers(agent: u32, url: &str) -> Vec<u32> {
     let entries = std::fs::read_dir("/proc").expect("it is there").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let fetches = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<_> = line.split(|byte| *byte == 0).collect();
-        words.contains(&&b"artifact-stub"[..]) && words.contains(&url.as_bytes())
+        let line = String::from_utf8_lossy(&line);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+        let is_its = line.contains("artifact-stub\0fetch") && parent == Some(agent);
+        assert!(!is_its || !line.contains(url), "its arguments name the URL: {line}");
+        is_its
     };
     pids.filter(fetches).collect()
 }
@@ -309,13 +323,14 @@ sha256 = "{sum}"
     });
     // An agent that ends leaves nobody behind who fetches, and the next one begins anew.
     let url = format!("http://{}/x", silent.local_addr().expect("an address"));
-    let fetching = || fetchers(&url).first().copied();
-    let fetcher = eventually_some("somebody who fetches it", SOON, fetching);
+    let fetching = |agent: u32| fetchers(agent, &url).first().copied();
     let before = cluster.agents[0].agent_pid();
+    let fetcher = eventually_some("somebody who fetches it", SOON, || fetching(before));
     send(before, Signal::SIGTERM);
     eventually("the agent has ended", SOON, || !alive(before));
     assert!(!alive(fetcher), "what it had begun ended with it");
-    eventually("the next one fetches", SOON, || fetching().is_some());
+    let next = cluster.agents[0].agent_pid();
+    eventually("the next one fetches", SOON, || fetching(next).is_some());
     cluster.nave(&["delete", "late"]).expect(0);
     eventually("nobody waits for the end of that", SOON, || cluster.ps("late").is_empty());
     let cache = std::fs::read_dir(cluster.agents[0].dir.join("data/cache")).expect("it is there");
@@ -350,7 +365,7 @@ fn one_that_has_to_stop_first_runs_on_until_its_successor_can_start() {
     cluster.apply(&with_tool("second", &good, ""), &[]).expect(0);
     eventually("it is said what is waited for", SOON, || {
         let status = cluster.nave(&["status", "web"]).stdout;
-        status.contains("runs on until") && status.contains("artifacts of version 2")
+        status.contains("runs on until") && status.contains("what version 2 needs")
     });
     let rows = cluster.ps("web");
     assert_eq!(rows.len(), 1, "{rows:?}");
@@ -385,7 +400,7 @@ fn one_that_has_to_stop_first_runs_on_until_its_successor_can_start() {
 
     let bad = with_tool("third", &"0".repeat(64), "[update]\nprogress_deadline = \"3s\"\n");
     let said = cluster.apply(&bad, &["--wait"]).expect(1).text();
-    for part in ["reverted to version 2", "cannot fetch the artifacts of version 3: artifact tool:", &good] {
+    for part in ["reverted to version 2", "cannot fetch what version 3 needs: artifact tool:", &good] {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert!(answers("second"));

@@ -96,6 +96,81 @@ fn following_has_no_gap_and_no_repeat_through_rotation_and_the_end_of_the_agent(
     assert!(none.stdout.is_empty() && none.stderr.contains("nothing in that time"), "{}", none.stderr);
 }
 
+/// Says once where it is in its history, on a host.
+fn mover(turn: usize, host: &str) -> String {
+    format!(
+        "name = \"mover\"\ncommand = [\"sh\", \"-c\", \"echo this is turn $TURN.; exec sleep infinity\"]\n\
+         env = {{ TURN = \"{turn}\" }}\n\n[placement]\nconstraints = ['host = \"{host}\"']\n"
+    )
+}
+
+#[test]
+fn what_was_written_before_a_move_is_found_and_followed_when_no_event_tells_of_it() {
+    let mut cluster = Cluster::start(&Setup { members: 1, agents: 2 });
+    cluster.apply(&mover(1, "agent-1"), &["--wait"]).expect(0);
+    let first = cluster.wait_ready("mover", 1)[0]["id"].as_str().expect("an id").to_owned();
+    let events = || cluster.nave(&["events", "--service", "mover", "--tail", "1000"]).expect(0).stdout;
+    assert!(events().contains("agent-1"), "{}", events());
+    let mut turn = 1;
+    while events().contains("agent-1") {
+        turn += 1;
+        assert!(turn < 60, "the events of a service are few: {}", events());
+        cluster.apply(&mover(turn, "agent-2"), &["--wait"]).expect(0);
+    }
+    let all = cluster.nave(&["logs", "mover"]).expect(0).stdout;
+    assert!(all.contains("this is turn 1.") && all.contains(&format!("turn {turn}.")), "{all}");
+    let of_first = cluster.nave(&["logs", "mover", "--instance", &first]).expect(0).stdout;
+    assert_eq!(of_first, "this is turn 1.\n");
+
+    let never = cluster.nave(&["logs", "mover", "--instance", "i-999999"]).expect(1);
+    assert!(never.stderr.contains("no instance i-999999 of mover"), "{}", never.stderr);
+    let followed = cluster.nave(&["logs", "mover", "--instance", "i-999999", "-f"]).expect(1);
+    assert!(followed.stderr.contains("no instance i-999999 of mover"), "{}", followed.stderr);
+    let nowhere = cluster.nave(&["logs", "mever"]).expect(1).stderr;
+    assert!(nowhere.contains("no service \"mever\"") && nowhere.contains("did you mean mover"), "{nowhere}");
+
+    // A follower reads a host that has no instance once, and follows it as soon as it has one.
+    let seen = cluster.dir().join("followed");
+    let mut follow = Command::new(nave::binary());
+    follow.args(["logs", "mover", "-f", "--context"]).arg(cluster.context());
+    let mut follow = Process::start("a follower", &mut follow, &seen).expect("it starts");
+    let times = |turn: usize| {
+        let text = std::fs::read_to_string(&seen).unwrap_or_default();
+        text.matches(&format!("this is turn {turn}.")).count()
+    };
+    eventually("what was written before is followed", SOON, || times(1) == 1 && times(turn) == 1);
+    cluster.apply(&mover(turn + 1, "agent-1"), &["--wait"]).expect(0);
+    eventually("and what is written where nothing was", SOON, || times(turn + 1) == 1);
+    assert_eq!(times(1), 1);
+    follow.kill();
+
+    crate::hosts_lost::power_off(&mut cluster, 0);
+    let without = cluster.nave(&["logs", "mover", "--grep", "turn 1."]).expect(1);
+    assert!(without.stderr.contains("agent-1") && !without.stderr.contains("nothing"), "{}", without.stderr);
+}
+
+#[test]
+fn a_long_line_is_one_and_the_tail_is_of_the_stream_that_is_asked_for() {
+    let cluster = Cluster::start(&Setup { members: 1, agents: 1 });
+    let manifest = r#"
+name = "long"
+command = ["sh", "-c", '''echo aside 1 >&2; echo aside 2 >&2; head -c 20000 /dev/zero | tr "\0" x; echo; echo end; exec sleep infinity''']
+"#;
+    cluster.apply(manifest, &["--wait"]).expect(0);
+    let long = "x".repeat(20_000);
+    let printed = |line: &str| line.rsplit(" | ").next().map(str::to_owned).unwrap_or_default();
+    let lines = |args: &[&str]| -> Vec<String> {
+        let all: Vec<&str> = ["logs", "long"].into_iter().chain(args.iter().copied()).collect();
+        cluster.nave(&all).expect(0).stdout.lines().map(printed).collect()
+    };
+    eventually("all is written", SOON, || lines(&[]).len() == 4);
+    assert_eq!(lines(&["--stream", "stdout"]), [long.as_str(), "end"]);
+    assert_eq!(lines(&["--stream", "stdout", "--tail", "2"]), [long.as_str(), "end"]);
+    assert_eq!(lines(&["--stream", "stderr", "--tail", "1"]), ["aside 2"]);
+    // Longer than any part.
+    assert_eq!(lines(&["--grep", &long[..18_000]]), [long.as_str()]);
+}
+
 /// The numbers in a follower's output, whole lines only.
 fn counted(seen: &Path) -> Vec<usize> {
     let text = std::fs::read_to_string(seen).unwrap_or_default();

@@ -12,6 +12,7 @@ mod between_hosts;
 mod brake;
 mod callers;
 mod cloned_host;
+mod damaged_files;
 mod deploy_and_serve;
 mod dev;
 mod drain;

@@ -32,7 +32,14 @@ pub struct EnvironmentInput<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expanded<T> {
     pub value: T,
-    pub unknown: BTreeSet<String>,
+    pub unknown: BTreeSet<UnknownName>,
+}
+
+/// A name without a value, and where somebody wrote it, for people: `command`, `env URL`, `file app.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnknownName {
+    pub place: String,
+    pub name: String,
 }
 
 /// The whole environment. The manifest's own variables win over the defaults, but not over `NAVE_*`. They may name
@@ -89,7 +96,7 @@ fn resolve(
     own: &BTreeMap<String, String>,
     base: &BTreeMap<String, String>,
     open: &mut Vec<String>,
-    unknown: &mut BTreeSet<String>,
+    unknown: &mut BTreeSet<UnknownName>,
 ) -> Option<String> {
     let own_value =
         own.get(name).filter(|_| !name.starts_with("NAVE_") && !open.iter().any(|one| one == name));
@@ -98,7 +105,7 @@ fn resolve(
     let value = expand(text, |inner| {
         let value = resolve(inner, own, base, open, unknown);
         if value.is_none() {
-            unknown.insert(inner.to_owned());
+            unknown.insert(UnknownName { place: format!("env {name}"), name: inner.to_owned() });
         }
         value
     });
@@ -106,9 +113,13 @@ fn resolve(
     Some(value)
 }
 
-/// The arguments, expanded from the environment the process will have.
+/// The arguments, expanded from the environment the process will have. `place`: see [`UnknownName`].
 #[must_use]
-pub fn arguments(command: &[String], environment: &BTreeMap<String, String>) -> Expanded<Vec<String>> {
+pub fn arguments(
+    place: &str,
+    command: &[String],
+    environment: &BTreeMap<String, String>,
+) -> Expanded<Vec<String>> {
     let mut unknown = BTreeSet::new();
     let value = command
         .iter()
@@ -116,7 +127,7 @@ pub fn arguments(command: &[String], environment: &BTreeMap<String, String>) -> 
             expand(argument, |name| {
                 let value = environment.get(name).cloned();
                 if value.is_none() {
-                    unknown.insert(name.to_owned());
+                    unknown.insert(UnknownName { place: place.to_owned(), name: name.to_owned() });
                 }
                 value
             })
@@ -166,6 +177,11 @@ fn is_name(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn unknown<const N: usize>(names: [(&str, &str); N]) -> BTreeSet<UnknownName> {
+        let owned = |(place, name): (&str, &str)| UnknownName { place: place.into(), name: name.into() };
+        names.map(owned).into()
+    }
 
     fn built(env: &[(&str, &str)], ports: &[(&str, u16)]) -> Expanded<BTreeMap<String, String>> {
         let pairs = env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
@@ -224,14 +240,14 @@ mod tests {
         assert_eq!(built.value["URL"], "http://127.0.0.1:20002/");
         assert_eq!(built.value["NAVE_SERVICE"], "web");
         assert_eq!(built.value["LEFT"], "${NOBODY}");
-        assert_eq!(built.unknown, BTreeSet::from(["NOBODY".to_owned()]));
+        assert_eq!(built.unknown, unknown([("env LEFT", "NOBODY")]));
     }
 
     #[test]
     fn a_circle_ends_and_is_reported() {
         let built = built(&[("A", "${B}"), ("B", "${A}")], &[]);
         assert_eq!(built.value["A"], "${A}");
-        assert_eq!(built.unknown, BTreeSet::from(["A".to_owned(), "B".to_owned()]));
+        assert_eq!(built.unknown, unknown([("env A", "B"), ("env B", "A")]));
     }
 
     #[test]
@@ -252,10 +268,10 @@ mod tests {
             ("grün ${PORT}", "grün 8080"),
         ];
         for (text, expected) in table {
-            let got = arguments(&[text.to_owned()], &environment);
+            let got = arguments("command", &[text.to_owned()], &environment);
             assert_eq!(got.value, [expected], "{text}");
         }
-        let got = arguments(&["${NOPE}".to_owned()], &environment);
-        assert_eq!(got.unknown, BTreeSet::from(["NOPE".to_owned()]));
+        let got = arguments("command", &["${NOPE}".to_owned()], &environment);
+        assert_eq!(got.unknown, unknown([("command", "NOPE")]));
     }
 }

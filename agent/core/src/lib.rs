@@ -13,8 +13,10 @@ pub mod env;
 mod monotonic;
 pub mod ports;
 mod reconciler;
+mod shortage;
 pub mod supervisor;
 
 pub use monotonic::{Monotonic, WallOffset};
 pub use reconciler::{NeedWhole, Order, Reconciler, StaleWanted};
+pub use shortage::{Look, Shortage};
 pub use supervisor::{Action, Input, ProcessKey, SpawnOrder, Supervisor};

@@ -11,6 +11,7 @@ mod needed;
 mod restore;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
@@ -18,6 +19,9 @@ use rand::Rng;
 
 use crate::monotonic::{Monotonic, WallOffset};
 use crate::supervisor::{Action, Input, ProcessKey, SpawnErrorKind, Supervisor, unwanted};
+
+/// Between two looks of one that waits until few enough others are down.
+const TURN_AGAIN: Duration = Duration::from_secs(1);
 
 /// An action and the instance it is for; 0 for [`Action::AcknowledgeExits`], which is for none.
 #[derive(Debug, Clone, PartialEq)]
@@ -423,6 +427,23 @@ impl Reconciler {
         self.supervisors.values().filter_map(Supervisor::next_wake).min()
     }
 
+    /// Without the hub nobody knows of the other hosts; of its own a service keeps to `update.max_parallel` all the same:
+    /// one whose liveness has failed is restarted once so few others are down here.
+    fn take_turns(&mut self, now: Monotonic, instance: InstanceId) {
+        let Some(one) = self.supervisors.get(&instance).filter(|one| one.waits_for_turn()) else { return };
+        let Some(manifest) = &one.wanted().manifest else { return };
+        let most = manifest.update.as_ref().map_or(1, |update| update.max_parallel.max(1));
+        let of_service = |other: &&Supervisor| {
+            other.wanted().manifest.as_ref().is_some_and(|other| other.name == manifest.name)
+        };
+        let others = self.supervisors.values().filter(|other| other.instance() != instance);
+        let down = others.filter(of_service).filter(|other| other.is_down()).count();
+        let until = (down >= most as usize).then_some(now + TURN_AGAIN);
+        if let Some(one) = self.supervisors.get_mut(&instance) {
+            one.lets_others_go_first(until);
+        }
+    }
+
     fn step<R: Rng + ?Sized>(
         &mut self,
         now: Monotonic,
@@ -431,6 +452,7 @@ impl Reconciler {
         input: Input,
         orders: &mut Vec<Order>,
     ) {
+        self.take_turns(now, instance);
         let Some(supervisor) = self.supervisors.get_mut(&instance) else { return };
         for action in supervisor.step(now, rng, input) {
             self.stirred |= !matches!(action, Action::WakeAt(_));
@@ -522,6 +544,15 @@ impl Reconciler {
             }
         }
         orders
+    }
+
+    /// The hub has committed a report that told of each of these instances the ends up to that number.
+    pub fn acknowledge_ends(&mut self, told: &[(InstanceId, u64)]) {
+        for (instance, up_to) in told {
+            if let Some(supervisor) = self.supervisors.get_mut(instance) {
+                supervisor.ends_told(*up_to);
+            }
+        }
     }
 
     /// One instance.

@@ -10,6 +10,7 @@ mod action;
 mod adopt;
 mod advance;
 mod ahead;
+mod ends;
 mod events;
 mod health;
 mod hooks;
@@ -83,6 +84,10 @@ pub struct Supervisor {
     sweeps: BTreeMap<ProcessKey, Sweep>,
     /// What was done and seen that no state shows; the newest few.
     notes: Vec<pb::InstanceNote>,
+    /// How attempts ended, as far as the hub does not have it.
+    ends: Vec<pb::EndNote>,
+    /// Number of the newest of both.
+    last_note: u64,
     state: State,
     /// `post_start` of the process that runs is not known to have ended.
     post_start_open: bool,
@@ -95,6 +100,10 @@ pub struct Supervisor {
     /// The keeper has said what it runs for us, on the connection in use. Nothing starts otherwise: its list might
     /// have been made before the order and be read after it.
     keeper_known: bool,
+    /// The keeper would not start it beside what is in its cgroup: its list is to say what that is.
+    is_crowded: bool,
+    /// Its liveness has failed and the hub is away, and it waits until then for others of its service.
+    others_turn_until: Option<Monotonic>,
     /// Until when the host has a lease; nothing: not known, as after a start of the agent.
     lease: Option<Monotonic>,
     /// It is due and waits for a lease.
@@ -135,6 +144,8 @@ impl Supervisor {
             last_exit: None,
             sweeps: BTreeMap::new(),
             notes: Vec::new(),
+            ends: Vec::new(),
+            last_note: 0,
             state: State::Pending(Pending { recalled: Box::new(State::due(now)), exit: None }),
             post_start_open: false,
             post_stop: PostStop::Nothing,
@@ -142,6 +153,8 @@ impl Supervisor {
             limits: Limits::default(),
             ahead: Ahead::Nothing,
             keeper_known: false,
+            is_crowded: false,
+            others_turn_until: None,
             lease: None,
             waits_for_lease: false,
             needed_until: None,
@@ -210,9 +223,14 @@ impl Supervisor {
             }
             Input::LimitsSet { key, refused } => self.limits_set(now, key, &refused, out),
             Input::Notify { key, message } if key == self.key() => self.notified(now, &message, out),
+            Input::Unheard { key } if key == self.key() => self.unheard(out),
             Input::MemoryShort { key, used_bytes, limit_bytes } if key == self.key() => {
                 self.memory_short(used_bytes, limit_bytes, out);
             }
+            Input::OomOutlived { key, kills, limit_bytes } if key == self.key() => {
+                self.oom_outlived(kills, limit_bytes, out);
+            }
+            Input::NamesUnknown { key, names } if key == self.key() => self.names_unknown(&names, out),
             Input::CallersLeft => self.callers_left(),
             Input::InFlight { count } => self.in_flight(count),
             Input::SignalFailed { key, signal, error } => self.signal_failed(key, signal, error, out),
@@ -220,7 +238,13 @@ impl Supervisor {
                 self.sweeps.remove(&key);
                 self.note_killed(killed);
             }
-            Input::ProbeResult { .. } | Input::Notify { .. } | Input::MemoryShort { .. } | Input::Tick => {}
+            Input::ProbeResult { .. }
+            | Input::Notify { .. }
+            | Input::Unheard { .. }
+            | Input::MemoryShort { .. }
+            | Input::OomOutlived { .. }
+            | Input::NamesUnknown { .. }
+            | Input::Tick => {}
         }
     }
 

@@ -161,12 +161,15 @@ impl Agent {
 
 impl Keeper {
     /// Looks for the agent that the ledger knows.
-    pub(crate) fn adopt_agent(&mut self) {
-        let Some(identity) = self.ledger.content().agent.clone() else { return };
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub(crate) fn adopt_agent(&mut self) -> io::Result<()> {
+        let Some(identity) = self.ledger.content().agent.clone() else { return Ok(()) };
         if self.agent.is_off() || identity.boot_id != self.boot_id {
-            return;
+            return Ok(());
         }
-        let Found::Running(pidfd, stat) = identity::find(&identity) else { return };
+        let Found::Running(pidfd, stat) = identity::find(&identity)? else { return Ok(()) };
         let now = boottime_ns();
         if stat.parent != std::process::id() {
             self.watch(&pidfd, Source::Agent);
@@ -183,6 +186,7 @@ impl Keeper {
             }),
             termed: false,
         };
+        Ok(())
     }
 
     /// Starts or signals the agent when it is time to.

@@ -7,16 +7,21 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nave_proto::pb;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::oom::Counters;
 use crate::sys;
 
+/// Tries to make a directory below others that somebody may be removing.
+const TRIES: usize = 4;
 /// Rounds of "signal all that are in it": more than a chain of forks can outrun, few enough to end.
 const ROUNDS: usize = 8;
+const OOM_CONTROL: &str = "memory.oom_control";
 /// v1 says "no limit" with a number that no machine has.
 const UNLIMITED_BYTES: u64 = 1 << 60;
 
@@ -26,9 +31,25 @@ const UNLIMITED_BYTES: u64 = 1 << 60;
 /// The path that could not be made, and why.
 pub(crate) fn create(spawn: &pb::Spawn) -> Result<u64, (String, io::Error)> {
     for dir in spawn.cgroup1.iter().chain((!spawn.cgroup2.is_empty()).then_some(&spawn.cgroup2)) {
-        fs::create_dir_all(dir).map_err(|error| (dir.clone(), error))?;
+        make(Path::new(dir)).map_err(|error| (dir.clone(), error))?;
     }
     Ok(id(spawn).unwrap_or(0))
+}
+
+/// Makes a directory and those above it, also when one of those is removed meanwhile: as long as it is empty, whoever
+/// forgets the last instance of the same service may do that.
+///
+/// # Errors
+/// Why it cannot be made.
+pub fn make(dir: &Path) -> io::Result<()> {
+    let mut made = fs::create_dir_all(dir);
+    for _ in 1..TRIES {
+        match &made {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => made = fs::create_dir_all(dir),
+            _ => break,
+        }
+    }
+    made
 }
 
 /// The inode of the cgroup2 directory, if there is one.
@@ -40,7 +61,7 @@ pub(crate) fn id(spawn: &pb::Spawn) -> Option<u64> {
 }
 
 /// The directory that tells who belongs to the instance, if it has any.
-fn membership(spawn: &pb::Spawn) -> Option<&Path> {
+pub(crate) fn membership(spawn: &pb::Spawn) -> Option<&Path> {
     let dir = if spawn.cgroup2.is_empty() { spawn.cgroup1.first()? } else { &spawn.cgroup2 };
     Some(Path::new(dir))
 }
@@ -147,7 +168,8 @@ pub(crate) fn signal(spawn: &pb::Spawn, signal: i32) -> usize {
     count
 }
 
-/// Removes the directories, those below first. `Ok(false)`: someone is still in one of them; try again.
+/// Removes the directories, those below first, and the service's and the host's above when they are empty. `Ok(false)`:
+/// someone is still in one of them; try again.
 ///
 /// # Errors
 /// What will not change by itself, with the path.
@@ -155,8 +177,22 @@ pub(crate) fn remove(spawn: &pb::Spawn) -> Result<bool, (String, io::Error)> {
     let mut all = true;
     for dir in spawn.cgroup1.iter().chain((!spawn.cgroup2.is_empty()).then_some(&spawn.cgroup2)) {
         all &= remove_tree(Path::new(dir)).map_err(|error| (dir.clone(), error))?;
+        remove_above(Path::new(dir), &spawn.service);
     }
     Ok(all)
+}
+
+/// `<host's>/<service>/<instance>` is how the agent names them; above the host's none is ours.
+fn remove_above(dir: &Path, service: &str) {
+    let of_service = dir.parent().filter(|above| above.file_name().is_some_and(|name| name == service));
+    // The kernel refuses to remove what is in use.
+    if let Some(of_service) = of_service
+        && fs::remove_dir(of_service).is_ok()
+        && let Some(of_host) = of_service.parent()
+        && of_host.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"nave-"))
+    {
+        let _in_use = fs::remove_dir(of_host);
+    }
 }
 
 /// Kills whoever is in a cgroup2 directory and those below, and removes it. `Ok(false)`: somebody has not ended yet.
@@ -191,31 +227,46 @@ fn subdirectories(dir: &Path) -> Vec<std::path::PathBuf> {
         .collect()
 }
 
-/// How often the kernel has killed someone in the instance's cgroups for want of memory. The caller compares two
-/// moments: a directory may serve several attempts.
-pub(crate) fn oom_kills(spawn: &pb::Spawn) -> u64 {
-    let v2 = (!spawn.cgroup2.is_empty())
-        .then(|| fs::read_to_string(Path::new(&spawn.cgroup2).join("memory.events")).ok())
-        .flatten()
-        .and_then(|events| number_after(&events, "oom_kill"));
-    let v1 = spawn.cgroup1.iter().filter_map(|dir| {
-        let control = fs::read_to_string(Path::new(dir).join("memory.oom_control")).ok()?;
-        // Before 4.13 there is no counter of kills, only one of failures to get memory.
-        number_after(&control, "oom_kill").or_else(|| {
-            let failures = fs::read_to_string(Path::new(dir).join("memory.failcnt")).ok()?;
-            failures.trim().parse().ok()
-        })
-    });
-    v2.into_iter().chain(v1).sum()
+/// What the kernel counts of the instance's memory. The caller compares two moments: a directory may serve several
+/// attempts.
+pub(crate) fn oom(spawn: &pb::Spawn) -> Counters {
+    let mut counters = Counters::default();
+    if !spawn.cgroup2.is_empty()
+        && let Ok(events) = fs::read_to_string(Path::new(&spawn.cgroup2).join("memory.events"))
+    {
+        counters.kills += number_after(&events, "oom_kill").unwrap_or(0);
+        counters.at_limit += number_after(&events, "oom").unwrap_or(0);
+    }
+    for dir in spawn.cgroup1.iter().map(Path::new) {
+        let control = fs::read_to_string(dir.join(OOM_CONTROL)).unwrap_or_default();
+        counters.kills += number_after(&control, "oom_kill").unwrap_or(0);
+    }
+    counters
 }
 
-/// The hard limit of memory, where one is set.
-pub(crate) fn memory_limit_bytes(spawn: &pb::Spawn) -> Option<u64> {
+/// v1 counts in no file that is to be relied upon how often a group had no room below a limit of its own or of one above
+/// it (`memory.failcnt` leaves out the limit with swap): the kernel counts this up instead.
+pub(crate) fn at_limit_events(spawn: &pb::Spawn) -> Option<EventFd> {
+    let dir = spawn.cgroup1.iter().map(Path::new).find(|dir| dir.join(OOM_CONTROL).exists())?;
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).ok()?;
+    let control = fs::File::open(dir.join(OOM_CONTROL)).ok()?;
+    let order = format!("{} {}", event.as_fd().as_raw_fd(), control.as_raw_fd());
+    fs::write(dir.join("cgroup.event_control"), order).ok()?;
+    Some(event)
+}
+
+/// The hard limit of memory, where one is set and, as far as the kernel says, was ever met.
+pub(crate) fn met_limit_bytes(spawn: &pb::Spawn) -> Option<u64> {
+    let read = |file: PathBuf| fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
     let v2 = (!spawn.cgroup2.is_empty()).then(|| Path::new(&spawn.cgroup2).join("memory.max"));
-    let v1 = spawn.cgroup1.iter().map(|dir| Path::new(dir).join("memory.limit_in_bytes"));
-    let limits =
-        v2.into_iter().chain(v1).filter_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok());
-    limits.filter(|limit: &u64| *limit < UNLIMITED_BYTES).min()
+    let v2 = v2.and_then(read).map(|limit| (limit, u64::MAX));
+    let v1 = spawn.cgroup1.iter().map(Path::new).filter_map(|dir| {
+        let most = read(dir.join("memory.max_usage_in_bytes")).unwrap_or(u64::MAX);
+        Some((read(dir.join("memory.limit_in_bytes"))?, most))
+    });
+    // The last charge that was refused may have been some pages.
+    let met = |(limit, most): &(u64, u64)| *limit < UNLIMITED_BYTES && *most >= limit / 16 * 15;
+    v2.into_iter().chain(v1).filter(met).map(|(limit, _)| limit).min()
 }
 
 fn number_after(text: &str, name: &str) -> Option<u64> {
@@ -225,6 +276,34 @@ fn number_after(text: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kills_and_what_they_were_for_are_read_from_either_hierarchy() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |group: &str, file: &str, text: &str| {
+            fs::create_dir_all(dir.path().join(group)).unwrap();
+            fs::write(dir.path().join(group).join(file), text).unwrap();
+        };
+        let group = |name: &str| dir.path().join(name).display().to_string();
+        put("v2", "memory.events", "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 1\n");
+        let v2 = pb::Spawn { cgroup2: group("v2"), ..Default::default() };
+        assert_eq!(oom(&v2), Counters { kills: 2, at_limit: 3 });
+        put("memory", "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n");
+        let cgroup1 = vec![group("cpu"), group("memory")];
+        let v1 = pb::Spawn { cgroup2: group("unified"), cgroup1, ..Default::default() };
+        assert_eq!(oom(&v1), Counters { kills: 4, at_limit: 0 });
+        assert_eq!(oom(&pb::Spawn::default()), Counters::default());
+        // Once below it, as when a group above has met its own, and once at it.
+        put("memory", "memory.limit_in_bytes", "64000000\n");
+        for (most, met) in [("30000000", None), ("63999000", Some(64_000_000))] {
+            put("memory", "memory.max_usage_in_bytes", most);
+            assert_eq!(met_limit_bytes(&v1), met, "{most}");
+        }
+        put("v2", "memory.max", "32000000\n");
+        assert_eq!(met_limit_bytes(&v2), Some(32_000_000));
+        put("v2", "memory.max", "max\n");
+        assert_eq!(met_limit_bytes(&v2), None);
+    }
 
     #[test]
     fn the_counter_is_found_by_its_whole_name() {

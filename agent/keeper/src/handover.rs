@@ -18,6 +18,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use prost::Message;
 
 use crate::descriptors::Descriptors;
+use crate::ear::Ear;
 use crate::sys;
 
 const NAME: &str = "nave-keeper-handover";
@@ -88,8 +89,9 @@ pub(crate) fn take() -> io::Result<Option<Taken>> {
     }
     let mut descriptors = Descriptors::default();
     for kept in handover.descriptors {
-        let name = kept.name;
-        if let Err(error) = sys::inherited(kept.fd).map(|fd| descriptors.store(name.clone(), fd)) {
+        let pb::KeptDescriptor { name, fd, speaker, heard } = kept;
+        let ear = speaker.map(|speaker| Ear::new(speaker, &heard));
+        if let Err(error) = sys::inherited(fd).map(|fd| descriptors.store(name.clone(), fd, ear)) {
             crate::say!("descriptor {name:?} was lost in the upgrade: {error}");
         }
     }
@@ -124,7 +126,12 @@ pub(crate) fn become_program(
         version: VERSION,
         descriptors: descriptors
             .iter()
-            .map(|(name, fd)| pb::KeptDescriptor { name: name.clone(), fd: number(fd.as_fd()) })
+            .map(|(name, held)| pb::KeptDescriptor {
+                name: name.clone(),
+                fd: number(held.fd.as_fd()),
+                speaker: held.ear.as_ref().map(Ear::speaker),
+                heard: held.ear.as_ref().map(|ear| ear.heard.message()).unwrap_or_default(),
+            })
             .collect(),
         listener_fd: number(listener),
         agent_pid: 0,
@@ -136,7 +143,7 @@ pub(crate) fn become_program(
         Err(error) => return error,
     };
     let passed: Vec<BorrowedFd<'_>> =
-        descriptors.iter().map(|(_, fd)| fd.as_fd()).chain([listener, lock, memory.as_fd()]).collect();
+        descriptors.iter().map(|(_, held)| held.fd.as_fd()).chain([listener, lock, memory.as_fd()]).collect();
     inherit(&passed, FdFlag::empty());
     let error = become_plainly(program);
     inherit(&passed, FdFlag::FD_CLOEXEC);

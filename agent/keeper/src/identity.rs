@@ -12,11 +12,16 @@ use nave_proto::pb;
 use crate::clock::SECOND;
 use crate::sys;
 
+/// Of the flags in /proc/PID/stat (include/linux/sched.h).
+const PF_EXITING: u32 = 0x4;
+
 /// What /proc/PID/stat says of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stat {
     pub(crate) state: u8,
     pub(crate) parent: u32,
+    /// On its way out: it runs its program no longer.
+    pub(crate) ends: bool,
     pub(crate) user_ticks: u64,
     pub(crate) system_ticks: u64,
     pub(crate) start_ticks: u64,
@@ -45,6 +50,7 @@ impl Stat {
         Some(Self {
             state: *field(3)?.as_bytes().first()?,
             parent: field(4)?.parse().ok()?,
+            ends: field(9)?.parse::<u32>().ok()? & PF_EXITING != 0,
             user_ticks: field(14)?.parse().ok()?,
             system_ticks: field(15)?.parse().ok()?,
             start_ticks: field(22)?.parse().ok()?,
@@ -101,15 +107,41 @@ pub(crate) enum Found {
 }
 
 /// Looks for a process of this boot.
-pub(crate) fn find(identity: &pb::ProcessIdentity) -> Found {
+///
+/// # Errors
+/// When it cannot be looked at now, which says nothing of it.
+pub(crate) fn find(identity: &pb::ProcessIdentity) -> io::Result<Found> {
     // The descriptor first: whoever the checks below approve of is then whom it stands for, or has ended.
-    let Ok(pidfd) = sys::pidfd_open(identity.pid) else { return Found::Gone };
-    match Stat::read(identity.pid) {
-        Ok(stat) if stat.start_ticks != identity.start_ticks => Found::Stranger,
-        Ok(stat) if stat.is_zombie() => Found::Zombie(pidfd, stat),
-        Ok(stat) => Found::Running(pidfd, stat),
-        Err(_) => Found::Gone,
+    let looked = sys::pidfd_open(identity.pid).and_then(|pidfd| Ok((pidfd, Stat::read(identity.pid)?)));
+    match looked {
+        Ok((_, stat)) if stat.start_ticks != identity.start_ticks => Ok(Found::Stranger),
+        Ok((pidfd, stat)) if stat.is_zombie() => Ok(Found::Zombie(pidfd, stat)),
+        Ok((pidfd, stat)) => Ok(Found::Running(pidfd, stat)),
+        Err(error) if names_nobody(&error) => Ok(Found::Gone),
+        Err(error) => Err(error),
     }
+}
+
+/// Whether an error says that no process has the pid, and not that the look itself failed. `EINVAL` is of a number that
+/// no process can have, or that by now is one of another's threads.
+fn names_nobody(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL))
+}
+
+/// Whether it has ended or is about to: also when that is not known.
+pub(crate) fn is_dying(pid: u32) -> bool {
+    let ends = Stat::read(pid).map_or(true, |stat| stat.ends || stat.is_zombie());
+    ends || fs::read_to_string(format!("/proc/{pid}/status")).map_or(true, |status| awaits_kill(&status))
+}
+
+/// Whether /proc/PID/status shows a SIGKILL on its way.
+fn awaits_kill(status: &str) -> bool {
+    let pending = |line: &str| {
+        let set = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(set.trim(), 16).ok()
+    };
+    status.lines().filter_map(pending).any(|set| set >> (libc::SIGKILL - 1) & 1 == 1)
 }
 
 #[cfg(test)]
@@ -121,7 +153,7 @@ mod tests {
         let text = "7 (a) b (c)) S 1 7 7 0 -1 4194560 1 2 3 4 11 12 13 14 20 0 1 0 777 1 2 3 4 5 6 7 8 9 10 11 12 13 14 \
                     15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 256\n";
         let stat = Stat::parse(text).unwrap();
-        assert_eq!((stat.state, stat.parent, stat.start_ticks), (b'S', 1, 777));
+        assert_eq!((stat.state, stat.parent, stat.start_ticks, stat.ends), (b'S', 1, 777, false));
         assert_eq!((stat.user_ticks, stat.system_ticks), (11, 12));
         assert_eq!(stat.exit_status, 256);
     }
@@ -131,8 +163,40 @@ mod tests {
         let pid = std::process::id();
         let start_ticks = Stat::read(pid).unwrap().start_ticks;
         let identity = pb::ProcessIdentity { pid, start_ticks, ..Default::default() };
-        assert!(matches!(find(&identity), Found::Running(..)));
+        assert!(matches!(find(&identity).unwrap(), Found::Running(..)));
         let stranger = pb::ProcessIdentity { start_ticks: start_ticks + 1, ..identity };
-        assert!(matches!(find(&stranger), Found::Stranger));
+        assert!(matches!(find(&stranger).unwrap(), Found::Stranger));
+        let never_ran = pb::ProcessIdentity::default();
+        assert!(matches!(find(&never_ran).unwrap(), Found::Gone));
+        assert!(!is_dying(pid));
+    }
+
+    #[test]
+    fn a_look_that_fails_says_nothing_of_the_process() {
+        for (errno, gone) in [
+            (libc::ESRCH, true),
+            (libc::ENOENT, true),
+            (libc::EINVAL, true),
+            (libc::EMFILE, false),
+            (libc::ENFILE, false),
+            (libc::ENOMEM, false),
+            (libc::EPERM, false),
+        ] {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(names_nobody(&error), gone, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_kill_on_its_way_is_seen() {
+        let status = |thread: &str, shared: &str| format!("Name:\tx\nSigPnd:\t{thread}\nShdPnd:\t{shared}\n");
+        for (thread, shared, awaits) in [
+            ("0000000000000000", "0000000000000000", false),
+            ("0000000000000100", "0000000000000000", true),
+            ("0000000000000000", "0000000000004100", true),
+            ("0000000000004000", "0000000000004000", false),
+        ] {
+            assert_eq!(awaits_kill(&status(thread, shared)), awaits, "{thread} {shared}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! for anyone but the disk of the exit records. Starting up is in `start`, requests in `request`, timers in `due`.
 
 mod due;
+mod listen;
 mod request;
 mod start;
 
@@ -78,6 +79,9 @@ pub(crate) struct Keeper {
     pub(crate) logs: BTreeMap<String, OpenLog>,
     pub(crate) dropped_report_at: Option<i64>,
     pub(crate) descriptors: Descriptors,
+    /// Those that we read ourselves, by what the loop calls them.
+    pub(crate) ears: BTreeMap<u32, String>,
+    pub(crate) last_ear: u32,
     pub(crate) agent: Agent,
     pub(crate) mode: Mode,
     pub(crate) upgrade: Upgrade,
@@ -119,6 +123,8 @@ pub(crate) enum Source {
     Process(u32),
     /// The stub of this pid.
     Channel(u32),
+    /// A socket that processes speak into.
+    Ear(u32),
 }
 
 impl Source {
@@ -132,6 +138,7 @@ impl Source {
             Self::Connection(number) => (5, number),
             Self::Process(number) => (6, number),
             Self::Channel(number) => (7, number),
+            Self::Ear(number) => (8, number),
         };
         (kind << 32) | u64::from(number)
     }
@@ -147,6 +154,7 @@ impl Source {
             5 => Self::Connection(number),
             6 => Self::Process(number),
             7 => Self::Channel(number),
+            8 => Self::Ear(number),
             _ => return None,
         })
     }
@@ -222,6 +230,7 @@ impl Keeper {
             Source::Connection(number) => self.serve(number, events),
             Source::Process(pid) => self.adopted_ended(pid),
             Source::Channel(pid) => self.hear_stub(pid),
+            Source::Ear(number) => self.hear(number),
         }
     }
 
@@ -293,6 +302,7 @@ impl Keeper {
         }
         if self.agent_connection == Some(number) {
             self.agent_connection = None;
+            self.open_ears();
         }
     }
 

@@ -6,6 +6,7 @@ use nave_proto::pb;
 
 use crate::cgroup;
 use crate::identity;
+use crate::oom::Oom;
 use crate::stub::Failure;
 
 /// Who is to have the reply to a request.
@@ -49,8 +50,8 @@ pub(crate) struct Process {
     pub(crate) started_boottime_ns: i64,
     /// What its exit record shall say.
     pub(crate) cause: Option<Cause>,
-    /// Of its cgroups when it started.
-    pub(crate) oom_kills: u64,
+    /// What the kernel has killed in its cgroups.
+    pub(crate) oom: Oom,
     /// Ended, but how is not known: by then it never will be.
     pub(crate) unknown_at: Option<i64>,
 }

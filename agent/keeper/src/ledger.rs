@@ -158,6 +158,14 @@ impl Content {
                 }
             }
             Record::Agent(agent) => self.agent = Some(agent),
+            Record::OomTold(told) => {
+                let key = Key { instance_id: told.instance_id, epoch: told.epoch };
+                if let Some(noted) = self.kept.get_mut(&key)
+                    && noted.started.spawn.as_ref().is_some_and(|spawn| spawn.attempt == told.attempt)
+                {
+                    noted.started.oom_kills = told.oom_kills;
+                }
+            }
             Record::Signalled(signal) => {
                 let key = Key { instance_id: signal.instance_id, epoch: signal.epoch };
                 if let Some(noted) = self.kept.get_mut(&key) {
@@ -247,6 +255,25 @@ mod tests {
         assert!(!bytes.windows(6).any(|window| window == b"SECRET"), "no environment on the disk");
         next.note(deadline(0));
         assert_eq!(next.content().kept[&Key { instance_id: 1, epoch: 1 }].deadline, None);
+    }
+
+    #[test]
+    fn kills_that_were_told_are_known_to_the_next_keeper_until_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut ledger, _) = Ledger::open(&dir.path().join("keeper.ledger")).unwrap();
+        let kills =
+            |ledger: &Ledger| ledger.content().kept[&Key { instance_id: 1, epoch: 1 }].started.oom_kills;
+        let told = |attempt, oom_kills| {
+            Record::OomTold(pb::OomNoted { instance_id: 1, epoch: 1, attempt, oom_kills })
+        };
+        ledger.note(started(1, 2));
+        ledger.note(told(1, 7));
+        assert_eq!(kills(&ledger), 1, "of an attempt that is over");
+        ledger.note(told(2, 7));
+        let (mut next, _) = Ledger::open(&dir.path().join("keeper.ledger")).unwrap();
+        assert_eq!(kills(&next), 7);
+        next.note(started(1, 3));
+        assert_eq!(kills(&next), 1);
     }
 
     #[test]

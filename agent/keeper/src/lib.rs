@@ -13,6 +13,7 @@ mod cgroup;
 mod clock;
 mod connection;
 mod descriptors;
+mod ear;
 mod exits;
 mod fifo;
 mod frame;
@@ -22,6 +23,7 @@ mod keeper;
 mod kept;
 mod ledger;
 mod lines;
+mod oom;
 mod output;
 mod reap;
 mod record;
@@ -36,13 +38,14 @@ mod upgrade;
 pub mod client;
 pub mod frames;
 pub mod memory;
+pub mod notice;
 pub mod witness;
 
 use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
-pub use crate::cgroup::clear as clear_cgroup;
+pub use crate::cgroup::{clear as clear_cgroup, make as make_cgroup};
 pub use crate::stub::{exec_check_main, exec_stub_main};
 
 /// What a keeper is told at its start.

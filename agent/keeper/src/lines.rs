@@ -103,6 +103,8 @@ fn civil(days: i64) -> (i64, i64, i64) {
 #[derive(Debug, Default)]
 pub(crate) struct Splitter {
     held: Vec<u8>,
+    /// The last record was a part, and its line has not ended.
+    within_line: bool,
 }
 
 impl Splitter {
@@ -119,13 +121,13 @@ impl Splitter {
             match end {
                 Some(end) => {
                     stamp.record(out, stream, b'F', [&self.held, &bytes[..end]]);
-                    self.held = Vec::new();
+                    (self.held, self.within_line) = (Vec::new(), false);
                     bytes = &bytes[end + 1..];
                 }
                 // More than a record may hold: the rest follows in the next.
                 None if bytes.len() > room => {
                     stamp.record(out, stream, b'P', [&self.held, &bytes[..room]]);
-                    self.held = Vec::new();
+                    (self.held, self.within_line) = (Vec::new(), true);
                     bytes = &bytes[room..];
                 }
                 None => {
@@ -136,11 +138,12 @@ impl Splitter {
         }
     }
 
-    /// Gives out what is held, as a whole line when the stream has ended, else as a part.
+    /// Gives out what is held, as a whole line when the stream has ended, else as a part. A line of which parts were given
+    /// out ends with its stream, so that nobody takes what the next process says for the rest of it.
     pub(crate) fn flush(&mut self, out: &mut Vec<u8>, stamp: &Stamp, stream: Stream, ended: bool) {
-        if self.holds() {
+        if self.holds() || (ended && self.within_line) {
             stamp.record(out, stream, if ended { b'F' } else { b'P' }, [&self.held, b""]);
-            self.held = Vec::new();
+            (self.held, self.within_line) = (Vec::new(), !ended);
         }
     }
 }
@@ -187,6 +190,20 @@ mod tests {
         let wanted = ["F one", "F ", "F two", "F end"];
         assert_eq!(split(&[b"one\n\ntwo\nend"]), wanted);
         assert_eq!(split(&[b"o", b"ne\n", b"\ntw", b"o\ne", b"nd"]), wanted);
+    }
+
+    #[test]
+    fn a_line_of_which_a_part_was_given_out_ends_with_its_stream() {
+        let mut splitter = Splitter::default();
+        let (mut out, stamp) = (Vec::new(), Stamp::new(AT));
+        splitter.push(&mut out, &stamp, Stream::Stdout, b"fatal: no such file");
+        // After a moment, when the process ends, and when the next one does that has said nothing.
+        for ended in [false, true, true] {
+            splitter.flush(&mut out, &stamp, Stream::Stdout, ended);
+        }
+        let records = String::from_utf8(out).unwrap();
+        let records: Vec<&str> = records.lines().map(|line| &line[38..]).collect();
+        assert_eq!(records, ["P fatal: no such file", "F "]);
     }
 
     #[test]

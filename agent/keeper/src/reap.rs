@@ -15,6 +15,7 @@ use crate::identity::{self, Stat};
 use crate::keeper::{Keeper, Source};
 use crate::kept::{Ended, Kept, Phase, Process};
 use crate::ledger::Key;
+use crate::oom::{Oom, Rise};
 use crate::spawn::{exec_error, never_ran};
 use crate::sys::{self, Usage};
 
@@ -84,7 +85,7 @@ impl Keeper {
     /// Writes down how a process ended and lets go of it.
     pub(crate) fn ended(&mut self, key: Key, ending: Ending) {
         let Some(mut kept) = self.table.remove(&key) else { return };
-        let (process, starting) = match kept.phase {
+        let (mut process, starting) = match kept.phase {
             Phase::Starting(process, starting) => (process, Some(starting)),
             Phase::Running(process) => (process, None),
             Phase::Ended(_) => {
@@ -94,9 +95,10 @@ impl Keeper {
         };
         self.pids.remove(&process.identity.pid);
         let failure = starting.as_ref().and_then(|starting| starting.failure.clone());
+        let memory = Memory::of(&kept.spawn, &mut process.oom);
         let mut record = match &failure {
             Some(failure) => never_ran(&kept.spawn, failure),
-            None => describe(&kept.spawn, &process, ending, &Memory::of(&kept.spawn)),
+            None => describe(&kept.spawn, &process, ending, &memory),
         };
         record.cgroup_empty = cgroup::is_known(&kept.spawn) && !cgroup::is_populated(&kept.spawn);
         record.started_unix_ns = process.started_unix_ns;
@@ -164,16 +166,18 @@ impl Keeper {
     }
 }
 
-/// Of an instance's cgroups, when one of its processes has ended.
+/// What the kernel has killed in an instance's cgroups and nobody has told yet, when its process has ended.
 #[derive(Debug, Clone, Copy)]
 struct Memory {
-    oom_kills: u64,
+    kills: u64,
+    /// That was met; none: the host was out of memory.
     limit_bytes: Option<u64>,
 }
 
 impl Memory {
-    fn of(spawn: &pb::Spawn) -> Self {
-        Self { oom_kills: cgroup::oom_kills(spawn), limit_bytes: cgroup::memory_limit_bytes(spawn) }
+    fn of(spawn: &pb::Spawn, oom: &mut Oom) -> Self {
+        let Rise { kills, at_limit } = oom.rise(spawn);
+        Self { kills, limit_bytes: at_limit.then(|| cgroup::met_limit_bytes(spawn)).flatten() }
     }
 
     /// Who went beyond which limit, for people.
@@ -181,24 +185,25 @@ impl Memory {
         let who = format!("{} (pid {pid})", name.unwrap_or("the process"));
         match self.limit_bytes {
             Some(bytes) => format!("{who} reached the limit of {}, resources.memory", format_size(bytes)),
-            None => format!("the host had none left, and {who} was chosen"),
+            None => format!("the host ran out of memory, and {who} was chosen"),
         }
     }
 
     /// What killed one of its children, which may be why it has ended itself.
-    fn explain_children(&self, kills: u64) -> String {
-        let many =
-            if kills == 1 { "a child of it was".to_owned() } else { format!("{kills} of its children were") };
+    fn explain_children(&self) -> String {
+        let many = match self.kills {
+            1 => "a child of it was".to_owned(),
+            kills => format!("{kills} of its children were"),
+        };
         match self.limit_bytes {
             Some(bytes) => format!("{many} killed at the memory limit of {}", format_size(bytes)),
-            None => format!("{many} killed as the host had no memory left"),
+            None => format!("{many} killed as the host ran out of memory"),
         }
     }
 }
 
 /// An ended process in words.
 fn describe(spawn: &pb::Spawn, process: &Process, ending: Ending, memory: &Memory) -> pb::ExitRecord {
-    let oom_kills = memory.oom_kills.saturating_sub(process.oom_kills);
     let mut record = pb::ExitRecord {
         instance_id: spawn.instance_id,
         service: spawn.service.clone(),
@@ -215,7 +220,7 @@ fn describe(spawn: &pb::Spawn, process: &Process, ending: Ending, memory: &Memor
             if libc::WIFSIGNALED(status) {
                 record.signal = libc::WTERMSIG(status);
                 record.core_dumped = libc::WCOREDUMP(status);
-                let oom = record.signal == libc::SIGKILL && oom_kills > 0;
+                let oom = record.signal == libc::SIGKILL && memory.kills > 0;
                 let cause = if oom { pb::ExitCause::Oom } else { pb::ExitCause::Signal };
                 record.set_cause(cause);
             } else {
@@ -224,8 +229,8 @@ fn describe(spawn: &pb::Spawn, process: &Process, ending: Ending, memory: &Memor
             }
             if record.cause() == pb::ExitCause::Oom {
                 record.message = memory.explain(process.identity.pid, name.as_deref());
-            } else if oom_kills > 0 && status != 0 {
-                record.message = memory.explain_children(oom_kills);
+            } else if memory.kills > 0 && status != 0 {
+                record.message = memory.explain_children();
             }
         }
         Ending::Unknown(why) => record.message = why.to_owned(),
@@ -258,18 +263,38 @@ mod tests {
     fn causes() {
         let term = libc::SIGTERM;
         let kill = libc::SIGKILL;
-        // wait status, cause asked for, OOM kills since the start -> cause, code, signal
+        let limit = "web (pid 0) reached the limit of 32MiB, resources.memory";
+        let host = "the host ran out of memory, and web (pid 0) was chosen";
+        // wait status, cause asked for, OOM kills not told yet, whether at the limit -> cause, code, signal, message
         let cases = [
-            (0, None, 0, (C::Exit, 0, 0)),
-            (7 << 8, None, 0, (C::Exit, 7, 0)),
-            (term, None, 0, (C::Signal, 0, term)),
-            (term, Some(C::Hub), 0, (C::Hub, 0, term)),
-            (0, Some(C::Operator), 0, (C::Operator, 0, 0)),
-            (kill, None, 1, (C::Oom, 0, kill)),
-            (kill, Some(C::Probe), 1, (C::Probe, 0, kill)),
-            (term, None, 1, (C::Signal, 0, term)),
+            (0, None, 0, false, (C::Exit, 0, 0), ""),
+            (7 << 8, None, 0, false, (C::Exit, 7, 0), ""),
+            (term, None, 0, false, (C::Signal, 0, term), ""),
+            (term, Some(C::Hub), 0, false, (C::Hub, 0, term), ""),
+            (0, Some(C::Operator), 0, false, (C::Operator, 0, 0), ""),
+            (kill, None, 0, true, (C::Signal, 0, kill), ""),
+            (kill, None, 1, true, (C::Oom, 0, kill), limit),
+            (kill, None, 1, false, (C::Oom, 0, kill), host),
+            (kill, Some(C::Probe), 1, true, (C::Probe, 0, kill), limit),
+            (
+                term,
+                None,
+                1,
+                true,
+                (C::Signal, 0, term),
+                "a child of it was killed at the memory limit of 32MiB",
+            ),
+            (
+                1 << 8,
+                None,
+                2,
+                false,
+                (C::Exit, 1, 0),
+                "2 of its children were killed as the host ran out of memory",
+            ),
+            (0, None, 1, true, (C::Exit, 0, 0), ""),
         ];
-        for (status, asked, kills, wanted) in cases {
+        for (status, asked, kills, at_limit, wanted, message) in cases {
             let process = Process {
                 identity: pb::ProcessIdentity::default(),
                 pidfd: sys::pidfd_open(std::process::id()).unwrap(),
@@ -277,16 +302,14 @@ mod tests {
                 started_unix_ns: 0,
                 started_boottime_ns: 0,
                 cause: asked.map(|cause| Cause { cause, message: "" }),
-                oom_kills: 5,
+                oom: Oom::default(),
                 unknown_at: None,
             };
             let ending = Ending::Status { status, usage: Usage::default(), name: Some("web".into()) };
-            let memory = Memory { oom_kills: 5 + kills, limit_bytes: Some(32 << 20) };
+            let memory = Memory { kills, limit_bytes: at_limit.then_some(32 << 20) };
             let record = describe(&pb::Spawn::default(), &process, ending, &memory);
-            if record.cause() == C::Oom {
-                assert_eq!(record.message, "web (pid 0) reached the limit of 32MiB, resources.memory");
-            }
-            assert_eq!((record.cause(), record.code, record.signal), wanted, "{status} {asked:?} {kills}");
+            let found = (record.cause(), record.code, record.signal);
+            assert_eq!((found, record.message.as_str()), (wanted, message), "{status} {asked:?} {kills}");
         }
     }
 }

@@ -27,6 +27,7 @@ use crate::identity::Stat;
 use crate::keeper::{Keeper, Source};
 use crate::kept::{Asker, Ended, Kept, Phase, Process, Starting, log_limits};
 use crate::ledger::{Key, strip};
+use crate::oom::Oom;
 use crate::signal::refusal;
 use crate::stub::{Failure, Step};
 use crate::sys;
@@ -64,7 +65,7 @@ impl Keeper {
         };
         match started {
             Ok((process, channel)) => {
-                self.note_started(&spawn, &process.identity, process.started_unix_ns, process.oom_kills + 1);
+                self.note_started(&spawn, &process.identity, process.started_unix_ns, process.oom.note());
                 self.pids.insert(process.identity.pid, key);
                 self.watch(&channel, Source::Channel(process.identity.pid));
                 // Noted: let it go.
@@ -170,7 +171,7 @@ impl Keeper {
     fn fork_stub(&mut self, spawn: &pb::Spawn) -> Result<(Process, OwnedFd), Failure> {
         let way = cgroup::make_way(spawn);
         let cgroup_id =
-            cgroup::create(spawn).map_err(|(dir, error)| Failure::new(Step::Cgroup, error, dir))?;
+            cgroup::create(spawn).map_err(|(dir, error)| Failure::new(Step::CgroupMake, error, dir))?;
         let [stdout, stderr] =
             self.output_for(spawn).map_err(|error| Failure::new(Step::Output, error, &spawn.log_dir))?;
         let stub = |error: io::Error| Failure::new(Step::Stub, error, "");
@@ -195,7 +196,7 @@ impl Keeper {
             .map(CString::new)
             .collect::<Result<_, _>>()
             .map_err(|_| stub(io::ErrorKind::InvalidInput.into()))?;
-        let oom_kills = cgroup::oom_kills(spawn);
+        let oom = Oom::new(spawn, None);
         let inherit = [memory.as_fd(), theirs.as_fd(), stdout.as_fd(), stderr.as_fd()];
         let group = cgroup::open(spawn, &way);
         let group = group.as_ref().map(AsFd::as_fd);
@@ -220,7 +221,7 @@ impl Keeper {
             started_unix_ns: unix_ns(),
             started_boottime_ns: boottime_ns(),
             cause: None,
-            oom_kills,
+            oom,
             unknown_at: None,
         };
         Ok((process, ours))

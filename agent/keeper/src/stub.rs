@@ -49,9 +49,10 @@ pub(crate) enum Step {
     Landlock = 22,
     Seccomp = 23,
     Notify = 24,
+    CgroupMake = 25,
 }
 
-const STEPS: [Step; 24] = [
+const STEPS: [Step; 25] = [
     Step::Stub,
     Step::Orders,
     Step::Session,
@@ -76,6 +77,7 @@ const STEPS: [Step; 24] = [
     Step::Landlock,
     Step::Seccomp,
     Step::Notify,
+    Step::CgroupMake,
 ];
 
 /// Why a program does not run: which step, errno, and of what.
@@ -127,7 +129,12 @@ impl std::fmt::Display for Failure {
             Step::Nice => write!(f, "cannot set nice to {what}")?,
             Step::Limit => write!(f, "cannot set resource limit {what}")?,
             Step::CgroupFile => write!(f, "cannot write {what}")?,
-            Step::Cgroup => write!(f, "cannot enter cgroup {what}")?,
+            Step::Cgroup => {
+                return write!(f, "cannot enter cgroup {what}: {}", describe_cgroup(self.errno));
+            }
+            Step::CgroupMake => {
+                return write!(f, "cannot make cgroup {what}: {}", describe_cgroup(self.errno));
+            }
             Step::Output => write!(f, "cannot use {what} for output")?,
             Step::Descriptors => write!(f, "cannot close inherited descriptors")?,
             Step::Groups => write!(f, "cannot set supplementary groups {what}")?,
@@ -154,6 +161,20 @@ pub(crate) fn describe(errno: i32) -> String {
     let text = Errno::from_raw(errno).desc();
     let mut letters = text.chars();
     letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+}
+
+/// The kernel's words are general; of a cgroup some of them mean one thing alone.
+fn describe_cgroup(errno: i32) -> String {
+    let (error, text) = (Errno::from_raw(errno), describe(errno));
+    match error {
+        Errno::EAGAIN => format!(
+            "{text} ({error:?}): a cgroup above it allows no more below (cgroup.max.descendants, cgroup.max.depth)"
+        ),
+        Errno::EBUSY => {
+            format!("{text} ({error:?}): it hands controllers to cgroups below it, so it may hold no process")
+        }
+        _ => format!("{text} ({error:?})"),
+    }
 }
 
 /// The whole of `nave exec-stub FD`: never returns, as it becomes the service's program or ends. Its one argument,
@@ -504,6 +525,15 @@ mod tests {
             (
                 Failure::new(Step::WorkingDir, Errno::EACCES, "/root"),
                 "cannot enter working directory /root: permission denied",
+            ),
+            (
+                Failure::new(Step::CgroupMake, Errno::EAGAIN, "/c/web/i-1-1"),
+                "cannot make cgroup /c/web/i-1-1: try again (EAGAIN): a cgroup above it allows no more below \
+                 (cgroup.max.descendants, cgroup.max.depth)",
+            ),
+            (
+                Failure::new(Step::Cgroup, Errno::ENOENT, "/c/web/i-1-1"),
+                "cannot enter cgroup /c/web/i-1-1: no such file or directory (ENOENT)",
             ),
         ];
         for (failure, text) in cases {

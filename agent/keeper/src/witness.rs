@@ -37,10 +37,10 @@ impl Witness {
             return;
         }
         match identity::find(identity) {
-            Found::Running(pidfd, _) | Found::Zombie(pidfd, _) => {
+            Ok(Found::Running(pidfd, _) | Found::Zombie(pidfd, _)) => {
                 self.watched.insert(name, pidfd);
             }
-            Found::Gone | Found::Stranger => {}
+            Ok(Found::Gone | Found::Stranger) | Err(_) => {}
         }
     }
 

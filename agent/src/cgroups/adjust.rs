@@ -151,7 +151,7 @@ mod tests {
             (Controller::Memory, Place::V2),
             (Controller::Pids, Place::Nowhere("there is none".to_owned())),
         ];
-        Cgroups { v2: Ok(dir.to_owned()), places, folder: "nave".to_owned() }
+        Cgroups { v2: Ok(dir.to_owned()), places, folder: "nave".to_owned(), former: None }
     }
 
     fn says(dir: &Path, file: &str) -> String {

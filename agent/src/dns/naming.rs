@@ -138,7 +138,7 @@ mod tests {
             records: Arc::default(),
             notes: Notes::default(),
             credentials: None,
-            attest: ("box".to_owned(), None),
+            attest: ("box".to_owned(), Vec::new()),
         };
         let ways = Ways::new(directory, Proxy::start(config, stop.clone()).unwrap());
         let naming = Naming::new([127, 88], ways, dir.join("resolv.conf"), notes.clone());

@@ -14,9 +14,9 @@ use std::time::{Duration, SystemTime};
 
 use nave_agent_core::ProcessKey;
 use nave_proto::ids::InstanceId;
-use nix::unistd::{Gid, Uid, fchown};
 use tracing::{debug, warn};
 
+use super::heirs;
 use crate::clock;
 use crate::logs::limits::MAX_AGE;
 use crate::logs::source::parse_folder;
@@ -220,7 +220,7 @@ impl Directories {
     }
 }
 
-/// A directory for one user alone; also when it was there before.
+/// A directory for one user alone; also when it was there before, and with all that another user had there.
 fn make_private(path: &Path, owner: Option<(u32, u32)>) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {}
@@ -229,10 +229,7 @@ fn make_private(path: &Path, owner: Option<(u32, u32)>) -> io::Result<()> {
     }
     let dir = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY).open(path)?;
     dir.set_permissions(std::fs::Permissions::from_mode(0o700))?;
-    if let Some((uid, gid)) = owner {
-        fchown(&dir, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-    }
-    Ok(())
+    owner.map_or(Ok(()), |owner| heirs::give(&dir, path, owner))
 }
 
 fn folders(dir: &Path) -> Vec<PathBuf> {
@@ -295,6 +292,25 @@ mod tests {
         std::os::unix::fs::symlink("/etc", &made.own).unwrap();
         let error = directories.prepare("web", InstanceId(1), FIRST, None).unwrap_err();
         assert!(matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)), "{error}");
+    }
+
+    #[test]
+    fn a_service_that_was_deleted_and_applied_again_finds_its_data_as_its_own() {
+        use std::os::unix::fs::{MetadataExt as _, chown};
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let directories = Directories::new(dir.path());
+        let who = directories.data("web", 0).join("who");
+        for user in [30_001, 30_002] {
+            directories.prepare_data("web", 0, Some((user, user))).unwrap();
+            if !who.exists() {
+                std::fs::write(&who, "x").unwrap();
+                chown(&who, Some(user), Some(user)).unwrap();
+            }
+            assert_eq!(std::fs::metadata(&who).unwrap().uid(), user);
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Fetches what the successors of running instances need, a few at a time, beside everything else: nothing that runs or
-//! starts waits for it. Owned by the executor; answers go to the main loop as inputs.
+//! Fetches what the successors of running instances need, and looks for what they read, a few at a time, beside everything
+//! else: nothing that runs or starts waits for it. Owned by the executor; answers go to the main loop as inputs.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::spawn::SpawnContext;
 use crate::provision::artifacts::cutoff::Cutoff;
+use crate::provision::{self, ProvisionError};
 
 /// Each is one process, one connection and one thread that mostly waits; starts that fetch for themselves come on top.
 const FETCHES_AT_ONCE: usize = 4;
@@ -55,7 +56,9 @@ impl Fetches {
         self.tasks.spawn(async move {
             let Ok(_turn) = turns.acquire_owned().await else { return };
             let (template_version, cut) = (order.template_version, cutoff.clone());
-            let fetch = move || {
+            let fetch = move || -> Result<(), ProvisionError> {
+                // First, since it takes no time.
+                provision::look(&order)?;
                 let mut artifacts = order.artifacts.iter();
                 artifacts.try_for_each(|artifact| context.artifacts.get(artifact, &cutoff).map(drop))
             };

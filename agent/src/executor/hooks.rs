@@ -15,7 +15,6 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
 
 use super::spawn::SpawnContext;
 
@@ -47,10 +46,11 @@ impl Hooks {
     pub(super) fn run(&mut self, context: Arc<SpawnContext>, instance: InstanceId, order: Box<HookOrder>) {
         let end = CancellationToken::new();
         let (key, hook, ending) = (order.key, order.hook, end.clone());
+        let inputs = self.inputs.clone();
         self.begin(instance, key, hook, end, async move {
             let group = context.hook_group(instance, &order.wanted, order.key);
             clear(&group).await?;
-            let done = perform(context, instance, order, ending).await;
+            let done = perform(&inputs, context, instance, order, ending).await;
             clear(&group).await.and(done)
         });
     }
@@ -95,17 +95,16 @@ impl Hooks {
 }
 
 async fn perform(
+    inputs: &mpsc::Sender<(InstanceId, Input)>,
     context: Arc<SpawnContext>,
     instance: InstanceId,
     order: Box<HookOrder>,
     end: CancellationToken,
 ) -> Result<(), String> {
-    let timeout = order.timeout;
+    let (key, timeout) = (order.key, order.timeout);
     let made = tokio::task::spawn_blocking(move || context.hook_command(instance, &order)).await;
     let (command, unknown) = made.map_err(|_| "the agent is ending".to_owned())??;
-    if !unknown.is_empty() {
-        warn!(%instance, ?unknown, "variables of a hook without a value are left as they are written");
-    }
+    super::tell_unknown(inputs, instance, key, unknown).await;
     tokio::select! {
         biased;
         () = end.cancelled() => Err("it was ended".to_owned()),

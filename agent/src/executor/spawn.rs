@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nave_agent_core::env::{EnvironmentInput, arguments, environment};
+use nave_agent_core::env::{EnvironmentInput, UnknownName, arguments, environment};
 use nave_agent_core::supervisor::Deadline;
 use nave_agent_core::supervisor::HookOrder;
 use nave_agent_core::supervisor::State;
@@ -18,7 +18,6 @@ use nix::unistd::{User, geteuid};
 use parking_lot::Mutex;
 use prost::Message as _;
 use regex::Regex;
-use tracing::warn;
 
 use super::confine::{self, Surrounded};
 use super::directories::Directories;
@@ -29,6 +28,7 @@ use crate::directory::Ways;
 use crate::dns::Resolver;
 use crate::logs::limits::log_limits;
 use crate::logs::source::LinesSince;
+use crate::notes::Notes;
 use crate::notify::NotifySockets;
 use crate::probes::LogCheck;
 use crate::provision::artifacts::Artifacts;
@@ -37,6 +37,12 @@ use crate::provision::{self, ProvisionError, env_file};
 
 /// Open files that a service may have unless the machine allows fewer; what modern servers expect.
 const OPEN_FILES_SOFT: u64 = 65_536;
+
+/// What people call the place of a process's arguments.
+const IN_COMMAND: &str = "command";
+
+/// Of a note to people.
+const ABOUT_UNIT: &str = "unit";
 
 /// What all spawns on this host have in common.
 #[derive(Debug)]
@@ -51,6 +57,8 @@ pub(crate) struct SpawnContext {
     ways: Option<Ways>,
     /// Mounted over the processes' own, when this host answers names.
     resolv_conf: Resolver,
+    /// What this host's people are told.
+    notes: Notes,
     /// The agent's own user, for services that run as it.
     own_user: String,
     /// A directory on the way to the services' own that other users may not pass.
@@ -61,7 +69,7 @@ pub(crate) struct SpawnContext {
 #[derive(Debug)]
 struct Surroundings {
     env: BTreeMap<String, String>,
-    unknown: BTreeSet<String>,
+    unknown: BTreeSet<UnknownName>,
     working_dir: String,
 }
 
@@ -73,10 +81,10 @@ struct Of<'a> {
     key: ProcessKey,
 }
 
-/// Orders, and the names in them that nobody knows.
+/// Orders, and the names in their command that nobody knows.
 struct Made {
     spawn: pb::Spawn,
-    unknown: BTreeSet<String>,
+    unknown: BTreeSet<UnknownName>,
 }
 
 /// As the keeper is told.
@@ -111,6 +119,7 @@ impl SpawnContext {
             artifacts,
             ways: None,
             resolv_conf: Resolver::default(),
+            notes: Notes::default(),
             own_user,
             closed,
         }
@@ -121,13 +130,27 @@ impl SpawnContext {
         Self { ways: Some(ways), resolv_conf, ..self }
     }
 
-    /// Makes what an attempt needs: directories, artifacts, files, its /tmp. Blocks, until it is cut short at the latest.
+    /// With what people are told.
+    pub(crate) fn with_notes(self, notes: Notes) -> Self {
+        Self { notes, ..self }
+    }
+
+    /// Tells people whether systemd can start the agent's unit again. Blocks.
+    pub(crate) fn tell_of_unit(&self) {
+        match self.cgroups.unit_lack() {
+            Some(lack) => self.notes.say(ABOUT_UNIT, lack),
+            None => self.notes.unsay(ABOUT_UNIT),
+        }
+    }
+
+    /// Makes what an attempt needs: directories, artifacts, files, its /tmp. Returns all names without a value that it
+    /// asks for. Blocks, until it is cut short at the latest.
     pub(crate) fn prepare(
         &self,
         instance: InstanceId,
         order: &SpawnOrder,
         cutoff: &Cutoff,
-    ) -> Result<(), SpawnError> {
+    ) -> Result<BTreeSet<UnknownName>, SpawnError> {
         let wanted = &order.wanted;
         let manifest = manifest_of(wanted)?;
         let (name, of) = (&manifest.name, Of { instance, wanted, ports: &order.ports, key: order.key });
@@ -141,34 +164,36 @@ impl SpawnContext {
                 .prepare_data(name, wanted.ordinal, run_as.ids)
                 .map_err(|e| cannot_make("its data directory", &e))?;
         }
-        let env = self.process_env(&of, &run_as)?.env;
-        let unknown = provision::provide(&self.artifacts, cutoff, dirs.places(), manifest, &env, run_as.ids)?;
-        if !unknown.is_empty() {
-            warn!(service = name, %instance, ?unknown, "variables without a value are left as they are written");
-        }
+        let Surroundings { env, mut unknown, .. } = self.process_env(&of, &run_as)?;
+        unknown.append(&mut arguments(IN_COMMAND, &manifest.command, &env).unknown);
+        let provided =
+            provision::provide(&self.artifacts, cutoff, dirs.places(), manifest, &env, run_as.ids)?;
+        unknown.extend(provided);
         if confine::has_private_tmp(manifest, geteuid().is_root()) {
             Directories::prepare_tmp(&dirs).map_err(|e| cannot_make("its /tmp", &e))?;
         }
-        Ok(())
+        Ok(unknown)
     }
 
-    /// All that the keeper needs to know, after what the attempt needs is made. Blocks.
-    pub(crate) fn orders(&self, instance: InstanceId, order: &SpawnOrder) -> Result<pb::Spawn, SpawnError> {
-        if !order.prepared {
-            self.prepare(instance, order, &Cutoff::default())?;
-        }
+    /// All that the keeper needs to know, after what the attempt needs is made; with the names without a value that
+    /// making it has found just now. Blocks.
+    pub(crate) fn orders(
+        &self,
+        instance: InstanceId,
+        order: &SpawnOrder,
+    ) -> Result<(pb::Spawn, BTreeSet<UnknownName>), SpawnError> {
+        let unknown = match order.prepared {
+            true => BTreeSet::new(),
+            false => self.prepare(instance, order, &Cutoff::default())?,
+        };
         let manifest = manifest_of(&order.wanted)?;
         let of = Of { instance, wanted: &order.wanted, ports: &order.ports, key: order.key };
         let run_as = run_as(&order.wanted)?;
         let around = self.process_env(&of, &run_as)?;
-        let Made { spawn, unknown } = self.spawn_of(&of, run_as, around, &manifest.command)?;
-        if !unknown.is_empty() {
-            let service = &manifest.name;
-            warn!(service, %instance, ?unknown, "variables without a value are left as they are written");
-        }
+        let Made { spawn, unknown: _ } = self.spawn_of(&of, run_as, around, IN_COMMAND, &manifest.command)?;
         let logs = log_limits(manifest);
         let notify_fd = crate::notify::line_descriptor(manifest);
-        Ok(pb::Spawn {
+        let spawn = pb::Spawn {
             log_dir: self.directories.of(&manifest.name, instance, order.key).logs.display().to_string(),
             log_segment_bytes: logs.segment_bytes,
             log_segments: logs.segments,
@@ -179,19 +204,22 @@ impl SpawnContext {
             notify_fd: notify_fd.unwrap_or_default(),
             deadline: order.deadline.map(|at| deadline(instance, order.key, at)),
             ..spawn
-        })
+        };
+        Ok((spawn, unknown))
     }
 
-    /// What any program of an instance runs with: its process, and commands before, beside and after it.
+    /// What any program of an instance runs with: its process, and commands before, beside and after it. `place`: where its
+    /// command is written.
     fn spawn_of(
         &self,
         of: &Of<'_>,
         run_as: RunAs,
         around: Surroundings,
+        place: &str,
         command: &[String],
     ) -> Result<Made, SpawnError> {
         let manifest = manifest_of(of.wanted)?;
-        let argv = arguments(command, &around.env);
+        let argv = arguments(place, command, &around.env);
         let env = pairs(&around.env);
         let resources = manifest.resources.unwrap_or_default();
         let group = self.group(of, manifest);
@@ -230,7 +258,7 @@ impl SpawnContext {
             sandbox: Some(sandbox),
             ..pb::Spawn::default()
         };
-        Ok(Made { spawn, unknown: around.unknown.union(&argv.unknown).cloned().collect() })
+        Ok(Made { spawn, unknown: argv.unknown })
     }
 
     fn group(&self, of: &Of<'_>, manifest: &pb::Manifest) -> InstanceCgroup {
@@ -272,7 +300,7 @@ impl SpawnContext {
         command: &[String],
     ) -> Result<ServiceCommand, String> {
         let of = Of { instance: InstanceId(wanted.instance_id), wanted, ports, key };
-        let made = self.command(&of, command).map_err(|error| error.message)?;
+        let made = self.command(&of, "health", command).map_err(|error| error.message)?;
         Ok(service_command(made.spawn, beside, false))
     }
 
@@ -282,15 +310,18 @@ impl SpawnContext {
         &self,
         instance: InstanceId,
         order: &HookOrder,
-    ) -> Result<(ServiceCommand, BTreeSet<String>), String> {
+    ) -> Result<(ServiceCommand, BTreeSet<UnknownName>), String> {
         let of = Of { instance, wanted: &order.wanted, ports: &order.ports, key: order.key };
-        let Made { mut spawn, unknown } = self.command(&of, &order.command).map_err(|error| error.message)?;
+        let place = format!("hooks.{}", order.hook);
+        let Made { mut spawn, unknown } =
+            self.command(&of, &place, &order.command).map_err(|error| error.message)?;
         let alone = order.beside.is_none();
         if let Some(group) = self.hook_group(instance, &order.wanted, order.key) {
             spawn.cgroup2 = group.display().to_string();
         }
         for dir in spawn.cgroup1.iter().chain((!spawn.cgroup2.is_empty()).then_some(&spawn.cgroup2)) {
-            std::fs::create_dir_all(dir).map_err(|error| format!("cannot make the cgroup {dir}: {error}"))?;
+            nave_keeper::make_cgroup(Path::new(dir))
+                .map_err(|error| format!("cannot make the cgroup {dir}: {error}"))?;
         }
         for file in spawn.cgroup_files.iter().filter(|_| alone) {
             if let Err(error) = std::fs::write(&file.path, &file.value)
@@ -315,10 +346,10 @@ impl SpawnContext {
         (!group.cgroup2.is_empty()).then(|| Path::new(&group.cgroup2).join("hook"))
     }
 
-    fn command(&self, of: &Of<'_>, command: &[String]) -> Result<Made, SpawnError> {
+    fn command(&self, of: &Of<'_>, place: &str, command: &[String]) -> Result<Made, SpawnError> {
         let run_as = run_as(of.wanted)?;
         let around = self.surroundings(of, &run_as)?;
-        self.spawn_of(of, run_as, around, command)
+        self.spawn_of(of, run_as, around, place, command)
     }
 
     fn surroundings(&self, of: &Of<'_>, run_as: &RunAs) -> Result<Surroundings, ProvisionError> {
@@ -449,7 +480,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let manifest =
             pb::Manifest { command: vec!["serve".into(), "${HOST}:${PORT}".into()], ..Default::default() };
-        let orders = context(dir.path()).orders(InstanceId(42), &order(manifest)).unwrap();
+        let (orders, unknown) = context(dir.path()).orders(InstanceId(42), &order(manifest)).unwrap();
+        assert_eq!(unknown, BTreeSet::new());
         assert_eq!(orders.argv, ["serve", "127.0.0.1:20001"]);
         assert_eq!((orders.instance_id, orders.epoch, orders.attempt), (42, 3, 2));
         assert!(orders.env.contains(&"NAVE_PORT_HTTP=20001".to_owned()), "{:?}", orders.env);
@@ -459,6 +491,31 @@ mod tests {
         assert_eq!(orders.log_dir, dir.path().join("logs/web/i-42-3").display().to_string());
         assert_eq!(orders.working_dir, dir.path().join("instances/i-42").display().to_string());
         assert!(std::path::Path::new(&orders.working_dir).is_dir());
+    }
+
+    #[test]
+    fn names_without_a_value_are_told_with_their_places_once_for_a_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest = pb::Manifest {
+            command: vec!["serve".into(), "${NOPE}".into()],
+            env: [("URL".to_owned(), "http://${WHO}".to_owned())].into(),
+            files: vec![pb::File {
+                path: "app.toml".into(),
+                content: "${NOPE} $${IT}".into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let (context, order) = (context(dir.path()), order(manifest));
+        let (orders, unknown) = context.orders(InstanceId(42), &order).unwrap();
+        let told: Vec<_> = unknown.iter().map(|one| (one.place.as_str(), one.name.as_str())).collect();
+        assert_eq!(told, [("command", "NOPE"), ("env URL", "WHO"), ("file app.toml", "NOPE")]);
+        assert_eq!(orders.argv, ["serve", "${NOPE}"]);
+
+        let made = context.prepare(InstanceId(42), &order, &Cutoff::default()).unwrap();
+        let prepared = SpawnOrder { prepared: true, ..order };
+        let (_, again) = context.orders(InstanceId(42), &prepared).unwrap();
+        assert_eq!((made, again), (unknown, BTreeSet::new()));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use nave_proto::ids::{InstanceId, ParseIdError};
 use nave_proto::pb;
 
 use super::line::Line;
-use super::source::Segment;
+use super::segments::{Place, Segment};
 
 /// What to read.
 #[derive(Debug, Clone, Default)]
@@ -15,9 +15,11 @@ pub(super) struct Selection {
     pub(super) service: String,
     pub(super) instance: Option<InstanceId>,
     pub(super) tail_lines: u64,
+    /// What is written later is wanted too.
+    pub(super) follow: bool,
     pub(super) filter: Filter,
     /// Of these instances all before the place has been read.
-    pub(super) resume: BTreeMap<InstanceId, (Segment, u64)>,
+    pub(super) resume: BTreeMap<InstanceId, Place>,
 }
 
 /// Which lines of a file are shown.
@@ -26,6 +28,8 @@ pub(super) struct Filter {
     pub(super) since_unix_ns: i64,
     until_unix_ns: Option<i64>,
     contains: Option<Finder<'static>>,
+    /// Only one of the two streams.
+    pub(super) stderr: Option<bool>,
 }
 
 impl Selection {
@@ -38,6 +42,11 @@ impl Selection {
             since_unix_ns: request.since.as_ref().map_or(0, unix_ns),
             until_unix_ns: request.until.as_ref().map(unix_ns),
             contains: (!request.contains.is_empty()).then(|| Finder::new(&request.contains).into_owned()),
+            stderr: match request.stream() {
+                pb::OutputStream::Unspecified => None,
+                pb::OutputStream::Stdout => Some(false),
+                pb::OutputStream::Stderr => Some(true),
+            },
         };
         let mut resume = BTreeMap::new();
         for cursor in &request.resume {
@@ -45,21 +54,43 @@ impl Selection {
             resume.insert(cursor.instance_id.parse()?, (segment, cursor.offset));
         }
         let (service, tail_lines) = (request.service.clone(), u64::from(request.tail_lines));
-        Ok(Self { service, instance, tail_lines, filter, resume })
+        Ok(Self { service, instance, tail_lines, follow: request.follow, filter, resume })
     }
 }
 
 impl Filter {
-    /// The note of lines that are missing passes every text: what it stands for might have had it.
+    /// All since then.
+    pub(super) fn since(unix_ns: i64) -> Self {
+        Self { since_unix_ns: unix_ns, ..Self::default() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_stream(stderr: bool) -> Self {
+        Self { stderr: Some(stderr), ..Self::default() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn containing(text: &str) -> Self {
+        Self { contains: Some(Finder::new(text).into_owned()), ..Self::default() }
+    }
+
+    /// Whether it may belong to a line that is shown.
+    pub(super) fn wants(&self, record: &Line<'_>) -> bool {
+        self.stderr.is_none_or(|stderr| stderr == record.stderr) && record.unix_ns >= self.since_unix_ns
+    }
+
+    /// Of the lines whose records are [wanted](Self::wants). The note of lines that are missing passes every text: what
+    /// it stands for might have had it.
     pub(super) fn admits(&self, line: &Line<'_>) -> bool {
         line.unix_ns >= self.since_unix_ns
             && self.until_unix_ns.is_none_or(|until| line.unix_ns <= until)
             && (line.dropped || self.contains.as_ref().is_none_or(|text| text.find(line.text).is_some()))
     }
 
-    /// Whether from some line on every one is admitted, so that a tail can be counted from the end.
-    pub(super) fn admits_all_since(&self) -> bool {
-        self.until_unix_ns.is_none() && self.contains.is_none()
+    /// Whether some lines are left out for what they say, or because they are too new: then a tail cannot be counted from
+    /// the end.
+    pub(super) fn chooses(&self) -> bool {
+        self.until_unix_ns.is_some() || self.contains.is_some()
     }
 }
 

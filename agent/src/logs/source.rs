@@ -1,194 +1,169 @@
-//! The segment files of one instance as one long text, over rotation and over its epochs on this host.
-//!
-//! A position is (epoch, segment, byte). Segments are written in order and never again once a later one exists,
-//! so a reader at the end of one may go on to the next as soon as it sees it, after one more look at the old.
+//! One instance's output as what asks for it wants it: from where it says, what it chooses, a step at a time.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nave_agent_core::Monotonic;
 use nave_proto::ids::InstanceId;
 use nave_proto::pb;
 
+use super::join::{JOINED_BYTES_MAX, Spot};
 use super::line::Line;
+use super::segments::Folder;
+pub(crate) use super::segments::parse_folder;
 use super::selection::{Filter, Selection};
+use super::tail::{Search, TailSearch};
+use super::walk::{Step, Walk};
 
-/// Read at once; per open source, so that a host with a hundred instances needs 1.6 MiB to merge all.
-const CHUNK_BYTES: usize = 16 * 1024;
-/// The keeper cuts lines far below this; what is longer is not a line but damage.
-const LINE_BYTES_MAX: usize = 1024 * 1024;
-
-/// One segment file: epochs and numbers both rise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Segment {
-    pub(super) epoch: u64,
-    pub(super) number: u64,
-}
+/// A follower is shown a line without an end when nothing has been added to it for so long, so that a prompt is seen.
+const UNFINISHED_SHOWN_AFTER: Duration = Duration::from_secs(1);
 
 /// One instance's output, read forward.
 #[derive(Debug)]
 pub(super) struct Source {
-    service_dir: PathBuf,
-    service: String,
-    host: String,
     pub(super) instance: InstanceId,
-    filter: Filter,
-    /// Where the next read begins; `None`: nothing was seen yet.
-    at: Option<(Segment, u64)>,
-    open: Option<(Segment, File)>,
-    /// Parsed and not yet taken.
-    pub(super) lines: VecDeque<pb::LogLine>,
+    /// Where to begin is still looked for.
+    search: Option<TailSearch>,
+    walk: Walk,
+    ready: Ready,
+    /// Since when nothing has been added to a line without an end.
+    quiet_since: Option<Monotonic>,
+}
+
+/// Lines that were read and not yet taken.
+#[derive(Debug)]
+struct Ready {
+    service: String,
+    instance: String,
+    host: String,
+    lines: VecDeque<pb::LogLine>,
+    bytes: usize,
+}
+
+/// What there is after a look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// A line can be taken.
+    Line,
+    /// There is no more for now.
+    End,
+    /// Enough was read for one step, and nothing found so far.
+    Later,
 }
 
 impl Source {
     /// Begins where `selection` says: after what was read before, else at the last so many lines, at a time, or at the
-    /// oldest line kept.
+    /// oldest line kept. `is_new`: its first line is wanted, whatever `selection` says of a tail.
     pub(super) fn open(
         service_dir: &Path,
         host: &str,
         instance: InstanceId,
         selection: &Selection,
+        is_new: bool,
     ) -> io::Result<Self> {
-        let mut source = Self {
-            service_dir: service_dir.to_owned(),
+        let folder = Folder::new(service_dir, instance);
+        let (mut filter, lines) = (selection.filter.clone(), selection.tail_lines);
+        let (mut search, is_timed) = (None, filter.since_unix_ns > 0);
+        let walk = if let Some(read) = selection.resume.get(&instance) {
+            filter.since_unix_ns = 0;
+            Walk::new(folder, filter).resume_at(*read)?
+        } else if is_new {
+            Walk::new(folder, filter).from_first()
+        } else if lines > 0 {
+            let floor = if is_timed { folder.place_of_time(filter.since_unix_ns)? } else { None };
+            search = Some(TailSearch::new(&folder, &filter, lines, floor)?);
+            Walk::new(folder, filter)
+        } else if is_timed {
+            Walk::from_time(folder, filter)?
+        } else {
+            Walk::new(folder, filter)
+        };
+        let ready = Ready {
             service: selection.service.clone(),
+            instance: instance.to_string(),
             host: host.to_owned(),
-            instance,
-            filter: selection.filter.clone(),
-            at: None,
-            open: None,
             lines: VecDeque::new(),
+            bytes: 0,
         };
-        if let Some(read) = selection.resume.get(&instance) {
-            source.filter.since_unix_ns = 0;
-            source.at = Some(*read);
-            return Ok(source);
-        }
-        let segments = source.segments()?;
-        if selection.filter.since_unix_ns > 0 {
-            source.at = source.position_of_time(&segments, selection.filter.since_unix_ns);
-        }
-        if selection.tail_lines > 0 {
-            source.at = source.at.max(source.position_of_tail(&segments, selection.tail_lines)?);
-        }
-        Ok(source)
+        Ok(Self { instance, search, walk, ready, quiet_since: None })
     }
 
-    /// Reads on until there are lines or nothing more is written. `false`: at the end for now.
-    pub(super) fn fill(&mut self) -> io::Result<bool> {
-        while self.lines.is_empty() {
-            if !self.advance()? {
-                return Ok(false);
+    /// Reads on until there are lines, nothing more is written, or `budget` bytes have been read. `limit`: more bytes are
+    /// not kept of a line.
+    pub(super) fn fill(&mut self, budget: &mut usize, limit: usize) -> io::Result<Filled> {
+        while self.ready.lines.is_empty() {
+            if *budget == 0 || !self.has_begun(budget)? {
+                return Ok(Filled::Later);
+            }
+            let Self { walk, ready, .. } = self;
+            match walk.step(limit, &mut |line, spot| ready.put(line, spot))? {
+                Step::Read(bytes) => {
+                    *budget = budget.saturating_sub(bytes);
+                    self.quiet_since = None;
+                }
+                Step::End => return Ok(Filled::End),
             }
         }
+        Ok(Filled::Line)
+    }
+
+    /// At the end for now: whether a line without an end can be taken all the same. A follower waits a while for its end.
+    pub(super) fn show_unfinished(&mut self, follow: bool, now: Monotonic) -> bool {
+        let since = *self.quiet_since.get_or_insert(now);
+        if follow && now.since(since) < UNFINISHED_SHOWN_AFTER {
+            return false;
+        }
+        let Self { walk, ready, .. } = self;
+        walk.give_unfinished(&mut |line, spot| ready.put(line, spot));
+        !self.ready.lines.is_empty()
+    }
+
+    pub(super) fn front(&self) -> Option<&pb::LogLine> {
+        self.ready.lines.front()
+    }
+
+    pub(super) fn take(&mut self) -> Option<pb::LogLine> {
+        let line = self.ready.lines.pop_front()?;
+        self.ready.bytes -= line.text.len();
+        Some(line)
+    }
+
+    /// Bytes of text that are kept here.
+    pub(super) fn bytes(&self) -> usize {
+        self.ready.bytes + self.walk.bytes()
+    }
+
+    /// All that there was has been taken.
+    pub(super) fn is_through(&self) -> bool {
+        self.search.is_none()
+            && self.ready.lines.is_empty()
+            && self.walk.is_through()
+            && !self.walk.has_unfinished()
+    }
+
+    /// Whether it is known where to begin.
+    fn has_begun(&mut self, budget: &mut usize) -> io::Result<bool> {
+        let Some(search) = &mut self.search else { return Ok(true) };
+        let Search::Over(first) = search.step(budget)? else { return Ok(false) };
+        self.walk = search.walk(first)?;
+        self.search = None;
         Ok(true)
     }
+}
 
-    /// One chunk, or one step to the next segment.
-    fn advance(&mut self) -> io::Result<bool> {
-        let Some((segment, offset)) = self.at else {
-            let first = self.segments()?.into_iter().next();
-            self.at = first.map(|segment| (segment, 0));
-            return Ok(first.is_some());
-        };
-        match self.read_chunk(segment, offset)? {
-            true => Ok(true),
-            false => self.leave(segment, offset),
-        }
-    }
-
-    /// At the end of a segment: on to the next, if there is one.
-    fn leave(&mut self, segment: Segment, offset: u64) -> io::Result<bool> {
-        let Some(next) = self.segments()?.into_iter().find(|other| *other > segment) else {
-            return Ok(false);
-        };
-        // The next one existed before this look, so after it the old one is complete.
-        if !self.read_chunk(segment, offset)? {
-            self.at = Some((next, 0));
-            self.open = None;
-        }
-        Ok(true)
-    }
-
-    /// Takes the whole lines at `offset`. `false`: there are none (yet).
-    fn read_chunk(&mut self, segment: Segment, offset: u64) -> io::Result<bool> {
-        if self.open.as_ref().is_none_or(|(open, _)| *open != segment) {
-            self.open = match open_segment(&self.path(segment)) {
-                Ok(file) => Some((segment, file)),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false), // rotated away
-                Err(e) => return Err(e),
-            };
-        }
-        let (_, file) = self.open.as_ref().expect("opened above");
-        let Some(chunk) = whole_lines(file, offset)? else { return Ok(false) };
-        let instance = self.instance.to_string();
-        let mut end_offset = offset;
-        for line in chunk.split_inclusive(|byte| *byte == b'\n') {
-            end_offset += to_u64(line.len());
-            if let Some(line) = Line::parse(line.trim_ascii_newline())
-                && self.filter.admits(&line)
-            {
-                self.lines.push_back(pb::LogLine {
-                    epoch: segment.epoch,
-                    segment: segment.number,
-                    end_offset,
-                    ..line.to_log_line(&self.service, &instance, &self.host)
-                });
-            }
-        }
-        self.at = Some((segment, offset + to_u64(chunk.len())));
-        Ok(true)
-    }
-
-    fn segments(&self) -> io::Result<Vec<Segment>> {
-        let mut segments = Vec::new();
-        for epoch in epochs(&self.service_dir, self.instance)? {
-            for number in segment_numbers(&self.epoch_dir(epoch))? {
-                segments.push(Segment { epoch, number });
-            }
-        }
-        segments.sort_unstable();
-        Ok(segments)
-    }
-
-    /// The last segment that begins before the time: all that is wanted lies in it or after it.
-    fn position_of_time(&self, segments: &[Segment], unix_ns: i64) -> Option<(Segment, u64)> {
-        let begins_before = |segment: &&Segment| {
-            let file = open_segment(&self.path(**segment)).ok();
-            let chunk = file.and_then(|file| whole_lines(&file, 0).ok().flatten()).unwrap_or_default();
-            let first = chunk.split(|byte| *byte == b'\n').find_map(Line::parse);
-            first.is_some_and(|line| line.unix_ns < unix_ns)
-        };
-        segments.iter().rev().find(begins_before).map(|segment| (*segment, 0))
-    }
-
-    /// Counts lines backwards from the end.
-    fn position_of_tail(&self, segments: &[Segment], tail_lines: u64) -> io::Result<Option<(Segment, u64)>> {
-        let mut left = tail_lines;
-        for segment in segments.iter().rev() {
-            let path = self.path(*segment);
-            let found = match self.filter.admits_all_since() {
-                true => offset_of_tail(&path, &mut left),
-                false => offset_of_admitted_tail(&path, &self.filter, &mut left),
-            };
-            match found {
-                Ok(Some(offset)) => return Ok(Some((*segment, offset))),
-                Ok(None) => {}
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(None)
-    }
-
-    fn epoch_dir(&self, epoch: u64) -> PathBuf {
-        self.service_dir.join(format!("{}-{epoch}", self.instance))
-    }
-
-    fn path(&self, segment: Segment) -> PathBuf {
-        self.epoch_dir(segment.epoch).join(format!("{:010}.log", segment.number))
+impl Ready {
+    fn put(&mut self, line: &Line<'_>, spot: Spot) {
+        let (segment, end_offset) = spot.after;
+        let line = line.to_log_line(&self.service, &self.instance, &self.host);
+        self.bytes += line.text.len();
+        self.lines.push_back(pb::LogLine {
+            epoch: segment.epoch,
+            segment: segment.number,
+            end_offset,
+            ..line
+        });
     }
 }
 
@@ -198,209 +173,68 @@ pub(crate) struct LinesSince {
     service_dir: PathBuf,
     instance: InstanceId,
     since_unix_ns: i64,
-    source: Option<Source>,
+    walk: Option<Walk>,
     /// A line was found; it stays found.
     found: bool,
 }
 
 impl LinesSince {
     pub(crate) fn new(service_dir: &Path, instance: InstanceId, since_unix_ns: i64) -> Self {
-        Self { service_dir: service_dir.to_owned(), instance, since_unix_ns, source: None, found: false }
+        Self { service_dir: service_dir.to_owned(), instance, since_unix_ns, walk: None, found: false }
     }
 
-    /// Whether a line of all so far fits. Each is looked at once. Blocks.
+    /// Whether a line of all so far fits, or the beginning of one that has no end yet. Each line is looked at once.
+    /// Blocks.
     pub(crate) fn any(&mut self, fits: impl Fn(&str) -> bool) -> io::Result<bool> {
         if self.found {
             return Ok(true);
         }
-        let mut source = match self.source.take() {
-            Some(source) => source,
+        let mut walk = match self.walk.take() {
+            Some(walk) => walk,
             None => {
-                let (seconds, nanos) = (
-                    self.since_unix_ns.div_euclid(1_000_000_000),
-                    self.since_unix_ns.rem_euclid(1_000_000_000),
-                );
-                let nanos = i32::try_from(nanos).expect("less than a second");
-                let request = pb::ReadHostLogsRequest {
-                    since: Some(prost_types::Timestamp { seconds, nanos }),
-                    ..pb::ReadHostLogsRequest::default()
-                };
-                let selection = Selection::of(&request).expect("it names no id that could be wrong");
-                Source::open(&self.service_dir, "", self.instance, &selection)?
+                let folder = Folder::new(&self.service_dir, self.instance);
+                Walk::from_time(folder, Filter::since(self.since_unix_ns))?
             }
         };
-        while !self.found && source.fill()? {
-            self.found = std::mem::take(&mut source.lines)
-                .iter()
-                .any(|line| fits(&String::from_utf8_lossy(&line.text)));
+        let fits = |text: &[u8]| fits(&String::from_utf8_lossy(text));
+        let mut found = false;
+        loop {
+            // What is said of lines that are missing is no word of the process.
+            let step = walk.step(JOINED_BYTES_MAX, &mut |line, _| {
+                found |= !line.dropped && fits(line.text);
+            })?;
+            if found || step == Step::End {
+                break;
+            }
         }
-        self.source = Some(source);
+        self.found = found || walk.unfinished().any(fits);
+        self.walk = Some(walk);
         Ok(self.found)
     }
-}
-
-/// The instances that have logs of a service here.
-pub(super) fn instances(service_dir: &Path) -> io::Result<Vec<InstanceId>> {
-    let mut found: Vec<InstanceId> = names(service_dir)?
-        .iter()
-        .filter_map(|name| parse_folder(name))
-        .map(|(instance, _)| instance)
-        .collect();
-    found.sort_unstable();
-    found.dedup();
-    Ok(found)
-}
-
-fn epochs(service_dir: &Path, instance: InstanceId) -> io::Result<Vec<u64>> {
-    let folders = names(service_dir)?;
-    let parsed = folders.iter().filter_map(|name| parse_folder(name));
-    Ok(parsed.filter(|(other, _)| *other == instance).map(|(_, epoch)| epoch).collect())
-}
-
-fn segment_numbers(dir: &Path) -> io::Result<Vec<u64>> {
-    Ok(names(dir)?.iter().filter_map(|name| name.strip_suffix(".log")?.parse().ok()).collect())
-}
-
-/// `i-42-3`: instance 42 in its third epoch.
-pub(crate) fn parse_folder(name: &str) -> Option<(InstanceId, u64)> {
-    let (instance, epoch) = name.rsplit_once('-')?;
-    Some((instance.parse().ok()?, epoch.parse().ok()?))
-}
-
-fn names(dir: &Path) -> io::Result<Vec<String>> {
-    match std::fs::read_dir(dir) {
-        Ok(entries) => entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(e) => Err(e),
-    }
-}
-
-/// Never through a link: should a service ever get to write here, it must not choose what we read.
-fn open_segment(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
-}
-
-/// All whole lines of the next chunk, newlines included. `None`: not one line is complete.
-fn whole_lines(file: &File, offset: u64) -> io::Result<Option<Vec<u8>>> {
-    let mut size = CHUNK_BYTES;
-    loop {
-        let mut chunk = vec![0; size];
-        let length = read_at(file, &mut chunk, offset)?;
-        if let Some(end) = chunk[..length].iter().rposition(|byte| *byte == b'\n') {
-            chunk.truncate(end + 1);
-            return Ok(Some(chunk));
-        }
-        if length < size {
-            return Ok(None);
-        }
-        if size >= LINE_BYTES_MAX {
-            return Ok(Some(chunk)); // passed over: it parses as no line
-        }
-        size *= 4;
-    }
-}
-
-fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match file.read_at(&mut buffer[length..], offset + to_u64(length)) {
-            Ok(0) => break,
-            Ok(read) => length += read,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(length)
-}
-
-/// Where the last `left` lines of a file begin; `None` when it has fewer, and `left` is what remains to find.
-fn offset_of_tail(path: &Path, left: &mut u64) -> io::Result<Option<u64>> {
-    let file = open_segment(path)?;
-    let mut end = file.metadata()?.len();
-    // A newline ends a line; the one that ends the line before the wanted ones is the mark.
-    while end > 0 {
-        let start = end.saturating_sub(to_u64(CHUNK_BYTES));
-        let mut chunk = vec![0; usize::try_from(end - start).expect("at most one chunk")];
-        let length = read_at(&file, &mut chunk, start)?;
-        for index in (0..length).rev() {
-            if chunk[index] != b'\n' {
-                continue;
-            }
-            if *left == 0 {
-                return Ok(Some(start + to_u64(index) + 1));
-            }
-            *left -= 1;
-        }
-        end = start;
-    }
-    Ok((*left == 0).then_some(0))
-}
-
-/// Likewise, of the lines that a filter admits; the file is read from its beginning.
-fn offset_of_admitted_tail(path: &Path, filter: &Filter, left: &mut u64) -> io::Result<Option<u64>> {
-    let file = open_segment(path)?;
-    let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
-    let mut begins = VecDeque::new();
-    let mut offset = 0;
-    while let Some(chunk) = whole_lines(&file, offset)? {
-        for line in chunk.split_inclusive(|byte| *byte == b'\n') {
-            if Line::parse(line.trim_ascii_newline()).is_some_and(|line| filter.admits(&line)) {
-                begins.push_back(offset);
-                if begins.len() > wanted {
-                    begins.pop_front();
-                }
-            }
-            offset += to_u64(line.len());
-        }
-    }
-    *left -= to_u64(begins.len());
-    Ok(begins.front().copied().filter(|_| *left == 0))
-}
-
-trait TrimNewline {
-    fn trim_ascii_newline(&self) -> &Self;
-}
-
-impl TrimNewline for [u8] {
-    fn trim_ascii_newline(&self) -> &Self {
-        self.strip_suffix(b"\n").unwrap_or(self)
-    }
-}
-
-fn to_u64(length: usize) -> u64 {
-    u64::try_from(length).expect("usize fits u64 on every Linux")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A line is written, and the segment left, between the look at its end and the look for the next one.
     #[test]
-    fn what_is_written_just_before_a_rotation_is_read_before_the_next_segment() {
+    fn a_line_that_says_it_is_found_also_in_parts_and_without_an_end() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("i-1-1");
-        std::fs::create_dir(&folder).unwrap();
-        let write = |segment: u64, text: &str| {
-            let path = folder.join(format!("{segment:010}.log"));
-            let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
-            std::io::Write::write_all(
-                &mut file,
-                format!("1970-01-01T00:00:01Z stdout F {text}\n").as_bytes(),
-            )
-            .unwrap();
-        };
-        let selection = Selection { service: "web".into(), ..Selection::default() };
-        write(1, "one");
-        let mut source = Source::open(dir.path(), "north", InstanceId(1), &selection).unwrap();
-        assert!(source.fill().unwrap());
-        source.lines.clear();
-        let (segment, offset) = source.at.unwrap();
-        assert!(!source.read_chunk(segment, offset).unwrap());
-        write(1, "two");
-        write(2, "three");
-        assert!(source.leave(segment, offset).unwrap());
-        assert!(source.fill().unwrap());
-        assert_eq!(source.lines[0].text, "two");
+        std::fs::create_dir(dir.path().join("i-1-1")).unwrap();
+        let path = dir.path().join("i-1-1/0000000001.log");
+        let since = |second: i64| LinesSince::new(dir.path(), InstanceId(1), second * 1_000_000_000);
+        let says = |lines: &mut LinesSince, text: &str| lines.any(|line| line.contains(text)).unwrap();
+        let mut text =
+            "1970-01-01T00:00:01Z stdout P it is re\n1970-01-01T00:00:02Z stdout P ad\n".to_owned();
+        std::fs::write(&path, &text).unwrap();
+        let mut lines = since(1);
+        assert!(!says(&mut lines, "ready"));
+        assert!(says(&mut since(1), "it is read"));
+        // The beginning was another process's.
+        assert!(!says(&mut since(2), "read"));
+        text += "1970-01-01T00:00:02Z stdout D 1 lines dropped\n1970-01-01T00:00:03Z stdout F y\n";
+        std::fs::write(&path, &text).unwrap();
+        assert!(!says(&mut lines, "ready") && !says(&mut lines, "dropped"));
+        assert!(says(&mut since(1), "it is read") && says(&mut since(1), "y"));
     }
 }

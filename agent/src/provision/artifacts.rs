@@ -5,6 +5,8 @@
 //! names; what no link leads to goes, the least recently used first, when the cache is larger than it may be.
 
 pub(crate) mod cutoff;
+mod download;
+mod roots;
 pub(crate) mod stub;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -243,11 +245,12 @@ fn remove(path: &Path) -> io::Result<()> {
 
 /// Into a file of ours, while its checksum is made; a wrong one is refused before anybody looks into it.
 fn fetch(artifact: &pb::Artifact, into: &Path, cutoff: &Cutoff) -> Result<u64, String> {
-    let mut child = stub_command(&["fetch", &artifact.url], Path::new("/"))
-        .stdin(Stdio::null())
-        .spawn()
-        .map_err(|e| e.to_string())?;
+    let mut child =
+        stub_command(&["fetch"], Path::new("/")).stdin(Stdio::piped()).spawn().map_err(|e| e.to_string())?;
     let watched = cutoff.watch(child.id());
+    // Not as an argument: a signed URL would be there for all users of the host to read. One that has ended already says
+    // why, and that it heard nothing is the least of it.
+    let _ended = child.stdin.take().expect("it is piped").write_all(artifact.url.as_bytes());
     let mut out = child.stdout.take().expect("it is piped");
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(0o755).open(into).map_err(|e| e.to_string())?;
@@ -313,10 +316,14 @@ fn settle(path: &Path) -> io::Result<u64> {
     Ok(bytes)
 }
 
+/// Names the authorities that programs trust, where they are not the host's own; not a setting of ours.
+const CA_BUNDLE_VARIABLE: &str = "SSL_CERT_FILE";
+
 /// This program, which becomes nobody before it does anything, with nothing of ours but its orders.
 fn stub_command(words: &[&str], folder: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("nave").arg("artifact-stub").args(words).env_clear().current_dir(folder);
+    command.envs(std::env::var_os(CA_BUNDLE_VARIABLE).map(|path| (CA_BUNDLE_VARIABLE, path)));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -33,15 +33,15 @@ pub(crate) struct Attestor {
 }
 
 impl Attestor {
-    /// `groups`: the directory of all our cgroups in the cgroup2 hierarchy, if there is one.
-    pub(crate) fn new(host: &str, groups: Option<PathBuf>) -> Self {
+    /// `groups`: the directories of all our cgroups in the cgroup2 hierarchy, if there are any.
+    pub(crate) fn new(host: &str, groups: Vec<PathBuf>) -> Self {
         let diag = SockDiag::open().inspect_err(|error| {
             warn!(%error, "the kernel does not say who calls: callers on this host count as unknown");
         });
         Self {
             host: host.into(),
             diag: diag.ok(),
-            groups: groups.map(Groups::new),
+            groups: (!groups.is_empty()).then(|| Groups::new(groups)),
             users: ArcSwap::default(),
         }
     }
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_process_outside_is_its_user_on_this_host() {
-        let attestor = Attestor::new("box", Some(tempfile::tempdir().unwrap().path().to_owned()));
+        let attestor = Attestor::new("box", vec![tempfile::tempdir().unwrap().path().to_owned()]);
         let (_near, _far, peer, local) = connection();
         let uid = nix::unistd::geteuid().as_raw();
         assert_eq!(attestor.caller(peer, local).to_string(), format!("host/box/uid/{uid}"));
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn without_cgroup2_a_services_user_names_it() {
-        let attestor = Attestor::new("box", None);
+        let attestor = Attestor::new("box", Vec::new());
         attestor.set_users([(nix::unistd::geteuid().as_raw(), "web".into())].into());
         let (_near, _far, peer, local) = connection();
         assert_eq!(attestor.caller(peer, local), Caller::Service("web".into()));
@@ -140,7 +140,7 @@ mod tests {
             .spawn()
             .unwrap();
         let (accepted, peer) = listener.accept().unwrap();
-        let caller = Attestor::new("box", Some(folder.clone())).caller(peer, accepted.local_addr().unwrap());
+        let caller = Attestor::new("box", vec![folder.clone()]).caller(peer, accepted.local_addr().unwrap());
         drop(child.stdin.take());
         child.wait().unwrap();
         for directory in [group.as_path(), group.parent().unwrap(), &folder] {

@@ -62,7 +62,7 @@ fn start(dir: &Path, shutdown: &CancellationToken) -> Proxy {
         records: Arc::default(),
         notes: Notes::default(),
         credentials: None,
-        attest: ("box".to_owned(), None),
+        attest: ("box".to_owned(), Vec::new()),
     };
     Proxy::start(config, shutdown.clone()).unwrap()
 }

@@ -141,13 +141,13 @@ fn answer(kept: &mut Kept, request: Request) -> Reply {
         }
         Request::Signal(signal) => {
             end(kept, signal.instance_id, signal.cause(), 0);
-            Reply::Done(pb::KeeperDone {})
+            Reply::Done(pb::KeeperDone::default())
         }
         Request::AcknowledgeExits(acknowledge) => {
             kept.acknowledged = acknowledge.up_to_sequence;
-            Reply::Done(pb::KeeperDone {})
+            Reply::Done(pb::KeeperDone::default())
         }
-        Request::Forget(_) => Reply::Done(pb::KeeperDone {}),
+        Request::Forget(_) => Reply::Done(pb::KeeperDone::default()),
         _ => Reply::Unsupported(pb::KeeperUnsupported {}),
     }
 }

@@ -3,10 +3,11 @@
 use std::fs::OpenOptions;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::process::Process;
+use crate::context::plain;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -52,9 +53,22 @@ impl Role {
     }
 
     /// Starts it in a process group of its own, so that Ctrl-C reaches dev alone and the order of stopping is dev's.
-    pub(super) fn start(&self) -> io::Result<Process> {
+    ///
+    /// # Errors
+    /// Why it cannot be started, in words.
+    pub(super) fn start(&self) -> Result<Process, String> {
+        let program = std::env::current_exe()
+            .map_err(|error| format!("dev cannot find its own program: {}", plain(&error)))?;
+        let mut command = self.command(&program).map_err(|error| {
+            format!("its log {} cannot be opened: {}", self.log_file().display(), plain(&error))
+        })?;
+        let child = command.spawn().map_err(|error| cannot_run(&program, &error))?;
+        Process::of_child(child).map_err(|error| format!("it cannot be watched: {}", plain(&error)))
+    }
+
+    fn command(&self, program: &Path) -> io::Result<Command> {
         let log = self.log()?;
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(program);
         match self.kind {
             Kind::Member => command
                 .arg("orchestrator")
@@ -70,7 +84,7 @@ impl Role {
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0);
-        Process::of_child(command.spawn()?)
+        Ok(command)
     }
 
     fn log(&self) -> io::Result<std::fs::File> {
@@ -103,6 +117,16 @@ impl Role {
     }
 }
 
+/// Linux calls a program so whose file is no longer where it was when the program began.
+const DELETED: &str = " (deleted)";
+
+fn cannot_run(program: &Path, error: &io::Error) -> String {
+    let gone = program.to_str().and_then(|path| path.strip_suffix(DELETED));
+    let Some(path) = gone else { return format!("{} cannot be run: {}", program.display(), plain(error)) };
+    let was = if Path::new(path).exists() { "replaced by another" } else { "deleted" };
+    format!("{path} was {was} since `nave dev` began; end `nave dev` and start it again")
+}
+
 /// Each role with its running process, if there is one.
 pub(super) fn with_running(roles: &[Role]) -> Vec<(Role, Option<Process>)> {
     roles.iter().map(|role| (role.clone(), role.running())).collect()
@@ -111,6 +135,22 @@ pub(super) fn with_running(roles: &[Role]) -> Vec<(Role, Option<Process>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_cannot_be_run_is_told_with_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("nave");
+        let gone = PathBuf::from(format!("{} (deleted)", program.display()));
+        let error = io::Error::from_raw_os_error(2);
+        assert_eq!(
+            cannot_run(&program, &error),
+            format!("{} cannot be run: no such file or directory", program.display())
+        );
+        assert!(cannot_run(&gone, &error).starts_with(&format!("{} was deleted since", program.display())));
+        std::fs::write(&program, "").unwrap();
+        let text = cannot_run(&gone, &error);
+        assert!(text.starts_with(&format!("{} was replaced by another since", program.display())), "{text}");
+    }
 
     #[test]
     fn the_last_line_of_the_log_is_what_a_role_said_last() {

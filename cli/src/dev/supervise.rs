@@ -30,9 +30,9 @@ impl Supervised {
         for (role, running) in roles {
             let process = match running {
                 Some(process) => process,
-                None => role.start().map_err(|error| {
-                    Failure::refused(format!("cannot start {}: {}", role.name, plain(&error)))
-                })?,
+                None => role
+                    .start()
+                    .map_err(|why| Failure::refused(format!("cannot start {}: {why}", role.name)))?,
             };
             self.tasks.spawn(keep(role, process, self.stop.clone()));
         }
@@ -57,19 +57,19 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const HELD: Duration = Duration::from_secs(10);
 
 async fn keep(role: Role, process: Process, stop: CancellationToken) -> Held {
-    let mut process = Some(process);
+    let mut process = Ok(process);
     let mut backoff = BACKOFF_MIN;
     loop {
         let started = Instant::now();
         let why = match &mut process {
-            Some(running) => tokio::select! {
-                () = stop.cancelled() => return (role, process),
+            Ok(running) => tokio::select! {
+                () = stop.cancelled() => return (role, process.ok()),
                 ended = running.ended() => match ended {
                     Ok(status) => how(status, || role.last_words()),
                     Err(error) => format!("can no longer be watched: {}", plain(&error)),
                 },
             },
-            None => "could not be started".to_owned(),
+            Err(why) => format!("could not be started: {why}"),
         };
         if role.has_left() {
             say(format_args!("{} has left the cluster and stays ended", role.name));
@@ -84,7 +84,7 @@ async fn keep(role: Role, process: Process, stop: CancellationToken) -> Held {
             () = tokio::time::sleep(backoff) => {}
         }
         backoff = (backoff * 2).min(BACKOFF_MAX);
-        process = role.start().ok();
+        process = role.start();
     }
 }
 

@@ -67,6 +67,8 @@ fn outcome(applied: &pb::ApplyServiceResponse) -> String {
         Outcome::Updated if applied.replaces_instances => {
             format!("updated, version {version}; its processes are being replaced")
         }
+        // The member that answered had not seen yet what another one had written.
+        Outcome::Updated if applied.changes.is_empty() => format!("updated, version {version}"),
         Outcome::Updated => format!("updated, version {version}; its processes stay"),
         Outcome::Unspecified => format!("accepted, version {version}"),
     }
@@ -150,6 +152,8 @@ mod tests {
     fn an_update_says_whether_processes_are_replaced() {
         let mut applied =
             pb::ApplyServiceResponse { version: 2, outcome: Outcome::Updated.into(), ..Default::default() };
+        assert_eq!(outcome(&applied), "updated, version 2");
+        applied.changes.push(pb::FieldChange::default());
         assert_eq!(outcome(&applied), "updated, version 2; its processes stay");
         applied.replaces_instances = true;
         assert_eq!(outcome(&applied), "updated, version 2; its processes are being replaced");

@@ -1,4 +1,5 @@
-//! `nave logs`: the hub merges the output of all instances on all hosts; here it gets its prefixes and colours.
+//! `nave logs`: the hub merges the output of all instances on all hosts; here it gets its prefixes and colours. An answer
+//! that may lack lines ends with exit code 1, and never says that there are none.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -57,6 +58,7 @@ pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
             contains: args.grep.clone().unwrap_or_default(),
             resume: printer.cursors(),
             access: args.access,
+            stream: wanted_stream(args.stream).into(),
         };
         let trouble = match hub
             .read_status(|mut member| {
@@ -71,20 +73,19 @@ pub(super) async fn run(args: &Logs, hub: &Hub) -> Result<(), Failure> {
                         tries = 0;
                         printer.print(&response);
                     }
-                    Ok(None) => {
-                        printer.end();
-                        return Ok(());
-                    }
+                    Ok(None) => return printer.end(),
                     Err(status) => break status,
                 }
             },
-            Err(status) if status.code() == Code::NotFound && args.instance.is_none() => {
-                return Err(super::about_service(hub, &args.service, &status).await);
-            }
-            Err(status) => return Err(Failure::from_status(&status)),
+            Err(status) => status,
         };
+        if trouble.code() == Code::NotFound && args.instance.is_none() {
+            return Err(super::about_service(hub, &args.service, &trouble).await);
+        }
         if !args.follow || !crate::client::passes_over(&trouble) {
-            printer.end();
+            if !printer.rows.is_empty() {
+                printer.print_rows();
+            }
             return Err(Failure::from_status(&trouble));
         }
         if tries == 0 {
@@ -108,16 +109,20 @@ struct Printer<'a> {
     /// What has been read of each instance on each host, so that a stream that broke goes on behind it.
     read: BTreeMap<(String, String), pb::LogCursor>,
     rows: Vec<LineRow>,
+    /// The hub has said that lines may be missing, and why.
+    is_warned: bool,
 }
 
 impl<'a> Printer<'a> {
     fn new(args: &'a Logs) -> Self {
-        Self { args, sources: BTreeMap::new(), width: 0, read: BTreeMap::new(), rows: Vec::new() }
+        let (sources, read) = (BTreeMap::new(), BTreeMap::new());
+        Self { args, sources, width: 0, read, rows: Vec::new(), is_warned: false }
     }
 
     fn print(&mut self, response: &pb::ReadLogsResponse) {
         if !response.warning.is_empty() {
             out::note(&response.warning);
+            self.is_warned = true;
         }
         // All prefixes of a batch are as wide as its widest.
         let widths = response.lines.iter().map(|line| self.name(line).chars().count());
@@ -131,6 +136,7 @@ impl<'a> Printer<'a> {
     }
 
     fn line(&mut self, line: &pb::LogLine) {
+        // Members and agents of older builds send both.
         let wanted = match self.args.stream {
             Stream::All => true,
             Stream::Stdout => !line.stderr,
@@ -194,25 +200,49 @@ impl<'a> Printer<'a> {
         self.read.values().cloned().collect()
     }
 
-    fn end(&mut self) {
+    /// All that was answered has been printed.
+    fn end(&self) -> Result<(), Failure> {
+        self.print_rows();
+        if self.is_warned {
+            let said = "this may not be all that there is: the notes above say what could not be read";
+            return Err(Failure::refused(said).next("`nave hosts` shows how they are; then ask again"));
+        }
+        if self.read.is_empty() && !self.args.listing.json() {
+            out::aside(self.nothing());
+        }
+        Ok(())
+    }
+
+    /// The array, which is printed as a whole.
+    fn print_rows(&self) {
         if self.args.listing.json() && !self.args.follow {
             out::json(&self.rows);
-        } else if self.read.is_empty() && !self.args.follow {
-            let what = match self.args.access {
-                true => "has not been called, where calls are noted",
-                false => "has written nothing",
-            };
-            out::aside(format_args!(
-                "{} {what}{}",
-                self.args.service,
-                match (&self.args.grep, self.args.until, self.args.since) {
-                    (Some(_), _, _) => " with that text",
-                    (None, Some(_), _) => " in that time",
-                    (None, None, Some(_)) => " since then",
-                    (None, None, None) => " yet",
-                }
-            ));
         }
+    }
+
+    /// Why not a line was printed.
+    fn nothing(&self) -> String {
+        let what = match (self.args.access, self.args.stream) {
+            (true, _) => "has not been called, where calls are noted,",
+            (false, Stream::All) => "has written nothing",
+            (false, Stream::Stdout) => "has written nothing to stdout",
+            (false, Stream::Stderr) => "has written nothing to stderr",
+        };
+        let when = match (&self.args.grep, self.args.until, self.args.since) {
+            (Some(_), _, _) => "with that text",
+            (None, Some(_), _) => "in that time",
+            (None, None, Some(_)) => "since then",
+            (None, None, None) => "yet",
+        };
+        format!("{} {what} {when}", self.args.service)
+    }
+}
+
+fn wanted_stream(stream: Stream) -> pb::OutputStream {
+    match stream {
+        Stream::All => pb::OutputStream::Unspecified,
+        Stream::Stdout => pb::OutputStream::Stdout,
+        Stream::Stderr => pb::OutputStream::Stderr,
     }
 }
 
@@ -240,6 +270,7 @@ fn row(line: &pb::LogLine) -> LineRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::failure::Exit;
 
     fn args() -> Logs {
         use clap::Parser as _;
@@ -263,6 +294,29 @@ mod tests {
         }
         args.instance = Some("i-2".into());
         assert_eq!(Printer::new(&args).prefix(&line("i-2", "b", 0)), "");
+    }
+
+    #[test]
+    fn an_answer_that_may_lack_lines_fails_and_only_a_whole_one_says_that_there_are_none() {
+        let mut args = args();
+        args.grep = Some("needle".into());
+        let mut printer = Printer::new(&args);
+        assert_eq!(printer.nothing(), "web has written nothing with that text");
+        assert!(printer.end().is_ok());
+        let warning = "host a stopped answering; its output is not complete".to_owned();
+        printer.print(&pb::ReadLogsResponse { warning, ..Default::default() });
+        let failure = printer.end().unwrap_err();
+        assert_eq!(failure.exit, Exit::Refused);
+        assert!(!failure.to_string().contains("nothing"), "{failure}");
+    }
+
+    #[test]
+    fn what_there_is_none_of_is_said_by_what_was_asked() {
+        let mut args = args();
+        assert_eq!(Printer::new(&args).nothing(), "web has written nothing yet");
+        args.stream = Stream::Stderr;
+        args.since = Some(Timestamp::UNIX_EPOCH);
+        assert_eq!(Printer::new(&args).nothing(), "web has written nothing to stderr since then");
     }
 
     #[test]

@@ -48,6 +48,16 @@ fn instance(run: &pb::JobRun) -> String {
     }
 }
 
+/// Of one process, for how long it ran.
+fn took(run: &pb::JobRun) -> String {
+    let alone = run.exit.as_ref().filter(|exit| (exit.epoch, exit.attempt) == (1, 1) && exit.ran_ms != 0);
+    match (alone, run.started_unix_ns, run.ended_unix_ns) {
+        (Some(exit), _, _) => format!("{} s", exit.ran_ms / 1000),
+        (None, 0, _) | (None, _, 0) => String::new(),
+        (None, from, to) => format!("{} s", (to - from) / 1_000_000_000),
+    }
+}
+
 /// So many of the last runs fit on a screen.
 const SHOWN: usize = 10;
 
@@ -66,20 +76,33 @@ pub(super) fn print(service: &pb::Service, now: jiff::Timestamp) {
             pb::JobRunStatus::Succeeded => Tone::Good,
             _ => Tone::Warning,
         };
-        let took = match (run.started_unix_ns, run.ended_unix_ns) {
-            (0, _) | (_, 0) => String::new(),
-            (from, to) => format!("{} s", (to - from) / 1_000_000_000),
-        };
         table.row([
             format!("  {}", run.number).into(),
             Cell::new(words::job_run_status(run.status()), tone),
             run.version.to_string().into(),
             format!("{} ago", when::age(moment(run.due_unix_ns), now)).into(),
-            took.into(),
+            took(run).into(),
             run.attempts.to_string().into(),
             instance(run).into(),
             run.reason.as_str().into(),
         ]);
     }
     table.print();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_of_one_process_took_as_long_as_that_ran() {
+        let run = |attempt, ran_ms| pb::JobRun {
+            started_unix_ns: 1_000_000_000,
+            ended_unix_ns: 198_000_000_000,
+            exit: Some(pb::ExitRecord { epoch: 1, attempt, ran_ms, ..Default::default() }),
+            ..Default::default()
+        };
+        assert_eq!((took(&run(1, 90_400)), took(&run(2, 90_400))), ("90 s".to_owned(), "197 s".to_owned()));
+        assert_eq!(took(&pb::JobRun { ended_unix_ns: 0, exit: None, ..run(1, 0) }), "");
+    }
 }

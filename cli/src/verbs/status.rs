@@ -175,10 +175,13 @@ fn deployment(service: &pb::Service, now: jiff::Timestamp) -> String {
         "successful" => Tone::Good,
         _ => Tone::Warning,
     };
-    let at =
-        if deployment.ended_unix_ns == 0 { deployment.started_unix_ns } else { deployment.ended_unix_ns };
-    let at = jiff::Timestamp::from_nanosecond(i128::from(at)).ok();
-    let mut text = format!("{} {} ago", out::paint(tone, word), when::age(at, now));
+    let mut text = out::paint(tone, word);
+    // When it was paused is not known, only when it began.
+    if word != "paused" {
+        let (started, ended) = (deployment.started_unix_ns, deployment.ended_unix_ns);
+        let at = jiff::Timestamp::from_nanosecond(i128::from(if ended == 0 { started } else { ended })).ok();
+        text.push_str(&format!(" {} ago", when::age(at, now)));
+    }
     if deployment.from_version != 0 {
         text.push_str(&format!(", from version {}", deployment.from_version));
     }
@@ -239,6 +242,26 @@ mod tests {
         let words = ["sh", "-c", "echo hello; sleep 1"].map(str::to_owned);
         assert_eq!(command(&words), "sh -c 'echo hello; sleep 1'");
         assert_eq!(command(&["x".repeat(200)]).chars().count(), 101);
+    }
+
+    #[test]
+    fn a_paused_rollout_is_not_said_to_be_as_old_as_its_beginning() {
+        let now = jiff::Timestamp::from_second(100).unwrap();
+        let text = |status: pb::DeploymentStatus| {
+            let started = pb::Deployment {
+                status: status.into(),
+                started_unix_ns: 94_000_000_000,
+                from_version: 1,
+                ..Default::default()
+            };
+            deployment(&pb::Service { deployment: Some(started), ..Default::default() }, now)
+        };
+        let word = |word| out::paint(Tone::Warning, word);
+        assert_eq!(text(pb::DeploymentStatus::Paused), format!("{}, from version 1", word("paused")));
+        assert_eq!(
+            text(pb::DeploymentStatus::Running),
+            format!("{} 6s ago, from version 1", word("running"))
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use futures::future::join_all;
+use nave_proto::manifest::schedule::Schedule;
 use nave_proto::pb;
 use tokio::time::Instant;
 use tonic::{Code, Status};
@@ -183,7 +184,7 @@ fn judge_version(version: u64, service: &pb::Service, instances: &[pb::Instance]
             details: why_not(service, &wanted),
         },
         "failed" | "cancelled" => fail(reason.to_owned()),
-        "successful" if manifest_kind(service) == pb::Kind::Job => Verdict::Done(job_done(version, service)),
+        "successful" if manifest_kind(service) == pb::Kind::Job => judge_job(version, service),
         "successful" if ready >= service.desired => Verdict::Done(format!("version {version}, {of}")),
         _ => Verdict::Going {
             how_far: format!("version {version}, {of}"),
@@ -196,13 +197,25 @@ fn manifest_kind(service: &pb::Service) -> pb::Kind {
     service.manifest.as_ref().map_or(pb::Kind::Unspecified, pb::Manifest::kind)
 }
 
-fn job_done(version: u64, service: &pb::Service) -> String {
+/// The hub works out when a schedule is due a moment after it has taken it.
+fn judge_job(version: u64, service: &pb::Service) -> Verdict {
     let ran = service.runs.iter().rev().find(|run| run.version == version && run.ended_unix_ns != 0);
     match (ran, crate::when::timestamp(service.next_run.as_ref())) {
-        (Some(run), _) => format!("run {} {}", run.number, nave_proto::words::job_run_status(run.status())),
-        (None, Some(next)) => format!("version {version}, first run at {next}"),
-        (None, None) => format!("version {version}"),
+        (Some(run), _) => {
+            Verdict::Done(format!("run {} {}", run.number, nave_proto::words::job_run_status(run.status())))
+        }
+        (None, Some(next)) => Verdict::Done(format!("version {version}, first run at {next}")),
+        (None, None) if is_ever_due(service) => Verdict::Going {
+            how_far: format!("version {version}"),
+            why: "the hub has yet to work out its first run".to_owned(),
+        },
+        (None, None) => Verdict::Done(format!("version {version}")),
     }
+}
+
+fn is_ever_due(service: &pb::Service) -> bool {
+    let schedule = service.manifest.as_ref().map_or("", |manifest| manifest.schedule.as_str());
+    Schedule::parse(schedule).is_ok_and(|schedule| schedule.is_ever_due())
 }
 
 fn fail(reason: String) -> Verdict {
@@ -408,6 +421,29 @@ mod tests {
     fn a_failed_deployment_fails_with_the_hubs_reason() {
         let verdict = judge_version(2, &service(2, pb::DeploymentStatus::Failed), &[]);
         assert_eq!(verdict, Verdict::Failed { reason: "i-2 exited with 1".into(), details: Vec::new() });
+    }
+
+    #[test]
+    fn a_scheduled_job_is_waited_for_until_its_first_run_is_known() {
+        let job = |schedule: &str| pb::Service {
+            manifest: Some(pb::Manifest {
+                kind: pb::Kind::Job.into(),
+                schedule: schedule.to_owned(),
+                ..Default::default()
+            }),
+            ..service(2, pb::DeploymentStatus::Successful)
+        };
+        let unknown = job("30 2 * * * Europe/Berlin");
+        assert!(matches!(judge_version(2, &unknown, &[]), Verdict::Going { .. }));
+        let next_run = Some(prost_types::Timestamp { seconds: 1_795_829_400, nanos: 0 });
+        let known = pb::Service { next_run, ..unknown };
+        assert_eq!(
+            judge_version(2, &known, &[]),
+            Verdict::Done("version 2, first run at 2026-11-28T01:30:00Z".into())
+        );
+        for never in ["", "0 0 30 2 *"] {
+            assert_eq!(judge_version(2, &job(never), &[]), Verdict::Done("version 2".into()));
+        }
     }
 
     #[test]

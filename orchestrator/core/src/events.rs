@@ -1,12 +1,15 @@
 //! Lifecycle events as people read them: who did what, and why, in one sentence. Here are the words; the table is
 //! `state/events.rs`.
 
+mod sentences;
+
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_proto::pb::observed::State;
 use nave_proto::signals;
 
 use crate::wants::InstanceExt as _;
+pub(crate) use sentences::{Sentences, late_sentences, sentences};
 
 /// A note is a sentence; an agent that says more is cut short.
 const NOTE_CHARS_MAX: usize = 500;
@@ -142,19 +145,19 @@ pub(crate) fn fetch_event(
     }
 }
 
-/// What the agent notes that no earlier report has told. A kind that is no word is the agent's mistake, not an event's.
+/// What the agent notes that no earlier report has told, with its number. A kind that is no word is the agent's mistake, not an event's.
 pub(crate) fn untold_notes(
     before: &pb::InstanceRecord,
     notes: Vec<pb::InstanceNote>,
     host: &str,
-) -> impl Iterator<Item = (String, String)> {
+) -> impl Iterator<Item = (u64, String, String)> {
     let (told, who, host) = (before.note, called(before), host.to_owned());
     let is_word = |kind: &str| {
         kind.starts_with("instance_") && kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
     };
     notes.into_iter().filter(move |note| note.number > told && is_word(&note.kind)).map(move |note| {
         let text: String = note.text.chars().take(NOTE_CHARS_MAX).collect();
-        (note.kind, format!("{who} {text} on {host}"))
+        (note.number, note.kind, format!("{who} {text} on {host}"))
     })
 }
 
@@ -304,7 +307,7 @@ mod tests {
             note(10, "instance_x\n"),
         ];
         let told: Vec<_> = untold_notes(&before, notes, "alpha").collect();
-        let expected = ("instance_stop".to_owned(), "web.0 (i-42) was sent SIGTERM on alpha".to_owned());
+        let expected = (8, "instance_stop".to_owned(), "web.0 (i-42) was sent SIGTERM on alpha".to_owned());
         assert_eq!(told, [expected]);
     }
 

@@ -9,6 +9,7 @@
 
 mod ahead;
 mod conditions;
+mod data;
 mod deployment;
 mod explain;
 mod job;
@@ -18,6 +19,7 @@ mod meant;
 mod needing;
 mod placement;
 mod queue;
+mod recheck;
 mod restarts;
 mod rollout;
 mod rules;
@@ -42,6 +44,7 @@ pub use explain::{About, explain, explained, waits_for};
 pub use leaving::{Leaving, leaving};
 pub(crate) use needing::may_run;
 pub(crate) use placement::Room;
+pub(crate) use recheck::{RECHECKS, checks_differ};
 pub(crate) use restarts::may_restart;
 pub(crate) use standing::Standing;
 pub(crate) use times::losses;

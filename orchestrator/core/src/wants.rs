@@ -8,7 +8,7 @@ use nave_proto::pb::observed::State;
 use crate::limits::{SECOND_NS, UNSTEADY_NS};
 
 /// Nanoseconds of a protobuf duration; unset or negative counts as the default.
-fn nanos(duration: Option<&prost_types::Duration>, default: i64) -> i64 {
+pub(crate) fn nanos(duration: Option<&prost_types::Duration>, default: i64) -> i64 {
     match duration {
         Some(d) if d.seconds >= 0 && d.nanos >= 0 => {
             d.seconds.saturating_mul(SECOND_NS).saturating_add(i64::from(d.nanos))

@@ -42,9 +42,15 @@ pub(crate) fn service(state: &ClusterState, record: &pb::ServiceRecord) -> pb::S
         unplaced: reasons.iter().map(|reason| reason.text.clone()).collect(),
         reasons,
         runs: record.job.as_ref().map_or_else(Vec::new, |job| job.runs.clone()),
-        next_run: record.job.as_ref().and_then(|job| timestamp(job.next_due_unix_ns)),
+        next_run: next_run(record),
         waits_for: core::waits_for(state, &record.name, now).unwrap_or_default(),
     }
+}
+
+/// When a job is due next; unset also until that has been worked out for its version, whose schedule may be another.
+fn next_run(record: &pb::ServiceRecord) -> Option<Timestamp> {
+    let job = record.job.as_ref().filter(|job| job.schedule_version == record.version)?;
+    timestamp(job.next_due_unix_ns)
 }
 
 fn reasons(state: &ClusterState, service: &str) -> Vec<pb::Reason> {
@@ -233,6 +239,19 @@ mod tests {
         assert_eq!(timestamp(1_000_000_001), Some(Timestamp { seconds: 1, nanos: 1 }));
         assert_eq!(timestamp(0), None);
         assert_eq!(timestamp(-1), Some(Timestamp { seconds: -1, nanos: 999_999_999 }));
+    }
+
+    #[test]
+    fn a_run_that_an_earlier_schedule_had_next_is_not_told() {
+        let job = |schedule_version| pb::JobState {
+            schedule_version,
+            next_due_unix_ns: 7_000_000_000,
+            ..Default::default()
+        };
+        let record =
+            |version| pb::ServiceRecord { version: 2, job: Some(job(version)), ..Default::default() };
+        assert_eq!(next_run(&record(1)), None);
+        assert_eq!(next_run(&record(2)), Some(Timestamp { seconds: 7, nanos: 0 }));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
-use nave_proto::ids::HostId;
+use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::manifest::{MANIFEST_BYTES_MAX, Violation};
 use nave_proto::pb;
 use tonic::{Code, Status};
@@ -158,6 +158,27 @@ pub(crate) fn no_service(name: &str) -> Status {
         Code::NotFound,
         "SERVICE_NOT_FOUND",
         format!("there is no service {name:?}; `nave services` lists them"),
+    )
+}
+
+/// An instance that the hub does not know, and no host that answered either.
+pub(crate) fn no_output(service: &str, instance: InstanceId) -> Status {
+    with_reason(
+        Code::NotFound,
+        "INSTANCE_NOT_FOUND",
+        format!(
+            "the hub knows no instance {instance} of {service}, and no host has such output of it; \
+             `nave ps {service}` lists those there are"
+        ),
+    )
+}
+
+/// An instance that is another service's.
+pub(crate) fn of_another_service(instance: InstanceId, service: &str) -> Status {
+    with_reason(
+        Code::NotFound,
+        "INSTANCE_NOT_FOUND",
+        format!("{instance} is an instance of {service}: `nave logs {service} --instance {instance}`"),
     )
 }
 

@@ -1,8 +1,9 @@
 //! `ReadLogs`: the output of a service wherever its instances run or ran. The lines lie on the hosts; this member
-//! asks each agent and merges what they send by time (`logs/merge.rs`). A host that cannot be asked becomes a
-//! warning in the answer and never spoils the others' lines.
+//! asks each agent that may have some (`logs/sources.rs`) and merges what they send by time (`logs/merge.rs`). A host
+//! that cannot be asked becomes a warning in the answer and never spoils the others' lines.
 
 mod merge;
+mod sources;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
@@ -10,21 +11,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, stream};
-use nave_orchestrator_core::{ClusterState, EventFilter};
+use nave_orchestrator_core::ClusterState;
 use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 use nave_tls::{ChannelOptions, Expect};
 use pb::agent_service_client::AgentServiceClient;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::api::{Hub, convert, errors};
+use crate::api::{Hub, errors};
 use merge::{Joining, Merge};
+use sources::{Source, Whom};
 
 /// An agent that does not begin to answer in this time is left out.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
-/// Answers of one host that wait to be merged. Agents send at most some 64 KiB at once: 256 KiB a host.
+/// Agents that one call waits for at once to begin: a handshake costs some milliseconds of a core.
+const ASKED_AT_ONCE: usize = 64;
+/// Answers of one host that wait to be merged. Agents send some 256 KiB at once, and 1 MiB more in very long lines.
 const WAITING_PER_HOST: usize = 4;
 /// Hosts that were found and not joined yet; finding waits.
 const HOSTS_WAITING: usize = 4;
@@ -32,38 +37,22 @@ const HOSTS_WAITING: usize = 4;
 const LOOK_FOR_HOSTS: Duration = Duration::from_millis(500);
 /// A follower asks a host again after this.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// Asked for calls of a service: each costs this member a connection and some hundred KiB.
-const CALLING_HOSTS_MAX: usize = 256;
-/// All the events that are kept for one service name the hosts it was on.
-const EVENTS_ASKED: usize = 1000;
 
 /// What `ReadLogs` answers with.
 pub(crate) type LogStream = Pin<Box<dyn Stream<Item = Result<pb::ReadLogsResponse, Status>> + Send>>;
 
-/// A host to ask.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Source {
-    host: HostId,
-    name: String,
-}
-
 /// Begins to ask all hosts; their lines follow as they come.
-pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogStream, Status> {
+pub(crate) fn open(hub: &Arc<Hub>, mut request: pb::ReadLogsRequest) -> Result<LogStream, Status> {
     let instance = match request.instance_id.as_str() {
         "" => None,
         text => Some(
             text.parse::<InstanceId>().map_err(|e| errors::invalid_field("instance_id", &e.to_string()))?,
         ),
     };
-    let sources = {
-        let state = hub.raft.state();
-        let sources = sources(&state, &request, instance);
-        if sources.is_empty() && state.service(&request.service).is_none() {
-            return Err(errors::no_service(&request.service));
-        }
-        sources
-    };
-    let reading = Reading { hub: hub.clone(), request, instance };
+    let Whom { sources, warnings, unknown } = Whom::of(&hub.raft.state(), &request, instance)?;
+    // What the hub does not know writes nothing more.
+    request.follow &= unknown.is_none();
+    let reading = Reading::new(hub, request, instance);
     let merge = if reading.request.follow {
         // A host that gets an instance later joins in, so the hosts are looked for as long as somebody reads.
         let (joining, joined) = mpsc::channel(HOSTS_WAITING);
@@ -72,40 +61,25 @@ pub(crate) fn open(hub: &Arc<Hub>, request: pb::ReadLogsRequest) -> Result<LogSt
     } else {
         Merge::of(sources.into_iter().map(|source| reading.begin(source)).collect())
     };
-    let stop = hub.stop.clone();
-    Ok(Box::pin(stream::unfold((merge, stop), |(mut merge, stop)| async move {
-        tokio::select! {
-            () = stop.cancelled() => None,
-            answer = merge.next() => answer.map(|answer| (Ok(answer), (merge, stop))),
-        }
-    })))
+    Ok(answer(hub.stop.clone(), merge.with_warnings(warnings), unknown))
 }
 
-/// The hosts that have instances of the service, or had them as far as the history goes back. Calls of it may come from
-/// any that is connected.
-fn sources(state: &ClusterState, request: &pb::ReadLogsRequest, instance: Option<InstanceId>) -> Vec<Source> {
-    let source = |id: u64| Source { host: HostId(id), name: convert::host_name(state, id) };
-    if request.access {
-        let connected = state.hosts().filter(|host| host.status() == pb::HostStatus::Connected);
-        return connected.take(CALLING_HOSTS_MAX).map(|host| source(host.id)).collect();
-    }
-    let (service, mut hosts) = (request.service.as_str(), BTreeSet::new());
-    if let Some(record) = instance.and_then(|id| state.instance(id)) {
-        hosts.insert(record.host_id);
-    }
-    for record in state.instances_of(service) {
-        if instance.is_none_or(|id| id.0 == record.id) {
-            hosts.insert(record.host_id);
+/// What is merged, as a stream. `unknown`: how it ends when there is not a line.
+fn answer(stop: CancellationToken, merge: Merge, unknown: Option<Status>) -> LogStream {
+    Box::pin(stream::unfold((Some((merge, unknown)), stop), |(merging, stop)| async move {
+        let (mut merge, mut unknown) = merging?;
+        let answer = tokio::select! {
+            () = stop.cancelled() => return Some((Err(errors::stopping()), (None, stop))),
+            answer = merge.next() => answer,
+        };
+        match answer {
+            Some(answer) => {
+                unknown = unknown.filter(|_| answer.lines.is_empty());
+                Some((Ok(answer), (Some((merge, unknown)), stop)))
+            }
+            None => unknown.map(|status| (Err(status), (None, stop))),
         }
-    }
-    let filter = EventFilter { service: Some(service.to_owned()), host: None };
-    for event in state.events(&filter, EVENTS_ASKED) {
-        if event.instance_id != 0 && instance.is_none_or(|id| id.0 == event.instance_id) {
-            hosts.insert(event.host_id);
-        }
-    }
-    hosts.remove(&0);
-    hosts.into_iter().map(source).collect()
+    }))
 }
 
 /// One call of `ReadLogs`.
@@ -114,14 +88,23 @@ struct Reading {
     hub: Arc<Hub>,
     request: pb::ReadLogsRequest,
     instance: Option<InstanceId>,
+    asking: Arc<Semaphore>,
+    /// The hosts to be followed.
+    likely: Arc<watch::Sender<BTreeSet<HostId>>>,
 }
 
 impl Reading {
+    fn new(hub: &Arc<Hub>, request: pb::ReadLogsRequest, instance: Option<InstanceId>) -> Self {
+        let (hub, asking) = (hub.clone(), Arc::new(Semaphore::new(ASKED_AT_ONCE)));
+        Self { hub, request, instance, asking, likely: Arc::new(watch::Sender::new(BTreeSet::new())) }
+    }
+
     /// Looks for hosts until nobody reads any more.
     async fn find(self, mut found: Vec<Source>, joining: mpsc::Sender<Joining>) {
         let mut known = BTreeSet::new();
         let mut changed = self.hub.changes.subscribe();
         loop {
+            self.tell_likely(&found);
             for source in found {
                 if known.insert(source.host) && joining.send(self.begin(source)).await.is_err() {
                     return;
@@ -135,8 +118,14 @@ impl Reading {
             if changed.changed().await.is_err() {
                 return;
             }
-            found = sources(&self.hub.raft.state(), &self.request, self.instance);
+            found = sources::sources(&self.hub.raft.state(), &self.request, self.instance).0;
         }
+    }
+
+    fn tell_likely(&self, found: &[Source]) {
+        let likely = found.iter().filter(|source| source.is_likely || self.request.access);
+        let likely: BTreeSet<HostId> = likely.map(|source| source.host).collect();
+        self.likely.send_if_modified(|told| std::mem::replace(told, likely.clone()) != likely);
     }
 
     /// Begins to read one host, in a task that ends with its reader.
@@ -156,27 +145,20 @@ impl Reading {
     }
 
     /// Hands on one host's lines. A host that cannot be asked or breaks off is a warning; a follower asks it again,
-    /// for what it has written since.
+    /// for what it has written since. One that has no instance is not followed before it has.
     async fn relay(&self, source: Source, lines: &mpsc::Sender<pb::ReadLogsResponse>) {
-        let mut ask = pb::ReadHostLogsRequest {
-            service: self.request.service.clone(),
-            instance_id: self.request.instance_id.clone(),
-            follow: self.request.follow,
-            tail_lines: self.request.tail_lines,
-            since: self.request.since,
-            until: self.request.until,
-            contains: self.request.contains.clone(),
-            resume: Vec::new(),
-            access: self.request.access,
-        };
+        let mut ask = self.first_question();
         let asked = self.request.resume.iter().filter(|cursor| cursor.host == source.name).cloned();
         let mut read: BTreeMap<String, pb::LogCursor> =
             asked.map(|cursor| (cursor.instance_id.clone(), cursor)).collect();
+        let mut likely = self.likely.subscribe();
         let mut warned = false;
         loop {
+            ask.follow = self.request.follow && likely.borrow().contains(&source.host);
             ask.resume = read.values().cloned().collect();
             let mut progress = false;
-            if let Err(what) = self.attempt(&source, &mut ask, lines, &mut read, &mut progress).await
+            let attempt = self.attempt(&source, &mut ask, lines, &mut read, &mut progress).await;
+            if let Err(what) = &attempt
                 && !std::mem::replace(&mut warned, true)
             {
                 let warning = format!("no output from host {} ({}): {what}", source.name, source.host);
@@ -189,7 +171,30 @@ impl Reading {
             if progress {
                 warned = false;
             }
-            sleep(ASK_AGAIN).await;
+            if ask.follow || attempt.is_err() {
+                sleep(ASK_AGAIN).await;
+                continue;
+            }
+            // All that it had was read, so that what comes to be there from now on is wanted whole.
+            ask.tail_lines = 0;
+            if likely.wait_for(|likely| likely.contains(&source.host)).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn first_question(&self) -> pb::ReadHostLogsRequest {
+        pb::ReadHostLogsRequest {
+            service: self.request.service.clone(),
+            instance_id: self.request.instance_id.clone(),
+            follow: self.request.follow,
+            tail_lines: self.request.tail_lines,
+            since: self.request.since,
+            until: self.request.until,
+            contains: self.request.contains.clone(),
+            resume: Vec::new(),
+            access: self.request.access,
+            stream: self.request.stream,
         }
     }
 
@@ -202,23 +207,10 @@ impl Reading {
         read: &mut BTreeMap<String, pb::LogCursor>,
         progress: &mut bool,
     ) -> Result<(), String> {
-        let address = address(&self.hub.raft.state(), source.host);
-        if address.is_empty() {
-            return Err("the hub no longer knows it".to_owned());
-        }
-        let (credentials, expect) = (&self.hub.credentials, Expect::Agent(source.host));
-        let mut agent = AgentServiceClient::new(nave_tls::channel(
-            &address,
-            credentials,
-            expect,
-            ChannelOptions::default(),
-        ));
-        let mut answer = match timeout(ANSWER_TIMEOUT, agent.read_host_logs(ask.clone())).await {
-            Ok(Ok(answer)) => answer.into_inner(),
-            Ok(Err(status)) => return Err(format!("{} at {address}", status.message())),
-            Err(_) => return Err(format!("no answer from {address} within {} s", ANSWER_TIMEOUT.as_secs())),
-        };
-        loop {
+        let mut answer = self.ask(source, ask).await?;
+        // From now on it is missed when it says nothing.
+        let mut handed_on = lines.send(pb::ReadLogsResponse::default()).await;
+        while handed_on.is_ok() {
             match answer.message().await {
                 Ok(Some(mut response)) => {
                     *progress = true;
@@ -230,14 +222,36 @@ impl Reading {
                         line.host.clone_from(&source.name);
                     }
                     let cursors: Vec<pb::LogCursor> = response.lines.iter().map(after).collect();
-                    if !cursors.is_empty() && lines.send(response).await.is_err() {
-                        return Ok(());
+                    handed_on = lines.send(response).await;
+                    if handed_on.is_ok() {
+                        read.extend(cursors.into_iter().map(|cursor| (cursor.instance_id.clone(), cursor)));
                     }
-                    read.extend(cursors.into_iter().map(|cursor| (cursor.instance_id.clone(), cursor)));
                 }
                 Ok(None) => return Ok(()),
                 Err(status) => return Err(format!("broken off: {}", status.message())),
             }
+        }
+        Ok(())
+    }
+
+    /// The beginning of a host's answer.
+    async fn ask(
+        &self,
+        source: &Source,
+        ask: &pb::ReadHostLogsRequest,
+    ) -> Result<tonic::Streaming<pb::ReadLogsResponse>, String> {
+        let _turn = self.asking.acquire().await.expect("it is never closed");
+        let address = address(&self.hub.raft.state(), source.host);
+        if address.is_empty() {
+            return Err("the hub no longer knows it".to_owned());
+        }
+        let (credentials, expect) = (&self.hub.credentials, Expect::Agent(source.host));
+        let channel = nave_tls::channel(&address, credentials, expect, ChannelOptions::default());
+        let mut agent = AgentServiceClient::new(channel);
+        match timeout(ANSWER_TIMEOUT, agent.read_host_logs(ask.clone())).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(format!("{} at {address}", status.message())),
+            Err(_) => Err(format!("no answer from {address} within {} s", ANSWER_TIMEOUT.as_secs())),
         }
     }
 }
@@ -261,12 +275,40 @@ fn address(state: &ClusterState, host: HostId) -> String {
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt as _;
+    use tonic::Code;
+
     use super::*;
 
-    #[test]
-    fn a_service_nobody_knows_has_no_sources() {
-        let web = pb::ReadLogsRequest { service: "web".to_owned(), ..Default::default() };
-        assert_eq!(sources(&ClusterState::new(), &web, None), []);
-        assert_eq!(sources(&ClusterState::new(), &web, Some(InstanceId(1))), []);
+    /// What a caller is answered when one host has sent this, as lines, warning, or the code of a refusal.
+    async fn answered(lines: usize, unknown: Option<Status>) -> Vec<Result<(usize, bool), Code>> {
+        let (sender, waiting) = mpsc::channel(4);
+        let lines = vec![pb::LogLine::default(); lines];
+        sender.send(pb::ReadLogsResponse { lines, ..Default::default() }).await.unwrap();
+        drop(sender);
+        let merge = Merge::of(vec![Joining { name: "a".to_owned(), waiting }]);
+        let merge = merge.with_warnings(vec!["b is not connected".to_owned()]);
+        let answer: Vec<_> = answer(CancellationToken::new(), merge, unknown).collect().await;
+        let said = |answer: pb::ReadLogsResponse| (answer.lines.len(), !answer.warning.is_empty());
+        answer.into_iter().map(|answer| answer.map(said).map_err(|status| status.code())).collect()
+    }
+
+    #[tokio::test]
+    async fn what_nobody_knows_is_refused_once_all_have_been_asked() {
+        let unknown = || Some(errors::no_service("web"));
+        assert_eq!(answered(0, unknown()).await, [Ok((0, true)), Err(Code::NotFound)]);
+        assert_eq!(answered(2, unknown()).await, [Ok((0, true)), Ok((2, false))]);
+        assert_eq!(answered(0, None).await, [Ok((0, true))]);
+    }
+
+    #[tokio::test]
+    async fn a_member_that_stops_does_not_pass_for_the_end() {
+        let (_sender, waiting) = mpsc::channel(4);
+        let stop = CancellationToken::new();
+        let merge = Merge::of(vec![Joining { name: "a".to_owned(), waiting }]);
+        let mut answer = answer(stop.clone(), merge, None);
+        stop.cancel();
+        assert_eq!(answer.next().await.unwrap().unwrap_err().code(), Code::Unavailable);
+        assert!(answer.next().await.is_none());
     }
 }

@@ -75,6 +75,7 @@ impl Services {
             replaces_instances: false,
         };
         if accepted.outcome() == Outcome::Updated {
+            self.have_applied(revision, deadline).await;
             self.tell_change(&name, &mut answer);
         }
         Ok(answer)
@@ -140,6 +141,14 @@ impl Services {
             changes: manifest::diff(manifest, after),
             replaces_instances: manifest.is_some_and(|manifest| !manifest::same_template(manifest, after)),
         })
+    }
+
+    /// Until this member has applied what another one has committed, or the caller's time is over.
+    async fn have_applied(&self, revision: u64, deadline: Instant) {
+        let mut applied = self.hub.raft.applied();
+        let there = applied.wait_for(|applied| *applied >= revision);
+        // Then less is said, and nothing wrong.
+        let _late = tokio::time::timeout_at(deadline, there).await;
     }
 
     /// Adds what a committed apply has changed. Its version and the one before are still there: many more would have to

@@ -116,7 +116,13 @@ fn wanted(state: &ClusterState, record: &pb::InstanceRecord) -> pb::WantedInstan
 /// None: that template is wanted no longer, which the plan is about to see.
 fn order(service: &pb::ServiceRecord, template_version: u64) -> Option<pb::FetchOrder> {
     let manifest = service.manifest.as_ref().filter(|_| service.template_version == template_version)?;
-    Some(pb::FetchOrder { template_version, artifacts: manifest.artifacts.clone() })
+    Some(pb::FetchOrder {
+        template_version,
+        artifacts: manifest.artifacts.clone(),
+        env_files: manifest.env_files.clone(),
+        secrets: manifest.secrets.clone(),
+        files: manifest.files.iter().filter(|file| !file.source.is_empty()).cloned().collect(),
+    })
 }
 
 #[cfg(test)]
@@ -217,6 +223,25 @@ mod tests {
         assert_eq!(told.delta(&fetch(1, true), 1, 10, touched(&[1])), None, "it has it, and keeps it");
         let delta = told.delta(&fetch(9, false), 1, 10, touched(&[1])).unwrap();
         assert_eq!(delta.put[0].fetch, None, "of no version that is wanted");
+    }
+
+    #[test]
+    fn what_a_successor_reads_from_its_host_is_told_by_its_place_there() {
+        let file = |source: &str| pb::File { path: "a".into(), source: source.into(), ..Default::default() };
+        let manifest = pb::Manifest {
+            env_files: vec!["/etc/web.env".into()],
+            secrets: [("key".into(), "/etc/key".into())].into(),
+            files: vec![file(""), file("/etc/a")],
+            ..Default::default()
+        };
+        let service = pb::ServiceRecord {
+            template_version: 2,
+            manifest: Some(Box::new(manifest.clone())),
+            ..Default::default()
+        };
+        let told = order(&service, 2).unwrap();
+        assert_eq!((told.env_files, told.secrets), (manifest.env_files, manifest.secrets));
+        assert_eq!(told.files, [file("/etc/a")], "the other is in the manifest in full");
     }
 
     #[test]

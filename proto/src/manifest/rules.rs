@@ -15,6 +15,7 @@ use std::time::Duration;
 use prost::Message as _;
 
 use super::MANIFEST_BYTES_MAX;
+use super::schedule::Schedule;
 use super::tree::{Path, shorten};
 use super::values::{format_cpu, format_size};
 use crate::constraint::{Constraint, Spread};
@@ -445,10 +446,19 @@ impl Rules {
                 "always would never let a job end; on-failure tries again, never does not",
             );
         }
-        if !manifest.schedule.is_empty()
-            && let Err(why) = super::schedule::Schedule::parse(&manifest.schedule)
-        {
-            self.at(&["schedule"], why);
+        if !manifest.schedule.is_empty() {
+            self.schedule(&manifest.schedule);
+        }
+    }
+
+    fn schedule(&mut self, text: &str) {
+        match Schedule::parse(text) {
+            Err(why) => self.at(&["schedule"], why),
+            Ok(schedule) if !schedule.is_ever_due() => self.at(
+                &["schedule"],
+                "is never due: no year has such a day, as none has a 30 February; correct the day or the month",
+            ),
+            Ok(_) => {}
         }
     }
 

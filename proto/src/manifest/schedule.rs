@@ -6,6 +6,14 @@
 
 use cronexpr::{Crontab, MakeTimestamp};
 
+const DAY_NS: i64 = 24 * 3600 * 1_000_000_000;
+/// As far as one search goes, with a day to spare.
+const SEARCH_NS: i64 = 4 * 365 * DAY_NS;
+/// More than eight years, within which there is always a 29 February.
+const SEARCHES: i64 = 3;
+/// The first day of 2026. Whether a manifest is possible does not depend on when that is asked.
+const ASKED_UNIX_NS: i64 = 1_767_225_600 * 1_000_000_000;
+
 /// A schedule that has been read.
 #[derive(Debug, Clone)]
 pub struct Schedule(Crontab);
@@ -36,9 +44,20 @@ impl Schedule {
         Ok(Self(crontab))
     }
 
-    /// The first time after a moment, both in unix nanoseconds; `None`: not within years.
+    /// The first time after a moment, both in unix nanoseconds; `None`: not within eight years.
     #[must_use]
     pub fn next_after(&self, unix_ns: i64) -> Option<i64> {
+        (0..SEARCHES).find_map(|search| self.search_after(unix_ns.checked_add(search * SEARCH_NS)?))
+    }
+
+    /// Some day of the years to come is such a day, and has such a time.
+    #[must_use]
+    pub fn is_ever_due(&self) -> bool {
+        self.next_after(ASKED_UNIX_NS).is_some()
+    }
+
+    /// Within four years.
+    fn search_after(&self, unix_ns: i64) -> Option<i64> {
         let after = MakeTimestamp::from_nanosecond(i128::from(unix_ns)).ok()?;
         let next = self.0.find_next(after).ok()?;
         i64::try_from(next.timestamp().as_nanosecond()).ok()
@@ -94,6 +113,15 @@ mod tests {
             let why = Schedule::parse(text).unwrap_err();
             assert!(why.contains(part) && !why.contains('\n'), "{text}: {why}");
         }
-        assert_eq!(Schedule::parse("0 0 30 2 *").unwrap().next_after(0), None);
+    }
+
+    #[test]
+    fn what_no_calendar_has_is_never_due_and_what_it_has_seldom_is() {
+        for text in ["0 0 30 2 *", "0 0 31 4,6,9,11 *"] {
+            assert!(!Schedule::parse(text).unwrap().is_ever_due(), "{text}");
+        }
+        assert!(Schedule::parse("0 0 29 2 *").unwrap().is_ever_due());
+        assert_eq!(times("0 0 29 2 *", "2028-02-29T00:00:00Z", 1), ["2032-02-29T00:00:00Z"]);
+        assert_eq!(times("0 0 29 2 *", "2096-02-29T00:00:00Z", 1), ["2104-02-29T00:00:00Z"]);
     }
 }

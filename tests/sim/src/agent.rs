@@ -210,7 +210,8 @@ impl Host {
                 FromHub::Wanted(set) => self.wanted(cx, set, &mut work),
                 FromHub::Delta(delta) => self.delta(cx, delta, &mut work),
                 FromHub::ReportAcknowledged(acknowledged) => {
-                    let gone = uplink.acknowledged(acknowledged.sequence);
+                    let (gone, ends) = uplink.acknowledged(acknowledged.sequence);
+                    agent.reconciler.acknowledge_ends(&ends);
                     work.orders = agent.reconciler.acknowledge_gone(&gone);
                 }
                 FromHub::Lease(lease) => {

@@ -74,12 +74,13 @@ impl Uplink {
         }
     }
 
-    /// These are gone for good: the hub has committed it.
-    pub(crate) fn acknowledged(&mut self, sequence: u64) -> Vec<InstanceId> {
-        match self.in_flight.take_if(|report| report.sequence == sequence) {
-            Some(report) => report.gone,
-            None => Vec::new(),
-        }
+    /// The hub has committed it: these are gone for good, and of these all ends up to that number are told.
+    pub(crate) fn acknowledged(&mut self, sequence: u64) -> (Vec<InstanceId>, Vec<(InstanceId, u64)>) {
+        let Some(report) = self.in_flight.take_if(|report| report.sequence == sequence) else {
+            return (Vec::new(), Vec::new());
+        };
+        let newest = |one: &pb::InstanceReport| Some((InstanceId(one.instance_id), one.ends.last()?.number));
+        (report.gone, report.reports.values().filter_map(newest).collect())
     }
 
     /// Until when the host has a lease, if this one is counted from a beat that is remembered.

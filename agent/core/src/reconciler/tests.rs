@@ -1,12 +1,10 @@
 //! The wanted set, the keeper's list and the ledger, one claim a test.
 
-use std::time::Duration;
-
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
 use super::*;
-use crate::supervisor::{SpawnError, State};
+use crate::supervisor::{ProbeKind, ProbeOutcome, SpawnError, State};
 
 const NOW: Monotonic = Monotonic(1_000_000_000_000);
 
@@ -536,6 +534,61 @@ fn what_is_needed_waits_for_what_stops_too_and_not_for_ever() {
         told.extend(stopped(&reconciler.tick(now, &mut rng())));
     }
     assert_eq!(now.since(NOW), crate::supervisor::GRACE + crate::supervisor::KILL_WAIT);
+}
+
+#[test]
+fn without_the_hub_liveness_restarts_no_more_of_a_service_at_a_time_than_its_update_rule_allows() {
+    let probe = pb::Probe { check: Some(pb::probe::Check::Tcp(true)), ..Default::default() };
+    let instance = |id: u64| {
+        let mut wanted = pb::WantedInstance { grants_restarts: true, ..run(id) };
+        let manifest = wanted.manifest.as_mut().unwrap();
+        manifest.name = "web".into();
+        manifest.health =
+            Some(pb::Health { live: Some(probe.clone()), ready: Some(probe.clone()), ..Default::default() });
+        manifest.update = Some(pb::Update { max_parallel: 2, ..Default::default() });
+        wanted
+    };
+    let mut reconciler = Reconciler::new("boot");
+    reconciler.keeper_processes(NOW, &mut rng(), &[]);
+    reconciler.apply_wanted(NOW, &mut rng(), set(5, (1..=4).map(instance).collect())).unwrap();
+    let say = |reconciler: &mut Reconciler, now, id: u64, attempt, probe, outcome| {
+        let result = Input::ProbeResult { key: key(1, attempt), probe, outcome };
+        reconciler.input(now, &mut rng(), InstanceId(id), result)
+    };
+    for id in 1..=4 {
+        reconciler.input(NOW, &mut rng(), InstanceId(id), spawned(1));
+        say(&mut reconciler, NOW, id, 1, ProbeKind::Ready, ProbeOutcome::Passed);
+    }
+    let mut now = NOW + Duration::from_secs(60);
+    for _ in 0..3 {
+        for id in 1..=4 {
+            let failed = ProbeOutcome::Failed("no answer".into());
+            assert_eq!(stopped(&say(&mut reconciler, now, id, 1, ProbeKind::Live, failed)), [] as [u64; 0]);
+        }
+        now = now + Duration::from_secs(1);
+    }
+    let mut went = Vec::new();
+    while now < NOW + Duration::from_secs(90) {
+        went.extend(stopped(&reconciler.tick(now, &mut rng())));
+        now = now + Duration::from_secs(1);
+    }
+    went.dedup();
+    assert_eq!(went.len(), 2, "{went:?}");
+    // One of them is ready again, so the next one may go.
+    let back = went[0];
+    reconciler.exited(now, &mut rng(), exit(back, 1, 1));
+    let empty = Input::CgroupEmpty { key: key(1, 1), killed: 0 };
+    reconciler.input(now, &mut rng(), InstanceId(back), empty);
+    now = now + Duration::from_secs(20);
+    reconciler.tick(now, &mut rng());
+    let process = pb::ProcessIdentity { pid: 500, ..Default::default() };
+    let again = Input::Spawned { key: key(1, 2), process, started_unix_ns: 1 };
+    reconciler.input(now, &mut rng(), InstanceId(back), again);
+    assert_eq!(stopped(&reconciler.tick(now, &mut rng())), [] as [u64; 0], "it is not ready yet");
+    say(&mut reconciler, now, back, 2, ProbeKind::Ready, ProbeOutcome::Passed);
+    now = now + Duration::from_secs(2);
+    let next = stopped(&reconciler.tick(now, &mut rng()));
+    assert!(next.len() == 1 && !went.contains(&next[0]), "{next:?}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub enum Action {
     /// Find ports; answered by `Input::PortsPicked` or `Input::PortClash`. Fixed ones are only checked.
     PickPorts { fixed: BTreeMap<String, u16>, dynamic: Vec<String> },
     /// Fetch and make what the attempt needs, to which a [`Action::Spawn`] of the same key follows; answered by
-    /// `Input::Prepared`.
+    /// `Input::Prepared`, with `Input::NamesUnknown` before when there are such.
     Prepare(Box<SpawnOrder>),
     /// Cut that short; it is answered at once.
     CancelPreparation { key: ProcessKey },

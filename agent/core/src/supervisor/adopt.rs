@@ -5,7 +5,7 @@ use nave_proto::pb;
 use rand::Rng;
 
 use super::Supervisor;
-use super::action::Action;
+use super::action::{Action, Level};
 use super::health;
 use super::input::ProcessKey;
 use super::state::{Drain, Starting, State, StopStep};
@@ -22,6 +22,7 @@ impl Supervisor {
         out: &mut Vec<Action>,
     ) {
         let restored = self.recall(now, rng, out);
+        self.is_crowded = false;
         if self.has_ended(key) {
             return; // the list is older than the exit
         }
@@ -64,6 +65,7 @@ impl Supervisor {
 
     /// Others than the main process are left. `Absent` follows.
     pub(super) fn leftover(&mut self, now: Monotonic, key: ProcessKey, out: &mut Vec<Action>) {
+        self.is_crowded = false;
         let spared = match &self.state {
             State::Running(_) | State::Stopping(_) => key.epoch == self.epoch,
             State::Starting(Starting::Spawning) => key.epoch == self.epoch && key != self.key(),
@@ -88,6 +90,13 @@ impl Supervisor {
         out: &mut Vec<Action>,
     ) {
         let restored = self.recall(now, rng, out);
+        if std::mem::take(&mut self.is_crowded) && self.state.process().is_none() {
+            // Processes of an instance that its keeper does not know: their record is lost, and nobody can watch them.
+            let message = "had processes in its cgroup that no keeper knew; they are ended".to_owned();
+            out.push(Action::Log { level: Level::Warn, message: message.clone() });
+            self.note("instance_strays_ended", message);
+            self.sweep(now, self.key(), out);
+        }
         match &self.state {
             State::Running(_) | State::Stopping(_) => {
                 let message = "ended while nobody watched; how is not known".to_owned();

@@ -1,5 +1,5 @@
-//! What the successor of this instance needs, fetched while this one still runs: ordered when the hub asks for it, tried
-//! again later and later when it fails, cut short once it is wanted no longer. The ledger has nothing of it: the order is
+//! What the successor of this instance needs, fetched and looked for while this one still runs: ordered when the hub asks
+//! for it, tried again later and later when it fails, cut short once it is wanted no longer. The ledger has nothing of it: the order is
 //! in the wanted set, and what has been fetched is found again at once.
 
 use std::time::Duration;
@@ -87,12 +87,12 @@ impl Supervisor {
         let log = |level, message: String| Action::Log { level, message };
         self.ahead = match result {
             Ok(()) => {
-                out.push(log(Level::Info, "what its successor needs was fetched".to_owned()));
+                out.push(log(Level::Info, "what its successor needs is there".to_owned()));
                 Ahead::Done { template }
             }
             Err(problem) => {
                 if problem != *before {
-                    out.push(log(Level::Warn, format!("cannot fetch what its successor needs: {problem}")));
+                    out.push(log(Level::Warn, format!("what its successor needs is not there: {problem}")));
                 }
                 let delay = FETCH_RETRY_FIRST * (1 << (tries - 1).min(10));
                 let again = now + delay.min(FETCH_RETRY_MAX).mul_f64(rng.random_range(0.8..=1.2));

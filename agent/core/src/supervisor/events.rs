@@ -143,6 +143,7 @@ impl Supervisor {
                 let until = now + self.memory.next_delay(rng, Duration::ZERO);
                 self.owe_post_stop();
                 self.state = State::BackingOff { until, why: error.message.clone() };
+                self.is_crowded = true;
                 out.push(Action::ListProcesses);
             }
             SpawnErrorKind::Exec | SpawnErrorKind::Invalid | SpawnErrorKind::System => {
@@ -193,7 +194,7 @@ impl Supervisor {
         out: &mut Vec<Action>,
     ) {
         let why = if exit.message.is_empty() { describe(&exit) } else { exit.message.clone() };
-        self.last_exit = Some(exit);
+        self.note_end(exit);
         if hopeless && self.memory.exec_failed() {
             self.state = give_up(why, out);
         } else {
@@ -234,7 +235,7 @@ impl Supervisor {
         if key.epoch == self.epoch && key.attempt > self.attempt && self.state.process().is_none() {
             // Our ledger is older than the keeper's: its attempts are used up all the same.
             self.attempt = key.attempt;
-            self.last_exit = Some(exit);
+            self.note_end(exit);
             return;
         }
         if key > self.key() && matches!(self.state, State::Pending(_)) {
@@ -262,7 +263,7 @@ impl Supervisor {
             | State::Gone => {
                 // Better than our own note of the same end.
                 if !self.last_exit.as_ref().is_some_and(|known| is_of(known, key) && known.sequence != 0) {
-                    self.last_exit = Some(exit);
+                    self.note_end(exit);
                 }
             }
         }
@@ -323,7 +324,7 @@ impl Supervisor {
             self.pick_ports = true;
         }
         let what = format!("process {}", describe(&exit));
-        self.last_exit = Some(exit);
+        self.note_end(exit);
         match cause {
             None if by_operator => {
                 // With the whole keeper, so it is about to be the agent's end too; not the process's own doing.
@@ -365,6 +366,6 @@ impl Supervisor {
     }
 }
 
-fn is_of(exit: &pb::ExitRecord, key: ProcessKey) -> bool {
+pub(super) fn is_of(exit: &pb::ExitRecord, key: ProcessKey) -> bool {
     exit.epoch == key.epoch && exit.attempt == key.attempt
 }

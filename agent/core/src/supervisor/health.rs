@@ -10,6 +10,7 @@ use nave_proto::pb;
 use super::action::{Action, Level, ProbeOrder};
 use super::input::{Notification, ProbeKind, ProbeOutcome, ProcessKey};
 use super::lease::needs_lease;
+use super::ledger::noted;
 use super::state::{State, StopCause};
 use crate::monotonic::Monotonic;
 
@@ -23,8 +24,11 @@ pub const LIVE_FAILURES_MAX: u32 = 3;
 pub const LIVE_GRACE: Duration = Duration::from_secs(10);
 /// The most that a process may ask for at a time; it can ask again.
 const EXTENSION_MAX: Duration = Duration::from_secs(600);
+const IS_LEAVING: &str = "it says that it is stopping";
 /// How long a process that is not live waits for its turn when nothing is heard of the hub.
 pub(super) const TURN_WAIT: Duration = Duration::from_secs(10);
+/// For so long one that acts alone lets others of its host go first: by then they are ready or will not be.
+const OTHERS_WAIT: Duration = Duration::from_secs(120);
 const INTERVAL: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -37,12 +41,16 @@ pub struct Health {
     pub why_not: String,
     ready_failures: u32,
     live_bad_since: Option<Monotonic>,
-    /// Until when it must have fed its watchdog, when it has one.
+    /// Until when it must have fed its watchdog, when it has one and can be heard.
     watchdog_at: Option<Monotonic>,
+    /// Its watchdog may be silent until then, as it has asked for; nothing once it has fed it since.
+    put_off_until: Option<Monotonic>,
     /// Until when failures of liveness do not count; the process may have asked for more time.
     live_grace_until: Option<Monotonic>,
     /// It said that it is ending by itself, so no probe makes it ready again.
     leaving: bool,
+    /// It may speak into a socket that has ended: its silence means nothing until it has fed its watchdog once more.
+    unheard: bool,
     /// Its liveness has failed, and it is yet to be started again for that.
     pub(super) stuck: Option<Stuck>,
 }
@@ -66,10 +74,7 @@ impl Health {
         };
         match probe(manifest, ProbeKind::Ready) {
             None => Self { ready_since: Some(now), ..begun },
-            Some(probe) if is_said(probe) => {
-                Self { why_not: "has not said yet that it is".to_owned(), ..begun }
-            }
-            Some(_) => Self { why_not: "not probed yet".to_owned(), ..begun },
+            Some(probe) => Self { why_not: not_yet(probe, "not probed yet"), ..begun },
         }
     }
 
@@ -79,11 +84,28 @@ impl Health {
         self.watchdog_at
     }
 
-    /// As the ledger remembers it.
-    #[must_use]
-    pub fn recall(ready_since: Option<Monotonic>) -> Self {
-        let why_not = if ready_since.is_some() { "" } else { "not probed yet since the agent started" };
-        Self { ready_since, why_not: why_not.to_owned(), ..Self::default() }
+    /// As the ledger remembers it. Whoever adopts the process has it [respecified](Self::respecify).
+    pub(super) fn recall(ledger: &pb::InstanceLedger) -> Self {
+        Self {
+            ready_since: noted(ledger.ready_since_boottime_ns),
+            why_not: if ledger.leaving { IS_LEAVING.to_owned() } else { String::new() },
+            put_off_until: noted(ledger.put_off_boottime_ns),
+            live_grace_until: noted(ledger.live_grace_boottime_ns),
+            leaving: ledger.leaving,
+            unheard: ledger.unheard,
+            ..Self::default()
+        }
+    }
+
+    /// What the ledger is to remember. Nothing in it moves with each word that feeds the watchdog: after a restart of the
+    /// agent its silence is counted from then on.
+    pub(super) fn write(&self, ledger: &mut pb::InstanceLedger) {
+        let note = |at: Option<Monotonic>| at.map_or(0, Monotonic::as_nanos);
+        ledger.ready_since_boottime_ns = note(self.ready_since);
+        ledger.put_off_boottime_ns = note(self.put_off_until);
+        ledger.live_grace_boottime_ns = note(self.live_grace_until);
+        ledger.leaving = self.leaving;
+        ledger.unheard = self.unheard;
     }
 
     /// One result of the readiness probe. Returns how long it had been ready when this ends it.
@@ -154,18 +176,19 @@ impl Health {
             }
             Notification::Stopping => {
                 self.leaving = true;
-                self.why_not = "it says that it is stopping".to_owned();
+                self.why_not = IS_LEAVING.to_owned();
                 self.ready_since.take().map(|since| now.since(since))
             }
             Notification::Watchdog => {
-                if let Some(period) = watchdog(manifest) {
-                    self.watchdog_at = Some(now + period);
-                }
+                self.unheard = false;
+                self.put_off_until = None;
+                self.watchdog_at = watchdog(manifest).map(|period| now + period);
                 None
             }
             Notification::ExtendTimeout(more) => {
-                let until = now + (*more).min(EXTENSION_MAX);
+                let until = whole_second(now + (*more).min(EXTENSION_MAX));
                 self.live_grace_until = self.live_grace_until.max(Some(until));
+                self.put_off_until = self.put_off_until.max(Some(until));
                 self.watchdog_at = self.watchdog_at.map(|at| at.max(until));
                 None
             }
@@ -186,12 +209,33 @@ impl Health {
         self.stuck = None;
         self.ready_failures = 0;
         let grace_until = since + start_grace(manifest);
-        self.watchdog_at = watchdog(manifest).map(|period| now.max(grace_until) + period);
-        if probe(manifest, ProbeKind::Ready).is_none() && !self.leaving {
-            self.why_not.clear();
-            self.ready_since.get_or_insert(now);
+        let silent_until =
+            |period: Duration| self.put_off_until.unwrap_or(now).max(now.max(grace_until) + period);
+        self.watchdog_at = watchdog(manifest).filter(|_| !self.unheard).map(silent_until);
+        match probe(manifest, ProbeKind::Ready) {
+            None if !self.leaving => {
+                self.why_not.clear();
+                self.ready_since.get_or_insert(now);
+            }
+            Some(probe) if self.ready_since.is_none() && self.why_not.is_empty() => {
+                self.why_not = not_yet(probe, "not probed yet since the agent started");
+            }
+            None | Some(_) => {}
         }
     }
+
+    /// The socket that it may speak into has ended, and with it what it said there.
+    fn cannot_be_heard(&mut self) {
+        self.unheard = true;
+        self.watchdog_at = None;
+    }
+}
+
+/// So that one who asks for a little more time again and again costs a write of the ledger a second, and no more.
+fn whole_second(at: Monotonic) -> Monotonic {
+    const SECOND_NS: i64 = 1_000_000_000;
+    let over = at.as_nanos().rem_euclid(SECOND_NS);
+    if over == 0 { at } else { Monotonic(at.as_nanos().saturating_add(SECOND_NS - over)) }
 }
 
 /// The probe of a kind, when the manifest asks for one.
@@ -237,6 +281,11 @@ pub fn watchdog(manifest: &pb::Manifest) -> Option<Duration> {
 fn start_grace(manifest: &pb::Manifest) -> Duration {
     let given = manifest.health.as_ref().and_then(|health| health.start_grace.as_ref());
     given.map_or(LIVE_GRACE, |grace| Duration::try_from(*grace).unwrap_or(LIVE_GRACE))
+}
+
+/// Why a process of which nothing was heard is not ready. `unasked`: where somebody has to ask.
+fn not_yet(probe: &pb::Probe, unasked: &str) -> String {
+    if is_said(probe) { "has not said yet that it is".to_owned() } else { unasked.to_owned() }
 }
 
 /// Whether the process tells it by itself, so that nobody has to ask.
@@ -353,6 +402,18 @@ impl super::Supervisor {
         }
     }
 
+    /// It may speak into a socket that ended with agent and keeper: it is not ended for that.
+    pub(super) fn unheard(&mut self, out: &mut Vec<Action>) {
+        let State::Running(running) = &mut self.state else { return };
+        if running.health.unheard {
+            return;
+        }
+        running.health.cannot_be_heard();
+        let message = "the socket that it says into how it is has ended, and there is a new one; its watchdog \
+                       waits for its next WATCHDOG=1";
+        out.push(Action::Log { level: Level::Warn, message: message.to_owned() });
+    }
+
     /// Why the process has to be started again now: it is not live, and its turn has come. The hub gives the turns, so
     /// that what befalls all instances at once does not take all of them down; while it is away, we do not wait long.
     pub(super) fn restart_is_due(&self, now: Monotonic) -> Option<String> {
@@ -364,7 +425,30 @@ impl super::Supervisor {
 
     fn acts_alone_at(&self, stuck: &Stuck) -> Monotonic {
         let waited = stuck.since + TURN_WAIT;
-        self.lease.map_or(waited, |until| waited.max(until))
+        let waited = self.lease.map_or(waited, |until| waited.max(until));
+        let at_last = stuck.since + OTHERS_WAIT;
+        self.others_turn_until.map_or(waited, |until| waited.max(until.min(at_last)))
+    }
+
+    /// Its liveness has failed, and nobody has said that it may be restarted.
+    pub(crate) fn waits_for_turn(&self) -> bool {
+        let State::Running(running) = &self.state else { return false };
+        let granted = !self.wanted.grants_restarts || self.wanted.restart_granted == self.attempt;
+        running.health.stuck.is_some() && !granted
+    }
+
+    /// So many others of its service are down on this host that it does not act alone; looked at again then.
+    pub(crate) fn lets_others_go_first(&mut self, until: Option<Monotonic>) {
+        self.others_turn_until = until;
+    }
+
+    /// Its slot is without a process that does its work, or was when this began.
+    pub(crate) fn is_down(&self) -> bool {
+        match &self.state {
+            State::Running(running) => running.health.stuck.is_none() && running.health.ready_since.is_none(),
+            State::Starting(_) | State::BackingOff { .. } | State::Stopping(_) => true,
+            State::Pending(_) | State::Exited { .. } | State::Failed { .. } | State::Gone => false,
+        }
     }
 
     pub(super) fn restart_due_at(&self) -> Option<Monotonic> {

@@ -186,6 +186,13 @@ impl Supervisor {
         true
     }
 
+    /// Its time is over; it is killed, and its own word comes too late to be waited for.
+    pub(super) fn pre_stop_timed_out(&mut self, had: Duration, out: &mut Vec<Action>) {
+        let why = format!("it took longer than {} and was killed", human_ms(had));
+        self.note_hook(Hook::PreStop, &HookResult { took: had, outcome: Err(why) }, out);
+        out.push(Action::EndHook { key: self.key(), hook: Hook::PreStop });
+    }
+
     /// An attempt has come to its end, after a hook or a process.
     pub(super) fn owe_post_stop(&mut self) {
         if self.hook(Hook::PostStop).is_some() {

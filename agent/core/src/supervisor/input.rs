@@ -1,13 +1,14 @@
 //! What the shell tells a supervisor. Everything that speaks of a process carries its [`ProcessKey`], so that late
 //! news of an older one is recognised and ignored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use nave_proto::pb;
 
 use super::hooks::{Hook, HookResult};
 use super::limits::LimitRefused;
+use crate::env::UnknownName;
 use crate::monotonic::Monotonic;
 
 /// One start of one placement: what makes two processes of an instance different.
@@ -35,6 +36,9 @@ pub enum Input {
     /// Answer to [`Action::Prepare`](super::Action::Prepare), also when it was cut short: what the attempt needs is
     /// there, or why it cannot be had.
     Prepared { key: ProcessKey, result: Result<(), SpawnError> },
+    /// What is made for an attempt, or for a hook of it, asks for names that nobody knows. Before the answer that it is
+    /// made.
+    NamesUnknown { key: ProcessKey, names: BTreeSet<UnknownName> },
     /// Answer to [`Action::FetchAhead`](super::Action::FetchAhead) of this template: all of it is there, or why not.
     Fetched { template_version: u64, result: Result<(), String> },
     /// Answer to [`Action::RunHook`](super::Action::RunHook) and [`Action::EndHook`](super::Action::EndHook): nothing of
@@ -65,8 +69,13 @@ pub enum Input {
     LimitsSet { key: ProcessKey, refused: Vec<LimitRefused> },
     /// The processes of the instance use nearly all memory that they may.
     MemoryShort { key: ProcessKey, used_bytes: u64, limit_bytes: u64 },
+    /// The kernel has killed others of its cgroups for want of memory, and the process has outlived that. `limit_bytes`:
+    /// at that limit; 0: the host had no more.
+    OomOutlived { key: ProcessKey, kills: u64, limit_bytes: u64 },
     /// The process spoke through its notify socket (sd_notify).
     Notify { key: ProcessKey, message: Notification },
+    /// The socket that the process may speak into has ended, with whoever kept it; there is a new one.
+    Unheard { key: ProcessKey },
     /// All agents that may call it have taken it out of their choice.
     CallersLeft,
     /// So many calls to it are under way, all of them through this host's agent.

@@ -34,6 +34,8 @@ impl Supervisor {
         supervisor.pick_ports = ledger.pick_ports;
         supervisor.last_exit = ledger.last_exit.clone();
         supervisor.notes.clone_from(&ledger.notes);
+        supervisor.ends.clone_from(&ledger.ends);
+        supervisor.last_note = ledger.last_note.max(ledger.notes.last().map_or(0, |note| note.number));
         supervisor.memory = RestartMemory {
             restarts: ledger.restarts,
             step: ledger.backoff_step,
@@ -98,6 +100,8 @@ impl Supervisor {
             exec_failures: self.memory.exec_failures,
             pick_ports: self.pick_ports,
             notes: self.notes.clone(),
+            ends: self.ends.clone(),
+            last_note: self.last_note,
             post_start_open: self.post_start_open,
             post_stop_owed: self.post_stop != PostStop::Nothing,
             forgotten: self.remembered_when_forgotten(),
@@ -149,7 +153,7 @@ fn write_running(running: &Running, ledger: &mut pb::InstanceLedger) {
     ledger.process = Some(running.process.clone());
     ledger.started_unix_ns = running.started_unix_ns;
     ledger.since_boottime_ns = running.since.as_nanos();
-    ledger.ready_since_boottime_ns = running.health.ready_since.map_or(0, Monotonic::as_nanos);
+    running.health.write(ledger);
 }
 
 fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
@@ -228,12 +232,11 @@ fn recall_other_boot(ledger: &pb::InstanceLedger, now: Monotonic) -> State {
 }
 
 fn recall_running(ledger: &pb::InstanceLedger) -> Running {
-    let ready_since = Some(ledger.ready_since_boottime_ns).filter(|&ns| ns != 0).map(Monotonic);
     Running {
         process: ledger.process.clone().unwrap_or_default(),
         started_unix_ns: ledger.started_unix_ns,
         since: Monotonic(ledger.since_boottime_ns),
-        health: Health::recall(ready_since),
+        health: Health::recall(ledger),
     }
 }
 
@@ -260,7 +263,7 @@ fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
     }
 }
 
-fn noted(boottime_ns: i64) -> Option<Monotonic> {
+pub(super) fn noted(boottime_ns: i64) -> Option<Monotonic> {
     Some(boottime_ns).filter(|&ns| ns != 0).map(Monotonic)
 }
 

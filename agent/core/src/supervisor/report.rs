@@ -27,6 +27,8 @@ impl Supervisor {
             endpoint: self.endpoint().into(),
             last_exit: self.last_exit_of_epoch(),
             notes: self.notes.clone(),
+            ends: self.ends.clone(),
+            tells_ends: true,
             wants_restart: of_epoch && self.stuck().is_some(),
             fetch: self.fetch_state(),
         }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use nave_proto::pb;
 
 use super::action::{Action, Level, SignalScope};
-use super::hooks::Hook;
 use super::input::{ProcessKey, SignalError};
 use super::restart::signal_name;
 use super::state::{Drain, Running, State, StopCause, StopStep, Stopping};
@@ -167,8 +166,9 @@ impl Supervisor {
                     }
                     self.terminate(out);
                 }
-                StopStep::PreStop { .. } => {
-                    out.push(Action::EndHook { key, hook: Hook::PreStop });
+                StopStep::PreStop { until } => {
+                    let had = until.since(stopping.asked);
+                    self.pre_stop_timed_out(had, out);
                     self.terminate(out);
                 }
                 StopStep::Terminating { .. } if now < stopping.kill_at => return,

@@ -3,6 +3,7 @@
 mod ahead;
 mod draining;
 mod ending;
+mod ends;
 mod health;
 mod hooks;
 mod leasing;

@@ -138,7 +138,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
         }),
         Event::Fetch(instance, template) => world.wish(instance, |wish| {
             let fetch =
-                template.map(|template_version| pb::FetchOrder { template_version, artifacts: Vec::new() });
+                template.map(|template_version| pb::FetchOrder { template_version, ..Default::default() });
             wish.map(|wish| pb::WantedInstance { fetch, ..wish })
         }),
         Event::HubCommits => world.acknowledge_gone(),

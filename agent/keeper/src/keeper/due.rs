@@ -143,7 +143,7 @@ impl Keeper {
             self.table.remove(&key);
             let Key { instance_id, epoch } = key;
             self.ledger.note(Record::Forgotten(pb::Forget { instance_id, epoch, remove_logs }));
-            self.reply(asker, Reply::Done(pb::KeeperDone {}), None);
+            self.reply(asker, Reply::Done(pb::KeeperDone::default()), None);
         }
     }
 
@@ -209,7 +209,7 @@ impl Keeper {
             return false;
         }
         if let Some(asker) = asker {
-            self.reply(asker, Reply::Done(pb::KeeperDone {}), None);
+            self.reply(asker, Reply::Done(pb::KeeperDone::default()), None);
         }
         true
     }

@@ -9,6 +9,7 @@ use pb::keeper_request::Request;
 use super::{Keeper, Mode, Stopping};
 use crate::client;
 use crate::clock::{MS, SECOND, boottime_ns};
+use crate::ear::Ear;
 use crate::kept::{Asker, Cause, Forgetting, Kept};
 use crate::ledger::Key;
 use crate::signal::{self, refusal, system};
@@ -19,7 +20,7 @@ const CGROUPS_WITHIN_NS: i64 = 2 * SECOND;
 /// An answer at once, or later.
 type Answer = Result<Option<Reply>, pb::KeeperError>;
 
-const DONE: Answer = Ok(Some(Reply::Done(pb::KeeperDone {})));
+const DONE: Answer = Ok(Some(Reply::Done(pb::KeeperDone { heard: Vec::new() })));
 
 impl Keeper {
     pub(super) fn answer(&mut self, connection: u32, request: pb::KeeperRequest) {
@@ -63,28 +64,33 @@ impl Keeper {
                 DONE
             }
             Some(Request::StoreDescriptor(store)) => match descriptor {
-                Some(descriptor) => self
-                    .descriptors
-                    .store(store.name, descriptor)
-                    .map_err(|why| refusal(Kind::Invalid, why))
-                    .and(DONE),
+                Some(descriptor) => {
+                    self.close_ear(&store.name);
+                    let ear = store.speaker.map(|speaker| Ear::new(speaker, &[]));
+                    let stored = self.descriptors.store(store.name, descriptor, ear);
+                    stored.map_err(|why| refusal(Kind::Invalid, why)).and(DONE)
+                }
                 None => Err(refusal(Kind::Invalid, "no descriptor came with it")),
             },
             Some(Request::TakeDescriptor(take)) => match self.descriptors.duplicate(&take.name) {
                 Ok(Some(descriptor)) => {
-                    return self.reply(asker, Reply::Done(pb::KeeperDone {}), Some(descriptor));
+                    let heard = self.close_ear(&take.name);
+                    return self.reply(asker, Reply::Done(pb::KeeperDone { heard }), Some(descriptor));
                 }
                 Ok(None) => Err(no_descriptor(&take.name)),
                 Err(error) => Err(system("cannot duplicate it", &error)),
             },
-            Some(Request::DropDescriptor(drop)) if self.descriptors.remove(&drop.name) => DONE,
-            Some(Request::DropDescriptor(drop)) => Err(no_descriptor(&drop.name)),
+            Some(Request::DropDescriptor(drop)) => {
+                self.close_ear(&drop.name);
+                if self.descriptors.remove(&drop.name) { DONE } else { Err(no_descriptor(&drop.name)) }
+            }
             Some(Request::ListDescriptors(_)) => {
                 let names = self.descriptors.iter().map(|(name, _)| name.clone()).collect();
                 Ok(Some(Reply::Descriptors(pb::DescriptorList { names })))
             }
             Some(Request::SetDeadline(deadline)) => self.set_deadline(deadline),
             Some(Request::SetLogLimits(request)) => self.set_log_limits(&request),
+            Some(Request::LookForOomKills(_)) => Ok(Some(Reply::OomKills(self.look_for_oom_kills()))),
             Some(Request::Forget(forget)) => self.forget(asker, &forget),
         };
         match answer {

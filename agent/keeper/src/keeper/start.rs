@@ -18,7 +18,6 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use super::{Keeper, Mode, Source, cannot};
 use crate::agent::Agent;
-use crate::cgroup;
 use crate::clock::{boottime_ns, unix_ns};
 use crate::descriptors::Descriptors;
 use crate::exits::Exits;
@@ -26,6 +25,7 @@ use crate::handover::Taken;
 use crate::identity::{self, Found, started_boottime_ns};
 use crate::kept::{Cause, Ended, Kept, Phase, Process};
 use crate::ledger::{Key, Ledger, Noted};
+use crate::oom::Oom;
 use crate::output::Output;
 use crate::upgrade::Upgrade;
 use crate::{KeeperError, KeeperOptions, client, sys};
@@ -102,6 +102,8 @@ impl Keeper {
             logs: std::collections::BTreeMap::new(),
             dropped_report_at: None,
             descriptors,
+            ears: std::collections::BTreeMap::new(),
+            last_ear: 0,
             agent: Agent::new(options.agent_command),
             mode: Mode::Running,
             upgrade,
@@ -113,24 +115,27 @@ impl Keeper {
         keeper.watch(&keeper.timer, Source::Timer);
         keeper.watch(&keeper.listener, Source::Listener);
         keeper.watch(&keeper.output.descriptor(), Source::Output);
-        keeper.adopt_all();
-        keeper.adopt_agent();
+        keeper.open_ears();
+        // What cannot be looked at may run: the next keeper, or this one's next try, is to see it.
+        keeper.adopt_all().map_err(cannot("look at the processes of the keeper before"))?;
+        keeper.adopt_agent().map_err(cannot("look at the agent of the keeper before"))?;
         Ok(keeper)
     }
 
     /// Takes over what the ledger knows.
-    fn adopt_all(&mut self) {
+    fn adopt_all(&mut self) -> io::Result<()> {
         let noted: Vec<(Key, Noted)> =
             self.ledger.content().kept.iter().map(|(key, noted)| (*key, noted.clone())).collect();
         for (key, noted) in noted {
-            self.adopt(key, noted);
+            self.adopt(key, noted)?;
         }
         self.reopen_logs();
+        Ok(())
     }
 
-    fn adopt(&mut self, key: Key, noted: Noted) {
+    fn adopt(&mut self, key: Key, noted: Noted) -> io::Result<()> {
         let Noted { started, exited, signalled, deadline } = noted;
-        let (Some(spawn), Some(identity)) = (started.spawn, started.process) else { return };
+        let (Some(spawn), Some(identity)) = (started.spawn, started.process) else { return Ok(()) };
         // Written by the keeper before, which did not come to note it in the ledger.
         let exited = exited || self.exits.holds(key.instance_id, key.epoch, spawn.attempt);
         let rebooted = identity.boot_id != self.boot_id;
@@ -143,7 +148,7 @@ impl Keeper {
         } else if rebooted {
             (ended(true), Some("host rebooted"))
         } else {
-            match identity::find(&identity) {
+            match identity::find(&identity)? {
                 Found::Running(pidfd, stat) | Found::Zombie(pidfd, stat) => {
                     let adopted = stat.parent != std::process::id();
                     if adopted {
@@ -159,10 +164,7 @@ impl Keeper {
                         started_unix_ns: started.started_unix_ns,
                         started_boottime_ns: started_boottime_ns(stat.start_ticks),
                         cause,
-                        oom_kills: match started.oom_kills {
-                            0 => cgroup::oom_kills(&spawn),
-                            noted => noted - 1,
-                        },
+                        oom: Oom::new(&spawn, started.oom_kills.checked_sub(1)),
                         unknown_at: None,
                     };
                     (Phase::Running(process), None)
@@ -189,6 +191,7 @@ impl Keeper {
         let deadline = deadline.filter(|_| !rebooted);
         let kept = Kept { spawn, phase, deadline, deadline_begun: false, ladder: None, forgetting: None };
         self.table.insert(key, kept);
+        Ok(())
     }
 }
 
@@ -200,10 +203,7 @@ fn file(path: &Path) -> impl FnOnce(io::Error) -> KeeperError {
 /// What to tell people of a file that was not whole.
 fn lost(path: &Path, bytes: u64) -> Option<String> {
     (bytes > 0).then(|| {
-        format!(
-            "{}: {bytes} bytes of it were torn or damaged and are not used, the rest is",
-            path.display()
-        )
+        format!("{}: {bytes} bytes of it were torn or damaged and are not used, the rest is", path.display())
     })
 }
 
@@ -243,7 +243,7 @@ fn lock(data_dir: &Path) -> Result<OwnedFd, KeeperError> {
     }
 }
 
-/// Each process costs five descriptors. Returns the soft limit of before.
+/// Each process costs six descriptors. Returns the soft limit of before.
 fn raise_open_files() -> u64 {
     let Ok((soft, hard)) = sys::resource_limit(libc::RLIMIT_NOFILE) else { return 0 };
     match sys::set_resource_limit(libc::RLIMIT_NOFILE, hard, hard) {

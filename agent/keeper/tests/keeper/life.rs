@@ -1,15 +1,17 @@
 //! One process: started, signalled, ended, forgotten.
 
 use std::fs;
+use std::path::Path;
 
 use nave_proto::pb;
+use nix::sys::signal::Signal;
 use pb::ExitCause;
 use pb::KeeperErrorKind as Kind;
 use pb::SignalScope::{Cgroup, Group, Process};
 use pb::keeper_reply::Reply;
 use pb::keeper_request::Request;
 
-use crate::harness::{Host, eventually, forget_request, runs, signal_request, state};
+use crate::harness::{Agent, Host, eventually, forget_request, kill, runs, signal_request, state};
 
 #[test]
 fn exit_codes_and_signals_are_told_after_the_start() {
@@ -155,7 +157,7 @@ fn what_cannot_be_started_says_what_and_why() {
     let error = agent.refused(Request::Spawn(spawn));
     assert_eq!(
         (error.kind(), error.message),
-        (Kind::Exec, format!("cannot enter cgroup {group}: not a directory"))
+        (Kind::Exec, format!("cannot make cgroup {group}: not a directory (ENOTDIR)"))
     );
     assert_eq!(agent.exit(21).cause(), ExitCause::ExecError);
 }
@@ -295,6 +297,27 @@ fn forgetting_removes_cgroup_and_fifos_and_logs_only_when_asked() {
 }
 
 #[test]
+fn the_last_instance_of_a_service_takes_the_directories_above_along() {
+    let mut host = Host::start();
+    let mut agent = host.agent();
+    let Some(root) = host.cgroup("", 1) else { return };
+    let at =
+        |service: &str, instance: u64| root.join("nave-c-h").join(service).join(format!("i-{instance}-1"));
+    for (instance, service) in [(1, "web"), (2, "web"), (3, "jobs")] {
+        let cgroup2 = at(service, instance).display().to_string();
+        agent.spawn(&pb::Spawn { cgroup2, service: service.to_owned(), ..host.script(instance, "exit 0") });
+        agent.exit(instance);
+    }
+    let is_there = |service: &str| root.join("nave-c-h").join(service).exists();
+    agent.done(forget_request(1, true));
+    assert!(!at("web", 1).exists() && at("web", 2).exists() && is_there("jobs"));
+    agent.done(forget_request(2, true));
+    assert!(!is_there("web") && is_there("jobs"));
+    agent.done(forget_request(3, true));
+    assert!(!is_there("") && root.exists(), "the host's own directory goes, and none above it");
+}
+
+#[test]
 fn running_out_of_memory_is_called_so() {
     let mut host = Host::start();
     let Some(memory) = host.cgroup("memory", 1) else { return };
@@ -313,4 +336,69 @@ fn running_out_of_memory_is_called_so() {
         exit.process.map_or(0, |p| p.pid)
     );
     assert_eq!(exit.message, who);
+}
+
+#[test]
+fn an_end_is_not_laid_to_a_child_that_had_run_out_of_memory() {
+    let mut host = Host::start();
+    let Some(memory) = host.cgroup("memory", 1) else { return };
+    let gate = host.gate("go");
+    let mut agent = host.agent();
+    let script = format!("tail /dev/zero; echo outlived; {} exec tail /dev/zero", gate.wait());
+    let mut spawn = limited(&memory, 16 << 20, host.script(1, &script));
+    let pid = agent.spawn(&spawn);
+    host.line(1, "outlived");
+    assert_eq!(outlived(&mut agent), (1, 1, 16 << 20));
+    let again = agent.ask(Request::LookForOomKills(pb::LookForOomKills {})).unwrap();
+    assert_eq!(again, Reply::OomKills(pb::OomKills::default()), "each is told once");
+    kill(pid, Signal::SIGKILL);
+    let exit = agent.exit(1);
+    assert_eq!((exit.cause(), exit.message.as_str()), (ExitCause::Signal, ""), "somebody killed it");
+
+    agent.acknowledge(exit.sequence);
+    spawn.attempt = 2;
+    agent.spawn(&spawn);
+    assert_eq!(outlived(&mut agent).0, 2);
+    gate.open();
+    let exit = agent.exit(1);
+    assert_eq!((exit.cause(), exit.signal), (ExitCause::Oom, libc::SIGKILL), "this time it was the one");
+    assert!(exit.message.starts_with("tail (pid "), "{}", exit.message);
+}
+
+/// Attempt, kills and limit of the one that has outlived kills, once it is told.
+fn outlived(agent: &mut Agent) -> (u32, u64, u64) {
+    eventually("a kill that was outlived", || {
+        match agent.ask(Request::LookForOomKills(pb::LookForOomKills {})).unwrap() {
+            Reply::OomKills(told) => {
+                told.outlived.first().map(|one| (one.attempt, one.kills, one.limit_bytes))
+            }
+            other => panic!("{other:?}"),
+        }
+    })
+}
+
+/// With swap, as an agent sets it.
+fn limited(memory: &Path, bytes: u64, spawn: pb::Spawn) -> pb::Spawn {
+    let file = |name: &str, required| pb::FileWrite {
+        path: memory.join(name).display().to_string(),
+        value: bytes.to_string(),
+        required,
+    };
+    let cgroup_files = vec![file("memory.limit_in_bytes", true), file("memory.memsw.limit_in_bytes", false)];
+    pb::Spawn { cgroup1: vec![memory.display().to_string()], cgroup_files, ..spawn }
+}
+
+#[test]
+fn who_did_not_reach_its_limit_is_not_said_to_have() {
+    let mut host = Host::start();
+    let Some(memory) = host.cgroup("memory", 1) else { return };
+    // As if that were the host.
+    let above = memory.parent().unwrap();
+    fs::create_dir_all(above).unwrap();
+    fs::write(above.join("memory.limit_in_bytes"), (16 << 20).to_string()).unwrap();
+    let mut agent = host.agent();
+    let pid = agent.spawn(&limited(&memory, 64 << 20, host.script(1, "exec tail /dev/zero")));
+    let exit = agent.exit(1);
+    let message = format!("the host ran out of memory, and tail (pid {pid}) was chosen");
+    assert_eq!((exit.cause(), exit.message), (ExitCause::Oom, message));
 }

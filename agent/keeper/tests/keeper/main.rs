@@ -4,6 +4,7 @@
 mod agent;
 mod harness;
 mod life;
+mod listen;
 mod output;
 mod peers;
 mod successor;

@@ -56,7 +56,8 @@ fn descriptors_outlive_the_agent() {
     let host = Host::start();
     let (mut near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut agent = host.agent();
-    let store = |name: &str| Request::StoreDescriptor(pb::StoreDescriptor { name: name.to_owned() });
+    let store =
+        |name: &str| Request::StoreDescriptor(pb::StoreDescriptor { name: name.to_owned(), speaker: None });
     agent.client.request(store("listen/web"), Some(far.as_fd())).unwrap();
     let without = agent.refused(store("nothing"));
     assert_eq!(without.kind(), pb::KeeperErrorKind::Invalid);

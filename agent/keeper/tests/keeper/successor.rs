@@ -110,7 +110,7 @@ fn a_torn_ledger_costs_only_its_torn_end() {
 fn write_ledger(host: &Host, spawn: &pb::Spawn, process: pb::ProcessIdentity) {
     fs::create_dir_all(host.data_dir()).unwrap();
     let (spawn, process) = (Some(spawn.clone()), Some(process));
-    let started = pb::KeptSpawn { spawn, process, started_unix_ns: 1, oom_kills: 0 };
+    let started = pb::KeptSpawn { spawn, process, started_unix_ns: 1, ..Default::default() };
     let body = pb::KeeperLedgerRecord { record: Some(Record::Started(started)) }.encode_to_vec();
     let crc = !body.iter().fold(!0_u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
@@ -202,7 +202,7 @@ fn an_upgrade_keeps_pid_children_descriptors_and_causes() {
         agent.spawn(&host.script(2, "trap 'sleep 0.5; exit 0' TERM; echo up; while :; do sleep 0.05; done"));
     host.line(2, "up");
     let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
-    let store = Request::StoreDescriptor(pb::StoreDescriptor { name: "kept".to_owned() });
+    let store = Request::StoreDescriptor(pb::StoreDescriptor { name: "kept".to_owned(), speaker: None });
     agent.client.request(store, Some(far.as_fd())).unwrap();
     let stop = pb::Signal { cause: ExitCause::Hub.into(), ..term(2) };
     agent.done(Request::Signal(stop));

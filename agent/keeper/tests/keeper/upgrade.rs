@@ -41,7 +41,7 @@ impl Upgradable {
         let gate = host.gate("go");
         let process = agent.spawn(&host.script(1, &format!("{} exit 7", gate.wait())));
         let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
-        let store = Request::StoreDescriptor(pb::StoreDescriptor { name: "kept".to_owned() });
+        let store = Request::StoreDescriptor(pb::StoreDescriptor { name: "kept".to_owned(), speaker: None });
         agent.client.request(store, Some(far.as_fd())).unwrap();
         eventually("an agent", || agent_of(&host));
         let before = inode(&host.program);

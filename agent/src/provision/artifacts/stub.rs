@@ -11,48 +11,67 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
+use super::download::download;
 use super::{Form, NOBODY};
 
-/// An artifact as it is fetched.
-pub(super) const FETCHED_BYTES_MAX: u64 = 2 << 30;
-/// And unpacked: what one archive may take of the disk.
+/// What one archive may take of the disk.
 const UNPACKED_BYTES_MAX: u64 = 8 << 30;
 const ENTRIES_MAX: usize = 200_000;
 /// Links are short; a longer one is meant to do harm.
 const LINK_BYTES_MAX: u64 = 4096;
-const FETCH_TIMEOUT: Duration = Duration::from_secs(600);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longer than any URL is.
+const URL_BYTES_MAX: u64 = 64 * 1024;
 
-/// `fetch URL` writes to stdout; `unpack FORM` reads stdin, a file, and makes what is in it in the working directory.
-/// The last line on stderr says what went wrong.
-pub fn artifact_stub_main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+/// `fetch` reads a URL from stdin and writes what it leads to to stdout; `unpack FORM` reads stdin, a file, and makes
+/// what is in it in the working directory. The last line on stderr says what went wrong. `ca_bundle`: what SSL_CERT_FILE
+/// names.
+pub fn artifact_stub_main(
+    arguments: impl Iterator<Item = OsString>,
+    ca_bundle: Option<OsString>,
+) -> ExitCode {
     let arguments: Vec<String> = arguments.filter_map(|argument| argument.into_string().ok()).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let ca_bundle = ca_bundle.filter(|path| !path.is_empty()).map(PathBuf::from);
     if let Err(error) = become_nobody() {
         let _nobody_reads = writeln!(io::stderr(), "cannot become nobody: {error}");
         return ExitCode::FAILURE;
     }
-    let done = match words[..] {
-        ["fetch", url] => fetch(url, &mut io::stdout().lock()),
-        ["unpack", form] => match Form::parse(form) {
-            Some(form) => stdin().and_then(|archive| unpack(archive, form, Path::new("."))),
-            None => Err(format!("{form:?} is no form of archive")),
-        },
-        _ => Err("usage: artifact-stub fetch URL | unpack FORM".to_owned()),
-    };
-    match done {
+    match guarded(|| perform(&words, ca_bundle.as_deref())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             let _nobody_reads = writeln!(io::stderr(), "{why}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn perform(words: &[&str], ca_bundle: Option<&Path>) -> Result<(), String> {
+    match words {
+        ["fetch"] => download(&url_told()?, ca_bundle, &mut io::stdout().lock()),
+        ["unpack", form] => match Form::parse(form) {
+            Some(form) => stdin().and_then(|archive| unpack(archive, form, Path::new("."))),
+            None => Err(format!("{form:?} is no form of archive")),
+        },
+        _ => Err("usage: artifact-stub fetch <URL | unpack FORM <ARCHIVE".to_owned()),
+    }
+}
+
+/// A mistake in here, or in a library, fails as anything else does: with what it says. Nothing that it leaves half done
+/// is looked at afterwards.
+fn guarded(work: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it does not say which");
+        // In one line, since the last one is read.
+        let text = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        Err(format!("met a mistake in Nave, please report it: {text}"))
+    })
 }
 
 /// For good: a process that has given up its user cannot take it back. An agent that is not root has nothing to give.
@@ -70,43 +89,10 @@ fn stdin() -> Result<File, String> {
     io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(|e| e.to_string())
 }
 
-fn fetch(url: &str, out: &mut impl Write) -> Result<(), String> {
-    let mut body: Box<dyn Read> = match url.strip_prefix("file://") {
-        Some(path) => {
-            let mut open = OpenOptions::new();
-            let file =
-                open.read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| e.to_string())?;
-            if !file.metadata().map_err(|e| e.to_string())?.is_file() {
-                return Err("is not a file".to_owned());
-            }
-            Box::new(file)
-        }
-        None => {
-            let tls = ureq::tls::TlsConfig::builder()
-                .unversioned_rustls_crypto_provider(std::sync::Arc::new(
-                    rustls::crypto::aws_lc_rs::default_provider(),
-                ))
-                .build();
-            let config = ureq::Agent::config_builder()
-                .tls_config(tls)
-                .timeout_global(Some(FETCH_TIMEOUT))
-                .timeout_connect(Some(CONNECT_TIMEOUT))
-                .user_agent(concat!("nave/", env!("CARGO_PKG_VERSION")))
-                .build();
-            let answer = config.new_agent().get(url).call().map_err(|e| match e {
-                // Without saying first that it is one.
-                ureq::Error::Io(error) => error.to_string(),
-                other => other.to_string(),
-            })?;
-            Box::new(answer.into_body().into_reader())
-        }
-    };
-    let copied = io::copy(&mut body.by_ref().take(FETCHED_BYTES_MAX + 1), out).map_err(|e| e.to_string())?;
-    out.flush().map_err(|e| e.to_string())?;
-    match copied > FETCHED_BYTES_MAX {
-        true => Err(format!("has more than {FETCHED_BYTES_MAX} bytes")),
-        false => Ok(()),
-    }
+fn url_told() -> Result<String, String> {
+    let mut url = String::new();
+    io::stdin().lock().take(URL_BYTES_MAX).read_to_string(&mut url).map_err(|e| e.to_string())?;
+    Ok(url)
 }
 
 /// Makes what is in the archive below `root`, which is empty.
@@ -308,6 +294,15 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let mode = std::fs::metadata(dir.path().join("bin/tool")).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777 & !0o022, 0o755, "executable and not setuid");
+    }
+
+    #[test]
+    fn a_mistake_of_ours_is_a_failure_that_says_which() {
+        let word = "of\n  two lines";
+        let failed = guarded(|| panic!("a mistake {word}")).unwrap_err();
+        assert_eq!(failed, "met a mistake in Nave, please report it: a mistake of two lines");
+        assert!(guarded(|| panic!("plain")).unwrap_err().ends_with(": plain"));
+        assert_eq!(guarded(|| Err("no".to_owned())), Err("no".to_owned()));
     }
 
     #[test]

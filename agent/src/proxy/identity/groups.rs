@@ -25,8 +25,8 @@ const DEPTH_MAX: usize = 8;
 /// See the module's description.
 #[derive(Debug)]
 pub(super) struct Groups {
-    /// `<own>/nave-<cluster>-<host>`; its directories are named as the services are.
-    folder: PathBuf,
+    /// `…/nave-<cluster>-<host>`; their directories are named as the services are.
+    folders: Vec<PathBuf>,
     known: Mutex<Known>,
 }
 
@@ -37,8 +37,8 @@ struct Known {
 }
 
 impl Groups {
-    pub(super) fn new(folder: PathBuf) -> Self {
-        Self { folder, known: Mutex::default() }
+    pub(super) fn new(folders: Vec<PathBuf>) -> Self {
+        Self { folders, known: Mutex::default() }
     }
 
     /// The service whose process is in this cgroup.
@@ -64,7 +64,7 @@ impl Groups {
 
     fn read(&self) -> HashMap<u64, Arc<str>> {
         let mut found = HashMap::new();
-        for (path, inode) in directories(&self.folder) {
+        for (path, inode) in self.folders.iter().flat_map(|folder| directories(folder)) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let service = Arc::<str>::from(&*name);
             found.insert(inode, service.clone());
@@ -104,7 +104,7 @@ mod tests {
             fs::create_dir_all(&path).unwrap();
             fs::metadata(path).unwrap().ino()
         };
-        let groups = Groups::new(root.path().to_owned());
+        let groups = Groups::new(vec![root.path().join("not there"), root.path().to_owned()]);
         let (web, deep) = (make("web/i-1-1"), make("web/i-1-1/own/deeper"));
         assert_eq!(groups.service(web).as_deref(), Some("web"));
         assert_eq!(groups.service(deep).as_deref(), Some("web"));

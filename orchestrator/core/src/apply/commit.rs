@@ -15,8 +15,8 @@ use super::versions::Cause;
 use super::{Outcome, Tx};
 use crate::events::{Subject, called};
 use crate::limits::INSTANCES_MAX;
-use crate::plan::{Room, Standing, losses, may_conclude, may_restart};
-use crate::state::{ClusterState, InstanceEntry, Reservation};
+use crate::plan::{RECHECKS, Room, Standing, checks_differ, losses, may_conclude, may_restart};
+use crate::state::{ClusterState, InstanceEntry, Reservation, ServiceEntry};
 use crate::wants::{HostExt as _, InstanceExt as _, observed};
 
 /// How the services stand that the steps of one command have touched.
@@ -184,6 +184,8 @@ impl Tx<'_> {
             endpoint: EndpointState::Unspecified.into(),
             since_unix_ns: self.now,
             ready_since_unix_ns: 0,
+            was_ready: false,
+            rechecked_unix_ns: 0,
             placed_unix_ns: self.now,
             draining_acknowledged: 0,
             reschedules,
@@ -298,19 +300,39 @@ impl Tx<'_> {
         if room.is_none_or(|room| room.lacks_without(&wanted, &held).is_some()) {
             return;
         }
-        let message = format!(
-            "{} on {} has the limits of version {} from now on",
-            called(&before),
-            self.host_name(before.host()),
-            step.version
-        );
-        self.event("instance_resized", Subject::instance(&before), message);
-        let record = pb::InstanceRecord { version: step.version, ..before.as_ref().clone() };
+        let new_check = self.has_new_check(service, &before);
+        if new_check && !self.may_recheck(standings, &before) {
+            return;
+        }
+        let (kind, from) = match new_check && wanted.is_within(&held) {
+            true => ("instance_rechecked", format!("is checked as version {} says", step.version)),
+            false => ("instance_resized", format!("has the limits of version {}", step.version)),
+        };
+        let message = format!("{} on {} {from} from now on", called(&before), self.host_name(before.host()));
+        self.event(kind, Subject::instance(&before), message);
+        let rechecked_unix_ns = if new_check { self.now } else { before.rechecked_unix_ns };
+        let record =
+            pb::InstanceRecord { version: step.version, rechecked_unix_ns, ..before.as_ref().clone() };
         if let Some(standing) = standings.of(self.state, &record.service, self.written()) {
             standing.changes(self.state, Some(&before), &record);
         }
+        let template = record.template_version;
         self.put_instance(record);
+        if new_check {
+            self.extend_deadline(&before.service, template);
+        }
         self.drop_stale_versions(&before.service);
+    }
+
+    /// Commands of before asked for no proof.
+    fn has_new_check(&self, service: &ServiceEntry, instance: &pb::InstanceRecord) -> bool {
+        let manifests = service.manifest(instance.version).zip(service.current());
+        self.written_by >= RECHECKS && manifests.is_some_and(|(old, new)| checks_differ(old, new))
+    }
+
+    fn may_recheck(&self, standings: &mut Standings, instance: &pb::InstanceRecord) -> bool {
+        let standing = standings.of(self.state, &instance.service, self.written());
+        standing.is_some_and(|standing| standing.may_recheck(self.state, instance))
     }
 
     fn set_deployment(&mut self, step: pb::SetDeployment) {

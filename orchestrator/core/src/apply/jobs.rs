@@ -11,6 +11,11 @@ use crate::jobs::{is_over, open_run, queued_run};
 use crate::limits::JOB_RUNS_KEPT;
 use crate::wants::{InstanceExt as _, ManifestExt};
 
+/// From this command format on, also what was missed before a run that starts in time is noted.
+const ALL_MISSED_ARE_NOTED: u32 = 8;
+/// From this command format on, a run has ended when its process did, not when the hub heard of it.
+const ENDS_ARE_THE_HOSTS: u32 = 8;
+
 impl Tx<'_> {
     /// A person's word starts a run whatever the schedule says; while one goes on it waits or takes its place.
     pub(super) fn start_run(&mut self, name: &str) {
@@ -41,22 +46,27 @@ impl Tx<'_> {
             job.next_due_unix_ns = step.next_due_unix_ns;
         });
         if step.due_unix_ns != 0 {
-            self.run_due(step);
+            self.run_due(step, job.next_due_unix_ns);
         }
     }
 
-    fn run_due(&mut self, step: &pb::ScheduleRun) {
-        let (overlap, missed) = self.policies(&step.service);
-        if step.late && missed != MissedPolicy::Run {
-            let reason = format!("{} due while no hub could start it", times(step.missed));
-            self.note_run(&step.service, step.due_unix_ns, JobRunStatus::Missed, reason);
-            return;
-        }
-        let reason = match step.late {
-            true => format!("makes good for what was {} due while no hub could start it", times(step.missed)),
-            false => String::new(),
+    /// `first`: what was due before all others of this step.
+    fn run_due(&mut self, step: &pb::ScheduleRun, first: i64) {
+        let (overlap, policy) = self.policies(&step.service);
+        let missed = step.late || (step.missed > 0 && self.written_by >= ALL_MISSED_ARE_NOTED);
+        let what = format!("{} due while no hub could start it", times(step.missed));
+        let reason = match policy {
+            MissedPolicy::Run if missed => format!("makes good for what was {what}"),
+            MissedPolicy::Skip | MissedPolicy::Unspecified if missed => {
+                let due = if step.late { step.due_unix_ns } else { first };
+                self.note_run(&step.service, due, JobRunStatus::Missed, what);
+                String::new()
+            }
+            MissedPolicy::Run | MissedPolicy::Skip | MissedPolicy::Unspecified => String::new(),
         };
-        self.add_run(&step.service, step.due_unix_ns, overlap, reason);
+        if !step.late || policy == MissedPolicy::Run {
+            self.add_run(&step.service, step.due_unix_ns, overlap, reason);
+        }
     }
 
     fn add_run(&mut self, name: &str, due: i64, overlap: OverlapPolicy, reason: String) {
@@ -164,18 +174,18 @@ impl Tx<'_> {
         instance: Option<&pb::InstanceRecord>,
     ) {
         let now = self.now;
-        let mut began = 0;
+        let exit = instance.filter(|_| self.written_by >= ENDS_ARE_THE_HOSTS).and_then(last_exit);
+        let mut took = 0;
         self.edit_run(name, number, |run| {
             run.set_status(status);
-            run.ended_unix_ns = now;
+            run.ended_unix_ns = ended_at(run, exit, now);
             reason.clone_into(&mut run.reason);
-            began = run.started_unix_ns;
+            took = ran_ns(run, exit) / crate::limits::SECOND_NS;
             if let Some(instance) = instance {
                 run.attempts = instance.attempt;
                 run.exit = instance.last_exit.clone();
             }
         });
-        let took = if began == 0 { 0 } else { (now - began) / crate::limits::SECOND_NS };
         let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
         let (kind, what) = match status {
             JobRunStatus::Succeeded => ("job_succeeded", format!("succeeded after {took} s")),
@@ -256,6 +266,28 @@ impl Tx<'_> {
                 job.runs.remove(oldest);
             }
         });
+    }
+}
+
+/// How the newest process of an instance ended, if that has been told.
+fn last_exit(instance: &pb::InstanceRecord) -> Option<&pb::ExitRecord> {
+    let newest = |exit: &&pb::ExitRecord| (exit.epoch, exit.attempt) == (instance.epoch, instance.attempt);
+    instance.last_exit.as_ref().filter(newest)
+}
+
+/// By the host's clock, which may be another than the hub's: never before the run began nor later than now.
+fn ended_at(run: &pb::JobRun, exit: Option<&pb::ExitRecord>, now: i64) -> i64 {
+    let ended = exit.map(|exit| exit.ended_unix_ns).filter(|ended| *ended != 0);
+    ended.map_or(now, |ended| ended.max(run.started_unix_ns).min(now))
+}
+
+/// For how long a run that has ended went on. Of one process, as its host has measured it.
+fn ran_ns(run: &pb::JobRun, exit: Option<&pb::ExitRecord>) -> i64 {
+    let alone = exit.filter(|exit| (exit.epoch, exit.attempt) == (1, 1) && exit.ran_ms != 0);
+    match (alone, run.started_unix_ns) {
+        (Some(exit), _) => i64::try_from(exit.ran_ms).unwrap_or(i64::MAX).saturating_mul(1_000_000),
+        (None, 0) => 0,
+        (None, began) => run.ended_unix_ns - began,
     }
 }
 

@@ -10,9 +10,16 @@ use nave_proto::pb::observed::{Pending, State};
 use nave_proto::pb::{EndpointState, RejectedCode};
 
 use super::{Outcome, Tx, rejected};
-use crate::events::{Subject, called, fetch_event, instance_event, untold_exit, untold_notes};
+use crate::events::{Sentences, Subject, called, fetch_event, late_sentences, sentences};
 use crate::limits::FETCH_PROBLEM_CHARS_MAX;
+use crate::plan::canaries;
 use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _, observed};
+
+/// From this command format on, an instance that becomes ready is progress once.
+const READY_ONCE: u32 = 8;
+
+/// From this command format on, each end that a report tells is an event, and only one.
+const ENDS_ARE_TOLD: u32 = 9;
 
 impl Tx<'_> {
     /// Refused from a host that is lost: its instances may be running elsewhere by now. It first has to be
@@ -47,28 +54,27 @@ impl Tx<'_> {
     fn take_report(&mut self, host: HostId, report: pb::InstanceReport) {
         let Some(before) = self.state.instance(InstanceId(report.instance_id)).cloned() else { return };
         if before.host() != host || before.epoch != report.epoch || report.attempt < before.attempt {
-            return;
+            return self.take_late_ends(host, &before, report);
         }
         let mut report = report;
+        let ends = self.ends_of(&mut report);
         let notes = std::mem::take(&mut report.notes);
-        let newest = notes.iter().map(|note| note.number).max().unwrap_or_default();
-        let Some(after) = merged(&before, report, newest, self.now) else { return };
-        let progressed = after.ready() && !before.ready();
+        let numbers = notes.iter().map(|note| note.number);
+        let newest = numbers.chain(ends.iter().flatten().map(|end| end.number)).max().unwrap_or_default();
+        let Some(mut after) = merged(&before, report, newest, self.now) else { return };
+        let progressed = after.ready() && !before.ready() && !before.was_ready;
         let regressed = before.ready() && !after.ready();
+        let has_patience = progressed || (regressed && self.canaries_waited(&before.service));
+        after.was_ready = self.has_been_ready(&before, &after);
         let host = self.host_name(host);
-        let exit = untold_exit(&before, &after, &host);
-        let notes: Vec<_> = untold_notes(&before, notes, &host).collect();
-        let event = instance_event(&before, &after, &host);
+        let Sentences { history, state: event } = sentences(&before, &after, notes, ends, &host);
         let fetched = fetch_event(&before, &after, &host);
         let subject = Subject::instance(&after);
         let (template, fetch) = (after.template_version, after.fetch.clone());
         let for_run = (after.run != 0).then(|| after.clone());
         self.put_instance(after);
-        for (kind, message) in notes {
+        for (kind, message) in history {
             self.event(&kind, subject.clone(), message);
-        }
-        if let Some((kind, message)) = exit {
-            self.event(kind, subject.clone(), message);
         }
         if let Some((kind, message)) = fetched {
             if let Some(fetch) = fetch.filter(|fetch| fetch.done) {
@@ -77,7 +83,7 @@ impl Tx<'_> {
             self.event(kind, subject.clone(), message);
         }
         if let Some((kind, message)) = event {
-            if progressed || (regressed && self.has_canaries(&subject.service)) {
+            if has_patience {
                 self.extend_deadline(&subject.service, template);
             }
             self.event(kind, subject, message);
@@ -87,15 +93,48 @@ impl Tx<'_> {
         }
     }
 
-    /// A canary may have waited for a person for long; one that is no longer ready gets its full patience too.
+    /// None: the report, or the command, tells only the newest.
+    fn ends_of(&self, report: &mut pb::InstanceReport) -> Option<Vec<pb::EndNote>> {
+        let ends = std::mem::take(&mut report.ends);
+        (self.written_by >= ENDS_ARE_TOLD && report.tells_ends).then_some(ends)
+    }
+
+    /// How something ended that is over in any case is told all the same: its agent does not say it again.
+    fn take_late_ends(&mut self, host: HostId, before: &pb::InstanceRecord, mut report: pb::InstanceReport) {
+        let is_here = before.host() == host && report.epoch <= before.epoch;
+        let Some(ends) = self.ends_of(&mut report).filter(|_| is_here) else { return };
+        let newest = ends.iter().map(|end| end.number).max().unwrap_or_default();
+        let told = late_sentences(before, ends, &self.host_name(host));
+        if told.is_empty() {
+            return;
+        }
+        self.put_instance(pb::InstanceRecord { note: newest.max(before.note), ..before.clone() });
+        for (kind, message) in told {
+            self.event(&kind, Subject::instance(before), message);
+        }
+    }
+
+    /// Commands of before noted nothing of that, so that each time was the first.
+    fn has_been_ready(&self, before: &pb::InstanceRecord, after: &pb::InstanceRecord) -> bool {
+        before.was_ready || (self.written_by >= READY_ONCE && (before.ready() || after.ready()))
+    }
+
+    /// Canaries may have waited for a person for long; one that is no longer ready gets its full patience too. By commands
+    /// of before also when they did not all wait.
+    fn canaries_waited(&self, service: &str) -> bool {
+        let all_wait =
+            || canaries(self.state, service, self.now).is_some_and(|(healthy, all)| healthy >= all);
+        self.has_canaries(service) && (self.written_by < READY_ONCE || all_wait())
+    }
+
     fn has_canaries(&self, service: &str) -> bool {
         let record = self.state.services.get(service).map(|entry| &entry.record);
         record.and_then(|record| record.deployment.as_ref()).is_some_and(|deployment| deployment.canary > 0)
     }
 
-    /// Each instance that becomes ready gives a running deployment its full patience again, and so does each host that has
-    /// fetched what it needs for one.
-    fn extend_deadline(&mut self, service: &str, template: u64) {
+    /// Each instance that becomes ready for the first time gives a running deployment its full patience again, and so does
+    /// each host that has fetched what it needs for one. One that comes and goes would let it run for ever.
+    pub(super) fn extend_deadline(&mut self, service: &str, template: u64) {
         let Some(entry) = self.state.services.get(service) else { return };
         let (Some(deployment), Some(manifest)) = (&entry.record.deployment, entry.current()) else { return };
         let deadline = self.now.saturating_add(manifest.progress_deadline_ns());
@@ -145,6 +184,9 @@ impl Tx<'_> {
                 self.host_name(host)
             );
             self.event("instance_missing", Subject::instance(&record), message);
+            // Its attempts and its history begin again.
+            let anew = self.written_by >= ENDS_ARE_TOLD;
+            let (note, last_exit) = if anew { (0, None) } else { (record.note, record.last_exit.clone()) };
             self.put_instance(pb::InstanceRecord {
                 observed: observed(State::Pending(Pending {})),
                 endpoint: EndpointState::Unspecified.into(),
@@ -155,6 +197,8 @@ impl Tx<'_> {
                 wants_restart: 0,
                 restart_granted: 0,
                 restart_granted_unix_ns: 0,
+                note,
+                last_exit,
                 ..record.as_ref().clone()
             });
         }

@@ -14,6 +14,7 @@ use crate::change::{Change, RowId};
 use crate::events::Subject;
 use crate::limits::VERSIONS_KEPT;
 use crate::needs;
+use crate::plan::{RECHECKS, checks_differ};
 use crate::state::{Reservation, ServiceEntry};
 use crate::wants::{InstanceExt as _, ManifestExt as _};
 
@@ -132,7 +133,12 @@ impl Tx<'_> {
         let done = self.nothing_to_do(before, &manifest) || (is_job && !runs);
         let mut deployment = self.deployment(version, &manifest, before, cause, done);
         if let Some(before) = before.filter(|_| !done) {
-            go_on(&mut deployment, &manifest, before, before.template_version == template_version, cause);
+            let came =
+                Came { same: before.template_version == template_version, back: template_version < version };
+            match self.written_by >= DECISIONS_LAST {
+                true => go_on(&mut deployment, &manifest, before, came, cause),
+                false => go_on_as_before(&mut deployment, &manifest, before, came.same, cause),
+            }
         }
         let record = pb::ServiceRecord {
             name: manifest.name.clone(),
@@ -277,14 +283,22 @@ impl Tx<'_> {
     }
 
     /// Running instances of the template belong to the new version from now on. Not those for which it sets aside more:
-    /// whether their hosts have that is for the plan to see.
+    /// whether their hosts have that is for the plan to see. Nor those that are ready and that it checks in another way:
+    /// they go over a few at a time.
     fn relabel(&mut self, name: &str, version: u64, template_version: u64) {
         let wanted = self.state.manifest(name, version).map(Reservation::of).unwrap_or_default();
         let grows = |i: &pb::InstanceRecord| {
             self.state.instances.get(&i.id()).is_some_and(|entry| !wanted.is_within(&entry.taken))
         };
+        let entry = self.state.services.get(name);
+        let other_check = |i: &pb::InstanceRecord| {
+            let manifests = entry.and_then(|entry| entry.manifest(i.version).zip(entry.current()));
+            manifests.is_some_and(|(old, new)| checks_differ(old, new))
+        };
+        let waits =
+            |i: &pb::InstanceRecord| grows(i) || (self.written_by >= RECHECKS && i.ready() && other_check(i));
         let same =
-            |i: &&Arc<pb::InstanceRecord>| i.wanted() && i.template_version == template_version && !grows(i);
+            |i: &&Arc<pb::InstanceRecord>| i.wanted() && i.template_version == template_version && !waits(i);
         let instances: Vec<_> = self.state.instances_of(name).filter(same).cloned().collect();
         for instance in instances {
             self.put_instance(pb::InstanceRecord { version, ..instance.as_ref().clone() });
@@ -311,6 +325,10 @@ impl Tx<'_> {
 /// From this command format on, new limits replace no process.
 const LIMITS_ARE_LIVE: u32 = 5;
 
+/// From this command format on, a pause outlives every change that replaces no process, and what goes back to processes
+/// that run begins with no canaries.
+const DECISIONS_LAST: u32 = 8;
+
 /// Whether a new version of a job is a word to run it: without a schedule each change is, that of limits and the like
 /// apart; with one only a restart.
 fn starts_run(manifest: &pb::Manifest, same_template: bool, cause: &Cause) -> bool {
@@ -322,25 +340,32 @@ fn starts_run(manifest: &pb::Manifest, same_template: bool, cause: &Cause) -> bo
     }
 }
 
-/// What a person has decided, or has yet to decide, about a version outlives a change that replaces no process: scaled
-/// while it is paused it stays paused, and its canaries wait as before. A new template begins with canaries of its
-/// own; what goes back to a version, or starts the same one anew, needs none.
+/// How the template of a new version stands to what there was.
+#[derive(Debug, Clone, Copy)]
+struct Came {
+    /// It is that of the version before.
+    same: bool,
+    /// Instances run it already, be they of the version before or of an earlier one.
+    back: bool,
+}
+
+/// What a person has decided, or has yet to decide, about a version outlives a change that replaces no process: while it
+/// is paused it stays paused, and its canaries wait as before. A new template begins with canaries of its own; what goes
+/// back to a version, or starts the same one anew, needs none.
 fn go_on(
     deployment: &mut pb::Deployment,
     manifest: &pb::Manifest,
     before: &pb::ServiceRecord,
-    same_template: bool,
+    came: Came,
     cause: &Cause,
 ) {
-    use pb::DeploymentStatus::{Paused, Running};
-    let earlier = before.deployment.as_ref().filter(|d| matches!(d.status(), Running | Paused));
+    let earlier = undecided(before);
     match cause {
-        Cause::Apply if !same_template => deployment.canary = manifest.canary(),
-        Cause::Apply | Cause::Scale { .. } if same_template => {
-            let waiting = earlier.map_or(0, |earlier| earlier.canary);
-            deployment.canary = waiting.min(manifest.canary());
-            if matches!(cause, Cause::Scale { .. }) && earlier.is_some_and(|d| d.status() == Paused) {
-                deployment.set_status(Paused);
+        Cause::Apply if !came.back => deployment.canary = manifest.canary(),
+        Cause::Apply | Cause::Scale { .. } if came.same => {
+            deployment.canary = earlier.map_or(0, |earlier| earlier.canary).min(manifest.canary());
+            if earlier.is_some_and(|earlier| earlier.status() == pb::DeploymentStatus::Paused) {
+                deployment.set_status(pb::DeploymentStatus::Paused);
             }
         }
         Cause::Apply
@@ -349,4 +374,37 @@ fn go_on(
         | Cause::Rollback { .. }
         | Cause::Revert { .. } => {}
     }
+}
+
+/// As commands before [`DECISIONS_LAST`] are applied: only a change of the count leaves a pause, and each other template
+/// has canaries.
+fn go_on_as_before(
+    deployment: &mut pb::Deployment,
+    manifest: &pb::Manifest,
+    before: &pb::ServiceRecord,
+    same_template: bool,
+    cause: &Cause,
+) {
+    let earlier = undecided(before);
+    match cause {
+        Cause::Apply if !same_template => deployment.canary = manifest.canary(),
+        Cause::Apply | Cause::Scale { .. } if same_template => {
+            deployment.canary = earlier.map_or(0, |earlier| earlier.canary).min(manifest.canary());
+            let paused = earlier.is_some_and(|earlier| earlier.status() == pb::DeploymentStatus::Paused);
+            if matches!(cause, Cause::Scale { .. }) && paused {
+                deployment.set_status(pb::DeploymentStatus::Paused);
+            }
+        }
+        Cause::Apply
+        | Cause::Scale { .. }
+        | Cause::Restart
+        | Cause::Rollback { .. }
+        | Cause::Revert { .. } => {}
+    }
+}
+
+/// The deployment before, when it is not over.
+fn undecided(before: &pb::ServiceRecord) -> Option<&pb::Deployment> {
+    use pb::DeploymentStatus::{Paused, Running};
+    before.deployment.as_ref().filter(|earlier| matches!(earlier.status(), Running | Paused))
 }

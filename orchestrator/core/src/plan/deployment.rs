@@ -77,7 +77,10 @@ impl Rollout<'_> {
 
     fn complete(&self) -> bool {
         // None that is lost with its host is healthy.
-        self.old.is_empty() && self.current.len() == self.slots && self.rules.current.healthy == self.slots
+        self.old.is_empty()
+            && self.current.len() == self.slots
+            && self.rules.current.healthy == self.slots
+            && self.unchecked().next().is_none()
     }
 
     /// An instance that this deployment brought has ended for good.
@@ -169,11 +172,15 @@ impl Rollout<'_> {
         self.old.iter().any(|instance| instance.template_version != self.entry.record.template_version)
     }
 
-    /// The stable version, when it would run something else than what has failed. Going back to the same cannot
-    /// help, and would go round in circles: the numbers of templates differ, so what they say is compared.
+    /// The stable version, when it would run something else than what has failed, or check it in another way. Going back
+    /// to the same cannot help, and would go round in circles: the numbers of templates differ, so what they say is
+    /// compared.
     fn stable_elsewhere(&self) -> Option<u64> {
         let stable = self.entry.version(self.entry.record.stable_version)?;
-        let other = |manifest| !nave_proto::manifest::same_template(manifest, self.manifest);
+        let other = |stable: &pb::Manifest| {
+            !nave_proto::manifest::same_template(stable, self.manifest)
+                || stable.health != self.manifest.health
+        };
         stable.manifest.as_deref().is_some_and(other).then_some(stable.version)
     }
 

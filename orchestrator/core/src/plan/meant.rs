@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use nave_proto::ids::HostId;
 use nave_proto::pb;
 
+use super::ahead;
 use super::conditions::Conditions;
+use super::recheck;
 use crate::jobs::open_run;
 use crate::state::{ClusterState, ServiceEntry};
 use crate::wants::{HostExt as _, InstanceExt as _, ManifestExt as _};
@@ -35,9 +37,11 @@ pub(crate) struct Meant {
     pub(crate) template: u64,
     version: u64,
     pub(crate) per_host: bool,
+    /// See [`recheck::versions`].
+    pub(crate) rechecks: Vec<u64>,
     /// Paused: everything is as good as it is.
     paused: bool,
-    /// An old instance stops before its successor comes, for which something has to be fetched.
+    /// An old instance stops before its successor comes, for which something has to be there.
     pub(super) fetches: bool,
     /// Of a job: the run that goes on, 0 none.
     pub(crate) run: Option<u64>,
@@ -59,9 +63,10 @@ impl Meant {
         let run = manifest.is_job().then(open);
         let status = entry.record.deployment.as_ref().map(pb::Deployment::status);
         let paused = status == Some(pb::DeploymentStatus::Paused);
-        let fetches = run.is_none() && manifest.stop_first() && !manifest.artifacts.is_empty();
+        let fetches = run.is_none() && manifest.stop_first() && ahead::needs_any(state, manifest);
         let seconds = BTreeSet::new();
-        Self { template, version, per_host, paused, fetches, run, conditions, slot_hosts, seconds }
+        let rechecks = recheck::versions(entry, manifest);
+        Self { template, version, per_host, rechecks, paused, fetches, run, conditions, slot_hosts, seconds }
     }
 
     pub(crate) fn kind(&self, state: &ClusterState, instance: &pb::InstanceRecord) -> Kind {
@@ -91,7 +96,10 @@ impl Meant {
     /// The current version sets aside more for it than its host was asked for. While it is paused nobody asks, and no
     /// instance is worse for that.
     pub(crate) fn has_outgrown(&self, instance: &pb::InstanceRecord) -> bool {
-        !self.paused && instance.template_version == self.template && instance.version != self.version
+        !self.paused
+            && instance.template_version == self.template
+            && instance.version != self.version
+            && !self.rechecks.contains(&instance.version)
     }
 
     /// Its host is lost, so it has to be placed again.

@@ -9,6 +9,7 @@ use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
 
+use super::data;
 use super::meant::{Kind, Meant};
 use super::needing::Needing;
 use super::rules::Rules;
@@ -135,6 +136,7 @@ impl<'a> Rollout<'a> {
             stop_first: self.manifest.stop_first(),
             halted,
             canary: self.deployment().map_or(0, |d| usize::try_from(d.canary).unwrap_or(usize::MAX)),
+            stranded: data::stranded(self.state, self.entry),
             ..Rules::default()
         };
         for instance in &self.current {
@@ -266,9 +268,13 @@ impl<'a> Rollout<'a> {
     fn takes_turn(&self, rules: &mut Rules, instance: &Instance, blocked: bool, held: bool) -> bool {
         let (ready, other_template) = (instance.ready(), self.other_template(instance));
         let leaving = self.leaves(instance);
+        let strands = self.strands(instance);
         let makes_room = blocked && rules.may_make_room(ready);
-        let goes = makes_room || rules.may_replace(ready, other_template, leaving, held);
+        let goes = makes_room
+            || rules.may_replace(ready, other_template, leaving, held)
+            || (strands && rules.may_strand(ready, other_template, held));
         if goes {
+            rules.stranded += usize::from(strands);
             rules.old.remove(ready, self.healthy(instance));
             if leaving {
                 rules.leaving.remove(ready, self.healthy(instance));
@@ -276,6 +282,11 @@ impl<'a> Rollout<'a> {
             // Whether it is frozen was settled when the look began.
         }
         goes
+    }
+
+    /// It leaves a slot that stays empty, and is asked for in a format that knows of that.
+    fn strands(&self, instance: &Instance) -> bool {
+        self.state.command_format() >= data::STRANDS && data::strands(self.state, self.entry, instance)
     }
 
     /// The lowest ordinals that no wanted instance of the current template has. With data: that no instance at all has,

@@ -29,6 +29,8 @@ pub(crate) struct Rules {
     pub(crate) old_templates: usize,
     /// Those among the old whose hosts are fetching what their successors need.
     pub(crate) fetching: usize,
+    /// Empty slots whose data is on a host that is being drained.
+    pub(crate) stranded: usize,
 }
 
 /// Instances of one kind.
@@ -145,6 +147,13 @@ impl Rules {
             && (!ready || all_ready > self.slots.saturating_sub(self.max_parallel))
     }
 
+    /// Whether an old instance may leave its data on a host that is being drained. Who has left such a host before is not
+    /// waited for, as nothing can take its place; who left for another reason is.
+    pub(crate) fn may_strand(&self, ready: bool, other_template: bool, held: bool) -> bool {
+        let others = Self { slots: self.slots.saturating_sub(self.stranded), ..*self };
+        others.may_replace(ready, other_template, false, held)
+    }
+
     /// How many more hosts of old instances may fetch what their successors need: no more at a time than may be replaced.
     pub(crate) fn fetches_free(&self) -> usize {
         self.max_parallel.saturating_sub(self.fetching)
@@ -167,6 +176,16 @@ impl Rules {
         }
         let all_ready = self.current.healthy + self.old.ready + self.spare.ready;
         !ready || all_ready > self.slots.saturating_sub(self.max_parallel)
+    }
+
+    /// Whether another check may say from now on whether one is ready: it may say no.
+    pub(crate) fn may_recheck(&self, ready: bool) -> bool {
+        !self.halted && (!ready || self.rechecks_free() > 0)
+    }
+
+    /// How many that are ready may go over to another check, should it find all of them unready.
+    pub(crate) fn rechecks_free(&self) -> usize {
+        self.max_parallel.saturating_sub(self.slots.saturating_sub(self.current.healthy))
     }
 
     /// Slots with neither an old instance nor a healthy new one.
@@ -222,6 +241,23 @@ mod tests {
             let found = (rules.may_add(), rules.may_replace(true, true, false, false));
             assert_eq!(found, (add, replace_ready), "{current:?} {old:?}");
             assert!(!rules.may_replace(true, true, false, true), "held back");
+        }
+    }
+
+    #[test]
+    fn who_leaves_its_data_on_a_drained_host_does_not_wait_for_others_that_did() {
+        for (current, old, stranded, rollout, leaves) in [
+            ((0, 0), (3, 3), 0, true, true),
+            ((0, 0), (2, 2), 1, false, true),
+            ((0, 0), (1, 1), 2, false, true),
+            ((0, 0), (2, 2), 0, false, false),
+            ((1, 0), (1, 1), 1, false, false),
+            ((1, 1), (1, 1), 1, false, true),
+            ((0, 0), (2, 1), 1, false, false),
+        ] {
+            let rules = Rules { stranded, ..rules(true, current, old) };
+            let found = (rules.may_replace(true, true, false, false), rules.may_strand(true, true, false));
+            assert_eq!(found, (rollout, leaves), "{current:?} {old:?} {stranded}");
         }
     }
 

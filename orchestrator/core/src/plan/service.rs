@@ -9,6 +9,7 @@ use nave_proto::pb;
 use nave_proto::pb::plan_step::Step;
 
 use super::conditions::Conditions;
+use super::data;
 use super::deployment::Verdict;
 use super::lack::{Lack, Refusals};
 use super::placement::{Fleet, Request};
@@ -138,6 +139,7 @@ impl<'a> Planner<'_, 'a> {
     fn converge(&mut self) {
         let rollout = self.rollout;
         self.grant_restarts();
+        self.recheck();
         if self.resize() {
             // Who is to be replaced is seen once that has taken effect.
             return;
@@ -170,6 +172,17 @@ impl<'a> Planner<'_, 'a> {
         }
         if let Some(at) = self.rollout.restart_wake_at(self.now) {
             self.wake_at(at);
+        }
+    }
+
+    /// Those whose turn it is are checked as the current version says.
+    fn recheck(&mut self) {
+        let version = self.rollout.entry.record.version;
+        for instance in self.rollout.recheck() {
+            let (instance_id, epoch) = (instance.id, instance.epoch);
+            if !self.push(Step::Resize(pb::ResizeInstance { instance_id, epoch, version })) {
+                return;
+            }
         }
     }
 
@@ -237,9 +250,10 @@ impl<'a> Planner<'_, 'a> {
             refusals = why;
         }
         let wanted = Reservation::of(rollout.manifest);
-        let placed = match rollout.manifest.per_host {
-            true => self.place_per_host(new, &wanted, &mut ordinals),
-            false => self.place_count(new, &wanted, &mut placer, &mut ordinals),
+        let placed = match (rollout.manifest.per_host, rollout.manifest.data) {
+            (true, _) => self.place_per_host(new, &wanted, &mut ordinals),
+            (false, true) => self.place_by_data(new, &wanted, &mut placer, &mut ordinals),
+            (false, false) => self.place_count(new, &wanted, &mut placer, &mut ordinals),
         };
         if let Err(why) = placed {
             refusals = why;
@@ -331,12 +345,10 @@ impl<'a> Planner<'_, 'a> {
         Ok(())
     }
 
-    /// Where the data of an ordinal is, while that host lives. When it is lost the instance begins anew elsewhere.
+    /// Where the data of an ordinal is. When that host is lost the instance begins anew elsewhere.
     fn data_host(&self, manifest: &pb::Manifest, ordinal: u32) -> Option<HostId> {
-        let record = &self.rollout.entry.record;
-        let host = manifest.data.then(|| record.data_hosts.get(&ordinal)).flatten()?;
-        let lives = self.rollout.state.host(HostId(*host)).is_some_and(|record| !record.is_lost());
-        lives.then_some(HostId(*host))
+        let host = manifest.data.then(|| self.rollout.entry.record.data_hosts.get(&ordinal)).flatten()?;
+        data::lives(self.rollout.state, HostId(*host))
     }
 
     /// On the host that has its data, or nowhere.
@@ -419,27 +431,12 @@ impl<'a> Planner<'_, 'a> {
                 return Ok(());
             }
             let ordinal = ordinals.next().unwrap_or_default();
-            if rollout.manifest.data && usize::try_from(ordinal).is_ok_and(|ordinal| ordinal >= rollout.slots)
-            {
-                // The one before it still has the directory.
-                self.plan.missing += new - placed;
-                let mut refusals = Refusals::default();
-                refusals.add_hosts(Lack::Leaving, 1);
-                return Err(Rc::new(refusals));
-            }
-            let host = match self.data_host(rollout.manifest, ordinal) {
+            let host = match self.place_fetched(&mut fetched, &request) {
                 Some(host) => {
-                    let found = self.place_with_data(host, &request, None);
                     placer.look_again();
-                    found
+                    Ok(host)
                 }
-                None => match self.place_fetched(&mut fetched, &request) {
-                    Some(host) => {
-                        placer.look_again();
-                        Ok(host)
-                    }
-                    None => placer.place(self.fleet, version, &request, None),
-                },
+                None => placer.place(self.fleet, version, &request, None),
             };
             let host = host.inspect_err(|_| self.plan.missing += leaving + new - placed)?;
             let place = self.placement(version, host, ordinal);
@@ -454,13 +451,58 @@ impl<'a> Planner<'_, 'a> {
         Err(Rc::new(refusals))
     }
 
+    /// Each on the host that has its data, and those that have none yet wherever there is room. One that has to wait holds
+    /// up no other.
+    fn place_by_data(
+        &mut self,
+        new: usize,
+        wanted: &Reservation,
+        placer: &mut Placer<'a>,
+        ordinals: &mut impl Iterator<Item = u32>,
+    ) -> Result<(), Rc<Refusals>> {
+        let rollout = self.rollout;
+        let request = Request { conditions: &rollout.meant.conditions, wanted };
+        let version = rollout.entry.record.version;
+        let mut outcome = Ok(());
+        for placed in 0..new {
+            if self.plan.steps.len() >= self.budget {
+                self.plan.cut = true;
+                break;
+            }
+            let ordinal = ordinals.next().unwrap_or_default();
+            if usize::try_from(ordinal).is_ok_and(|ordinal| ordinal >= rollout.slots) {
+                // The one before it still has the directory.
+                self.plan.missing += new - placed;
+                let mut refusals = Refusals::default();
+                refusals.add_hosts(Lack::Leaving, 1);
+                return outcome.and(Err(Rc::new(refusals)));
+            }
+            let found = match self.data_host(rollout.manifest, ordinal) {
+                Some(host) => {
+                    let found = self.place_with_data(host, &request, None);
+                    placer.look_again();
+                    found
+                }
+                None => placer.place(self.fleet, version, &request, None),
+            };
+            match found {
+                Ok(host) => {
+                    let place = self.placement(version, host, ordinal);
+                    self.push(Step::Place(place));
+                }
+                Err(refusals) => {
+                    self.plan.missing += 1;
+                    outcome = Err(refusals);
+                }
+            }
+        }
+        outcome
+    }
+
     /// Hosts that have what a new one needs and may take it now; and how many places of `new` are kept for others that
     /// have it, until those that were stopped there have left.
     fn fetched_hosts(&mut self, new: usize) -> (VecDeque<HostId>, usize) {
         let (mut open, mut leaving) = (VecDeque::new(), 0);
-        if self.rollout.manifest.data {
-            return (open, 0); // it goes where its data is
-        }
         for (host, state) in self.rollout.fetched_hosts(self.now) {
             match state {
                 Ok(()) => open.push_back(host),

@@ -8,6 +8,7 @@ use nave_proto::ids::{HostId, InstanceId};
 use nave_proto::pb;
 
 use super::conditions::Conditions;
+use super::data;
 use super::meant::{Kind, Meant};
 use super::rollout::Rollout;
 use super::rules::{Count, Rules};
@@ -23,6 +24,8 @@ pub(crate) struct Standing {
     now: i64,
     /// Commands of before fetched nothing ahead, and stop what they stop whenever they are applied.
     fetches: bool,
+    /// Nor did they leave data behind that nobody comes to.
+    strands: bool,
     /// Made when first asked for: what is lost with a host is placed again without it.
     tally: Option<Tally>,
 }
@@ -48,7 +51,8 @@ impl Standing {
         if meant.per_host {
             meant.seconds = Rollout::of(state, entry, now)?.meant.seconds;
         }
-        Some(Self { meant, now, fetches: written_by >= FETCHES_AHEAD, tally: None })
+        let (fetches, strands) = (written_by >= FETCHES_AHEAD, written_by >= data::STRANDS);
+        Some(Self { meant, now, fetches, strands, tally: None })
     }
 
     fn tally(&mut self, state: &ClusterState, entry: &ServiceEntry) -> &mut Tally {
@@ -85,11 +89,19 @@ impl Standing {
                 let waits = self.fetches && self.meant.awaits_fetch(state, entry, instance);
                 let held = waits || self.held(state, entry);
                 let leaving = other_template && self.meant.is_drained(state, instance);
+                let strands = self.strands && data::strands(state, entry, instance);
                 let rules = self.tally(state, entry).rules;
                 rules.may_replace(ready, other_template, leaving, held)
+                    || (strands && rules.may_strand(ready, other_template, held))
                     || (!waits && rules.may_make_room(ready))
             }
         }
+    }
+
+    /// Whether another check may say from now on whether one is ready.
+    pub(crate) fn may_recheck(&mut self, state: &ClusterState, instance: &pb::InstanceRecord) -> bool {
+        let entry = state.services.get(&instance.service);
+        entry.is_some_and(|entry| self.tally(state, entry).rules.may_recheck(instance.ready()))
     }
 
     /// Whether the successor of one that is stopped is to come to its host, which has what that needs.
@@ -129,7 +141,7 @@ impl Standing {
         before: Option<&pb::InstanceRecord>,
         after: &pb::InstanceRecord,
     ) {
-        let (Self { meant, tally: Some(tally), now, fetches: _ }, Some(entry)) =
+        let (Self { meant, tally: Some(tally), now, fetches: _, strands: _ }, Some(entry)) =
             (self, state.services.get(&after.service))
         else {
             return;
@@ -141,6 +153,9 @@ impl Standing {
         };
         tally.rules.fetching -= before.map_or(0, fetching);
         tally.rules.fetching += fetching(after);
+        let strands = |instance| usize::from(data::strands(state, entry, instance));
+        tally.rules.stranded += before.map_or(0, strands);
+        tally.rules.stranded -= strands(after);
         let mut count = |instance: &pb::InstanceRecord, change: fn(&mut Count, bool, bool)| {
             let other_template = instance.template_version != meant.template;
             let (ready, healthy) = (instance.ready(), times.healthy(instance));

@@ -4,6 +4,7 @@ use nave_proto::ids::HostId;
 use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
 
+use super::recheck;
 use crate::leases::fence_ms;
 use crate::limits::{
     LOSS_DELAY_MAX_NS, LOSS_DELAY_NS, LOSS_MEMORY_NS, RESCHEDULE_DELAY_MAX_NS, RESCHEDULE_DELAY_NS,
@@ -36,7 +37,11 @@ impl<'a> Times<'a> {
     }
 
     pub(crate) fn healthy_at(&self, instance: &pb::InstanceRecord) -> i64 {
-        instance.ready_since_unix_ns.saturating_add(self.min_ready_ns)
+        let ready = instance.ready_since_unix_ns.saturating_add(self.min_ready_ns);
+        match instance.rechecked_unix_ns {
+            0 => ready,
+            since => ready.max(since.saturating_add(self.entry.current().map_or(0, recheck::proof_ns))),
+        }
     }
 
     /// From when on an instance may be placed again; None: it is left where it is. `adrift`: its host is lost.

@@ -8,8 +8,8 @@ use nave_proto::pb::command::Body;
 use nave_proto::pb::plan_step::Step;
 
 use crate::world::{
-    SECOND, World, changed, manifest, pause, promote, report, running, scale, with_artifact, with_port,
-    with_update,
+    SECOND, World, changed, manifest, pause, promote, report, restart, running, scale, with_artifact,
+    with_port, with_update,
 };
 
 /// `web` on a fixed port, with an artifact, ready, on the first of so many hosts.
@@ -113,7 +113,7 @@ fn what_cannot_be_fetched_costs_the_deployment_and_no_instance() {
         world.now += 9 * SECOND;
     }
     let why = explain(&world.state, "web");
-    let sentence = "cannot fetch the artifacts of version 2: artifact tool: the sum is another";
+    let sentence = "cannot fetch what version 2 needs: artifact tool: the sum is another";
     assert!(why.iter().any(|why| why.contains("runs on, since") && why.ends_with(sentence)), "{why:?}");
     assert!(world.last_event("instance_fetch_failed").ends_with("artifact tool: the sum is another"));
     world.settle_for(20);
@@ -298,4 +298,70 @@ fn a_place_is_kept_only_while_the_old_one_may_still_leave_it() {
     world.now += SECOND;
     world.plan_all();
     assert_ne!(world.hosts_of("web"), host, "it does not end, so the new one goes elsewhere");
+}
+
+/// `web` on a fixed port, of which the rest is given.
+fn on_a_port(rest: pb::Manifest) -> pb::Manifest {
+    let web = with_port(manifest("web", 1), 8080);
+    pb::Manifest { env_files: rest.env_files, secrets: rest.secrets, files: rest.files, ..web }
+}
+
+fn reading() -> [pb::Manifest; 3] {
+    let file = pb::File { path: "a".into(), source: "/etc/a".into(), ..Default::default() };
+    [
+        pb::Manifest { env_files: vec!["/etc/web.env".into()], ..Default::default() },
+        pb::Manifest { secrets: [("key".into(), "/etc/key".into())].into(), ..Default::default() },
+        pb::Manifest { files: vec![file], ..Default::default() },
+    ]
+}
+
+#[test]
+fn what_it_reads_is_looked_for_before_the_stop_though_the_old_one_read_it_too() {
+    for rest in reading() {
+        let mut world = World::with_hosts(2);
+        world.deploy(on_a_port(rest));
+        world.settle_for(60);
+        let host = world.hosts_of("web");
+        world.unfetched.push(("web".into(), 2, "env_file /etc/web.env: no such file".into()));
+        world.accept(restart("web"));
+        for _ in 0..3 {
+            world.settle();
+            assert_eq!((stopping(&world).len(), world.ready("web")), (0, 1));
+        }
+        let why = explain(&world.state, "web").join("\n");
+        assert!(why.contains("cannot fetch what version 2 needs: env_file /etc/web.env"), "{why}");
+        world.unfetched.clear();
+        world.settle();
+        let service = world.service("web");
+        assert_eq!((service.version, world.status("web")), (2, DeploymentStatus::Successful));
+        assert_eq!(world.hosts_of("web"), host, "where it was read");
+    }
+}
+
+#[test]
+fn what_the_hub_has_in_full_is_looked_for_by_nobody() {
+    let file = pb::File { path: "a".into(), content: "b".into(), ..Default::default() };
+    let mut world = World::with_hosts(1);
+    world.deploy(on_a_port(pb::Manifest { files: vec![file], ..Default::default() }));
+    world.settle();
+    world.accept(restart("web"));
+    world.plan_all();
+    assert_eq!((fetching(&world).len(), stopping(&world).len()), (0, 1));
+}
+
+#[test]
+fn a_member_that_knows_no_better_is_not_left_behind() {
+    let [rest, ..] = reading();
+    let mut world = World::of_format(7);
+    world.join("alpha");
+    world.deploy(on_a_port(rest));
+    world.settle();
+    world.accept(restart("web"));
+    world.plan_all();
+    assert_eq!((fetching(&world).len(), stopping(&world).len()), (0, 1), "as all members do it");
+    world.settle();
+    world.accept(Body::AgreeFormat(pb::AgreeFormat { format: 8 }));
+    world.accept(restart("web"));
+    world.plan_all();
+    assert_eq!((fetching(&world).len(), stopping(&world).len()), (1, 0));
 }

@@ -3,7 +3,7 @@
 use nave_orchestrator_core::plan;
 use nave_proto::pb;
 
-use crate::world::{World, changed, manifest};
+use crate::world::{World, changed, manifest, running, scale, with_update};
 
 fn with_data(count: u32) -> pb::Manifest {
     pb::Manifest { data: true, ..manifest("db", count) }
@@ -64,6 +64,82 @@ fn it_waits_for_its_host_and_says_so() {
     world.set_draining(&name, false);
     world.settle();
     assert_eq!(places(&world), before);
+}
+
+/// Of `count` instances, all are put on the first host and the rest of the hosts joins after that.
+fn all_on_alpha(count: u32, hosts: &[&str]) -> World {
+    let mut world = World::with_hosts(1);
+    world.deploy(with_data(count));
+    world.settle();
+    for name in hosts {
+        world.join(name);
+    }
+    world
+}
+
+fn is_drained(world: &World, name: &str) -> bool {
+    let host = world.state.host_by_name(name).unwrap();
+    world.state.instances_on(nave_proto::ids::HostId(host.id)).next().is_none()
+}
+
+#[test]
+fn all_leave_a_drained_host_though_none_can_go_elsewhere_and_all_come_back() {
+    let mut world = all_on_alpha(3, &["beta"]);
+    let before = places(&world);
+    world.set_draining("alpha", true);
+    world.settle();
+    assert!(is_drained(&world, "alpha"), "{:?}", places(&world));
+    assert_eq!(places(&world), []);
+    world.set_draining("alpha", false);
+    world.settle();
+    assert_eq!((places(&world), world.ready("db")), (before, 3));
+}
+
+#[test]
+fn a_drain_waits_for_those_that_are_down_for_another_reason() {
+    let mut world = all_on_alpha(2, &["beta"]);
+    world.accept(scale("db", 3));
+    world.settle();
+    let third = world.wanted("db").into_iter().find(|one| one.ordinal == 2).unwrap();
+    world.say(third.id, running(false));
+    world.set_draining("alpha", true);
+    world.plan_all();
+    assert_eq!(world.wanted("db").len(), 3, "one is down already");
+    world.settle();
+    assert!(is_drained(&world, "alpha"));
+    assert_eq!((places(&world), world.ready("db")), (vec![(2, third.host_id)], 1));
+}
+
+#[test]
+fn what_the_others_are_replaced_with_does_not_wait_for_a_drained_host() {
+    let mut world = all_on_alpha(1, &["beta", "gamma"]);
+    world.accept(scale("db", 3));
+    world.settle();
+    world.set_draining("alpha", true);
+    world.settle();
+    let before = places(&world);
+    assert_eq!(before.len(), 2);
+    // As many may be down as are left on the drained host and one more.
+    world.deploy(with_update(changed(&with_data(3), "two"), |update| update.max_parallel = 2));
+    for _ in 0..30 {
+        world.plan_all();
+        assert!(world.wanted("db").len() >= 1);
+        world.agents();
+    }
+    assert_eq!((places(&world), world.ready("db")), (before, 2));
+    assert!(world.wanted("db").iter().all(|one| one.template_version == 3), "both are of the new version");
+}
+
+#[test]
+fn a_command_of_before_leaves_the_last_one_where_it_was() {
+    let mut world = all_on_alpha(2, &["beta"]);
+    world.set_draining("alpha", true);
+    let steps = world.steps();
+    assert_eq!(steps.len(), 2, "{steps:?}");
+    let steps = steps.into_iter().map(|step| pb::PlanStep { step: Some(step) }).collect();
+    let command = world.command(pb::command::Body::CommitPlan(pb::CommitPlan { steps }));
+    world.apply(pb::Command { written_by: 7, ..command });
+    assert_eq!(world.wanted("db").len(), 1);
 }
 
 #[test]

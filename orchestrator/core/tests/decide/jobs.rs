@@ -84,6 +84,35 @@ fn a_job_runs_once_for_each_change_and_keeps_its_result() {
 }
 
 #[test]
+fn a_run_took_as_long_as_its_process_ran_however_late_the_hub_hears_of_it() {
+    for (attempt, ran_ms, ended, written_by, took, kept) in [
+        (1, 90_500, 92, nave_proto::COMMAND_FORMAT, 90, 92),
+        (2, 30_000, 92, nave_proto::COMMAND_FORMAT, 92, 92),
+        (2, 30_000, 900, nave_proto::COMMAND_FORMAT, 197, 197), // the host's clock is fast
+        (1, 0, 0, nave_proto::COMMAND_FORMAT, 197, 197),
+        (1, 90_500, 92, 7, 197, 197),
+    ] {
+        let mut world = World::with_hosts(1);
+        world.deploy(once());
+        settle(&mut world);
+        let began = world.now;
+        let instance = world.wanted("tidy").remove(0);
+        world.now += 197 * SECOND;
+        let ended_unix_ns = if ended == 0 { 0 } else { began + ended * SECOND };
+        let last_exit =
+            Some(pb::ExitRecord { epoch: 1, attempt, ran_ms, ended_unix_ns, ..Default::default() });
+        let said = pb::InstanceReport { last_exit, ..crate::world::report(&instance, attempt, exited(0)) };
+        let reports =
+            pb::ReportInstances { host_id: instance.host_id, instances: vec![said], ..Default::default() };
+        let command = world.command(pb::command::Body::ReportInstances(reports));
+        world.apply(pb::Command { written_by, ..command });
+        assert_eq!(world.last_event("job_succeeded"), format!("run 1 of tidy succeeded after {took} s"));
+        let run = world.service("tidy").job.clone().unwrap().runs.remove(0);
+        assert_eq!(run.ended_unix_ns, began + kept * SECOND);
+    }
+}
+
+#[test]
 fn a_run_that_is_over_is_not_run_again_for_a_host_that_goes() {
     let mut world = World::with_hosts(2);
     world.deploy(once());
@@ -177,6 +206,34 @@ fn what_was_missed_is_noted_or_made_good_for_once() {
         let job = world.service("tidy").job.clone().unwrap();
         assert!(job.runs[0].reason.contains("5 times"), "{}", job.runs[0].reason);
         assert!(job.next_due_unix_ns > world.now);
+    }
+}
+
+#[test]
+fn what_was_missed_is_noted_also_when_the_newest_is_in_time() {
+    let (skip, run) = (MissedPolicy::Skip, MissedPolicy::Run);
+    let missed = vec![(1, Missed), (2, Running)];
+    for (schedule, minutes, policy, written_by, expected, reason) in [
+        ("* * * * *", 2, skip, nave_proto::COMMAND_FORMAT, missed.clone(), "2 times due while no hub"),
+        ("0 * * * *", 60, skip, nave_proto::COMMAND_FORMAT, missed, "once due while no hub"),
+        ("* * * * *", 2, run, nave_proto::COMMAND_FORMAT, vec![(1, Running)], "for what was 2 times due"),
+        ("* * * * *", 2, skip, 7, vec![(1, Running)], ""),
+    ] {
+        let mut world = World::with_hosts(1);
+        world.deploy(job(schedule, OverlapPolicy::Skip, policy));
+        settle(&mut world);
+        let first = world.service("tidy").job.as_ref().unwrap().next_due_unix_ns;
+        world.now = first + minutes * MINUTE + 30 * SECOND;
+        let steps = world.steps().into_iter().map(|step| pb::PlanStep { step: Some(step) }).collect();
+        let command = world.command(pb::command::Body::CommitPlan(pb::CommitPlan { steps }));
+        world.apply(pb::Command { written_by, ..command });
+        let ledger = world.service("tidy").job.clone().unwrap().runs;
+        assert_eq!(runs(&world), expected, "{schedule} {policy:?} {written_by}");
+        assert!(ledger[0].reason.contains(reason), "{}", ledger[0].reason);
+        let newest = ledger.last().unwrap();
+        assert_eq!((newest.due_unix_ns, newest.status()), (first + minutes * MINUTE, Running));
+        assert!(ledger.len() == 1 || ledger[0].due_unix_ns == first);
+        assert_eq!(world.last_event("job_missed").is_empty(), ledger.len() == 1);
     }
 }
 

@@ -96,12 +96,12 @@ fn a_host_that_has_shrunk_keeps_what_runs_and_still_takes_smaller_limits() {
     let host = standing_host(&world);
     world.update_facts(&host, |facts| facts.cpu_millicores = 2000);
     let health = pb::Health::default();
-    world.deploy(pb::Manifest { health: Some(health), ..with_cpu(manifest("web", 4), 1000) });
+    world.deploy(pb::Manifest { health: Some(health.clone()), ..with_cpu(manifest("web", 4), 1000) });
     assert!(
         world.wanted("web").iter().all(|i| i.version == 2),
         "a change of anything else is nobody's growth"
     );
-    world.deploy(with_cpu(manifest("web", 4), 400));
+    world.deploy(pb::Manifest { health: Some(health), ..with_cpu(manifest("web", 4), 400) });
     assert!(world.wanted("web").iter().all(|i| i.version == 3));
     assert_eq!(reserved(&world, &host), 1600);
 }

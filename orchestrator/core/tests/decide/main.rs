@@ -6,6 +6,7 @@
 mod ahead;
 mod cluster;
 mod data;
+mod ends;
 mod hosts;
 mod jobs;
 mod limits;
@@ -13,6 +14,7 @@ mod members;
 mod model;
 mod placement;
 mod random;
+mod recheck;
 mod reports;
 mod restarts;
 mod rollout;

@@ -13,8 +13,8 @@ use nave_proto::pb::observed::{self, State};
 use nave_proto::pb::{DeploymentStatus, HostStatus};
 
 use crate::world::{
-    SECOND, apply, changed, delete, facts, failed, manifest, pause, promote, report, restart, rollback,
-    running, scale, seconds, status_of, stays_to_fetch, with_artifact, with_port, with_update,
+    SECOND, apply, changed, delete, facts, failed, manifest, pause, probe, promote, report, restart,
+    rollback, running, scale, seconds, status_of, stays_to_fetch, with_artifact, with_port, with_update,
 };
 
 /// In an ordinary run of the tests; `make model` asks for 100,000.
@@ -188,6 +188,8 @@ impl Model {
         );
         if self.dice.often(15) {
             web = pb::Manifest { count: 0, per_host: true, ..web };
+        } else if self.dice.often(25) {
+            web.data = true;
         }
         if self.dice.often(25) {
             web = with_port(web, 8080);
@@ -196,8 +198,15 @@ impl Model {
             let sum = ["a", "b"][usize::try_from(self.dice.roll(2)).unwrap()];
             web = with_artifact(web, sum);
         }
+        if self.dice.often(20) {
+            web.env_files = vec!["/etc/web.env".into()];
+        }
         if self.dice.often(40) {
             web.health = None;
+        } else if self.dice.often(30) {
+            let check = Some(pb::probe::Check::Http("/ready".into()));
+            web.health =
+                Some(pb::Health { ready: Some(pb::Probe { check, ..probe() }), ..Default::default() });
         }
         let dice = &mut self.dice;
         with_update(web, |update| {
@@ -277,14 +286,16 @@ impl Model {
         let manifest = is.manifest.as_ref().unwrap();
         let update = manifest.update.unwrap();
         let (parallel, slots) = (update.max_parallel as usize, desired_count(&self.state, WEB));
-        let stop_first = manifest.per_host || !manifest.ports.is_empty();
+        let stop_first = manifest.per_host || manifest.data || !manifest.ports.is_empty();
         let floor = if stop_first { slots.saturating_sub(parallel) } else { slots };
+        let floor = floor.saturating_sub(stranded(&self.state, &is));
         let emptied = manifest.per_host && self.state.hosts().any(|host| host.draining);
         if !emptied {
             let (was, is) = (ready_count(before, WEB), ready_count(&self.state, WEB));
             assert!(is >= was.min(floor), "{was} were ready, {is} are, {floor} is the least");
         }
         self.judge_fetches(before, &is, &has);
+        self.judge_checks(before, &is, parallel);
         let deployment = was.deployment.as_ref().unwrap();
         let status = deployment.status();
         // Once none is left to replace, the rest comes at once.
@@ -322,6 +333,13 @@ impl Model {
         if now == DeploymentStatus::Successful && status != now {
             assert_eq!((has.current, has.unhealthy, has.old), (slots, 0, 0), "successful without being so");
             assert_eq!(is.stable_version, is.version);
+            let otherwise = self.checked_otherwise(&is);
+            assert!(
+                otherwise.is_empty(),
+                "version {} ({}) is successful, {otherwise:?}",
+                is.version,
+                is.template_version
+            );
         }
         if now == DeploymentStatus::Failed && status != now {
             assert_eq!(status, DeploymentStatus::Running, "only what runs fails");
@@ -329,10 +347,46 @@ impl Model {
         }
     }
 
+    /// Another check may find all of them unready: what is ready goes over to it a few at a time, and never while a person
+    /// has it stand still.
+    fn judge_checks(&self, before: &ClusterState, service: &pb::ServiceRecord, parallel: usize) {
+        let check = |version: u64| self.check_of(version);
+        let goes_over = |i: &&Arc<pb::InstanceRecord>| {
+            let now = self.state.instance(InstanceId(i.id)).filter(|now| now.epoch == i.epoch);
+            i.ready_since_unix_ns != 0
+                && now.is_some_and(|now| now.version != i.version && check(now.version).is_some())
+                && check(i.version) != check(service.version)
+        };
+        let over = before.instances_of(WEB).filter(goes_over).count();
+        assert!(over <= parallel, "{over} go over to another check at a time, {parallel} is the most");
+        let paused = service.deployment.as_ref().unwrap().status() == DeploymentStatus::Paused;
+        assert!(!paused || over == 0, "paused, and yet another check comes into force");
+    }
+
+    fn check_of(&self, version: u64) -> Option<pb::Probe> {
+        let row = self.state.service_version(WEB, version)?;
+        row.manifest.as_ref()?.health.as_ref()?.ready.clone()
+    }
+
+    /// Instances that another check than the current one calls ready.
+    fn checked_otherwise(&self, service: &pb::ServiceRecord) -> Vec<String> {
+        let wanted = self.check_of(service.version);
+        let other = |i: &&Arc<pb::InstanceRecord>| {
+            let wanted_here = i.desired() == pb::Desired::Run && i.ready_since_unix_ns != 0;
+            wanted_here && wanted.is_some() && self.check_of(i.version) != wanted
+        };
+        let says = |i: &Arc<pb::InstanceRecord>| {
+            format!("{} of version {} (template {}) on {}", i.id, i.version, i.template_version, i.host_id)
+        };
+        self.state.instances_of(WEB).filter(other).map(says).collect()
+    }
+
     /// No slot is emptied before its host has what the next one needs, and few fetch at a time.
     fn judge_fetches(&self, before: &ClusterState, service: &pb::ServiceRecord, has: &Census) {
+        let drained = |host: u64| before.host(HostId(host)).is_some_and(|host| host.draining);
         let old = |i: &&Arc<pb::InstanceRecord>| {
-            i.desired() == pb::Desired::Run && i.template_version != service.template_version
+            let other = i.template_version != service.template_version;
+            i.desired() == pb::Desired::Run && (other || drained(i.host_id))
         };
         let stops = |i: &&Arc<pb::InstanceRecord>| {
             let now = self.state.instance(InstanceId(i.id));
@@ -442,6 +496,20 @@ impl Model {
             self.send(Body::ReportInstances(say));
         }
     }
+}
+
+/// Places that stay empty, since their data is on a host that is being drained.
+fn stranded(state: &ClusterState, service: &pb::ServiceRecord) -> usize {
+    let manifest = service.manifest.as_ref().unwrap();
+    let drained = |host: u64| {
+        let host = state.host(HostId(host)).unwrap();
+        host.draining && host.status() != HostStatus::Lost
+    };
+    let empty = |ordinal: u32| {
+        let wanted = |i: &Arc<pb::InstanceRecord>| i.desired() == pb::Desired::Run && i.ordinal == ordinal;
+        manifest.data && ordinal < manifest.count && !state.instances_of(WEB).any(wanted)
+    };
+    service.data_hosts.iter().filter(|(ordinal, host)| empty(**ordinal) && drained(**host)).count()
 }
 
 fn fetches(instance: &pb::InstanceRecord) -> bool {

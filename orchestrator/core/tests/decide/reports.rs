@@ -202,7 +202,37 @@ fn each_instance_that_becomes_ready_gives_the_deployment_time() {
     world.say(1, running(false));
     assert_eq!(deadline(&world), world.now + 10 * SECOND);
     world.say(1, running(true));
+    let once = world.now + 60 * SECOND;
+    assert_eq!(deadline(&world), once);
+    // In another process, too: it has got no further than before.
+    for attempt in 2..4 {
+        world.now += SECOND;
+        let record = instance(&world);
+        world.report(record.host_id, report(&record, attempt, running(false)));
+        world.report(record.host_id, report(&record, attempt, running(true)));
+        assert_eq!(deadline(&world), once);
+    }
+    world.say(2, running(true));
     assert_eq!(deadline(&world), world.now + 60 * SECOND);
+}
+
+#[test]
+fn by_commands_of_before_each_readiness_gives_time() {
+    let mut world = placed();
+    for _ in 0..2 {
+        world.now += SECOND;
+        for ready in [false, true] {
+            let record = instance(&world);
+            let instances = vec![report(&record, 1, running(ready))];
+            let host_id = record.host_id;
+            let said = pb::ReportInstances { host_id, instances, ..Default::default() };
+            let command = world.command(Body::ReportInstances(said));
+            world.apply(pb::Command { written_by: 7, ..command });
+        }
+        let deployment = world.service("web").deployment.clone().unwrap();
+        assert_eq!(deployment.progress_deadline_unix_ns, world.now + 120 * SECOND);
+        assert!(!instance(&world).was_ready);
+    }
 }
 
 #[test]

@@ -564,6 +564,21 @@ fn canaries_run_beside_the_old_ones_until_a_person_promotes_them() {
 }
 
 #[test]
+fn what_goes_back_to_what_runs_has_no_canaries() {
+    let first = with_canary(manifest("web", 3), 1);
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "bad"));
+    world.settle();
+    assert_eq!(by_version(&world, "web"), [(1, 3), (2, 1)]);
+    world.deploy(first);
+    world.settle_for(60);
+    assert_eq!(
+        (by_version(&world, "web"), world.status("web")),
+        (vec![(1, 3)], DeploymentStatus::Successful)
+    );
+}
+
+#[test]
 fn stop_first_canaries_take_the_place_of_old_ones() {
     let first = with_canary(with_port(manifest("web", 3), 8080), 2);
     let mut world = deployed(&first);
@@ -596,6 +611,53 @@ fn a_bad_canary_is_taken_back_and_the_way_back_needs_no_promotion() {
 }
 
 #[test]
+fn one_that_comes_and_goes_fails_its_version() {
+    let first = with_update(manifest("web", 2), |update| {
+        update.progress_deadline = seconds(12);
+        update.min_ready = seconds(5);
+    });
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    let new = |world: &World| world.wanted("web").into_iter().find(|one| one.template_version == 2);
+    let begun = world.now;
+    // Ready for 3 s of every 4.
+    while let Some(one) = new(&world).filter(|_| world.service("web").version == 2) {
+        assert!(world.now < begun + 20 * SECOND, "it goes on for ever");
+        world.say(one.id, running((world.now - begun) / SECOND % 4 != 3));
+        world.plan_all();
+        world.now += SECOND;
+    }
+    assert!(world.last_event("deployment_failed").contains("no instance became ready within 12 s"));
+}
+
+#[test]
+fn canaries_that_do_not_all_wait_get_no_more_patience() {
+    let first = with_update(with_canary(manifest("web", 3), 2), |update| {
+        update.max_parallel = 2;
+        update.progress_deadline = seconds(12);
+    });
+    let mut world = deployed(&first);
+    world.deploy(changed(&first, "two"));
+    world.plan_all();
+    let new: Vec<_> = world.wanted("web").into_iter().filter(|one| one.template_version == 2).collect();
+    let [good, bad] = &new[..] else { panic!("{new:?}") };
+    let deadline = |world: &World| world.service("web").deployment.clone().unwrap().progress_deadline_unix_ns;
+    world.say(good.id, running(true));
+    let once = deadline(&world);
+    for _ in 0..3 {
+        world.now += SECOND;
+        world.say(good.id, running(false));
+        world.say(good.id, running(true));
+        assert_eq!(deadline(&world), once);
+    }
+    world.say(bad.id, running(true));
+    world.now += 3600 * SECOND;
+    world.say(bad.id, running(false));
+    assert_eq!(deadline(&world), world.now + 12 * SECOND, "a person was waited for");
+}
+
+#[test]
 fn a_paused_deployment_stands_still_and_never_fails() {
     let first = manifest("web", 3);
     let mut world = deployed(&first);
@@ -611,6 +673,14 @@ fn a_paused_deployment_stands_still_and_never_fails() {
     world.accept(scale("web", 2));
     world.settle();
     assert_eq!(world.status("web"), DeploymentStatus::Paused, "scaled, it stays paused");
+    let patient = with_update(changed(&first, "two"), |update| update.progress_deadline = seconds(600));
+    world.deploy(pb::Manifest { count: 2, ..patient });
+    world.settle();
+    assert_eq!(
+        world.status("web"),
+        DeploymentStatus::Paused,
+        "so it does after a change that replaces nothing"
+    );
     assert!(world.ready("web") >= 2);
     world.accept(pause("web", false));
     world.settle();

@@ -25,6 +25,8 @@ pub(crate) struct World {
     cursor: PlanCursor,
     /// Instances whose processes come up but never become ready, by (service, template version).
     pub(crate) sick: Vec<(String, u64)>,
+    /// Versions whose check finds every process unready, by service.
+    pub(crate) unfit: Vec<(String, u64)>,
     /// What nobody gets ahead, by (service, template version), and what agents say of it; empty: nothing.
     pub(crate) unfetched: Vec<(String, u64, String)>,
 }
@@ -32,6 +34,11 @@ pub(crate) struct World {
 impl World {
     /// Initialised, without hosts.
     pub(crate) fn new() -> Self {
+        Self::of_format(nave_proto::COMMAND_FORMAT)
+    }
+
+    /// The same, begun by a build that knew no later command format.
+    pub(crate) fn of_format(written_by: u32) -> Self {
         let mut world = Self::blank();
         let token = pb::TokenRecord {
             id: "t".into(),
@@ -45,7 +52,7 @@ impl World {
             incarnation: 1,
             first_token: Some(token),
         };
-        world.accept(Body::InitCluster(init));
+        world.apply(pb::Command { written_by, ..world.command(Body::InitCluster(init)) });
         world
     }
 
@@ -59,6 +66,7 @@ impl World {
             index: 0,
             cursor: PlanCursor::default(),
             sick: Vec::new(),
+            unfit: Vec::new(),
             unfetched: Vec::new(),
         }
     }
@@ -336,7 +344,9 @@ impl World {
     fn obey(&self, instance: &pb::InstanceRecord) -> Option<pb::InstanceReport> {
         let state = instance.observed.as_ref().and_then(|o| o.state.as_ref());
         let settled = matches!(state, Some(State::Failed(_) | State::Exited(_)));
-        let ready = !self.sick.contains(&(instance.service.clone(), instance.template_version));
+        let name = || instance.service.clone();
+        let ready = !self.sick.contains(&(name(), instance.template_version))
+            && !self.unfit.contains(&(name(), instance.version));
         let said = || report(instance, instance.attempt.max(1), running(ready));
         (!settled).then(|| pb::InstanceReport { fetch: self.fetched(instance), ..said() })
     }
@@ -472,6 +482,8 @@ pub(crate) fn stays_to_fetch(
     let own = state.manifest(&instance.service, instance.version).unwrap();
     let stop_first = manifest.data || manifest.per_host || manifest.ports.values().any(|port| port.port != 0);
     let fetched = instance.fetch.as_ref().is_some_and(|fetch| fetch.done);
+    let read = manifest.env_files.len() + manifest.secrets.len();
+    let reads = read + manifest.files.iter().filter(|file| !file.source.is_empty()).count() > 0;
     let ended = match instance.observed.as_ref().and_then(|observed| observed.state.as_ref()) {
         Some(State::Failed(_) | State::Exited(_) | State::Lost(_)) => true,
         Some(_) | None => false,
@@ -490,7 +502,7 @@ pub(crate) fn stays_to_fetch(
         && instance.desired() == pb::Desired::Run
         && instance.template_version != service.template_version
         && facts.capabilities.iter().any(|can| can == "fetch_ahead")
-        && manifest.artifacts.iter().any(|artifact| !own.artifacts.contains(artifact))
+        && (reads || manifest.artifacts.iter().any(|artifact| !own.artifacts.contains(artifact)))
         && !(fetched || ended || leaves || beside || unmet)
 }
 

@@ -13,10 +13,13 @@ use tokio::time::{Instant, sleep_until};
 
 /// How long a followed line waits for an earlier one of another host.
 const REORDER: Duration = Duration::from_millis(200);
-/// Without following, a host that sends nothing for this long is left behind with a warning.
+/// Without following, a host that has begun to answer and then sends nothing for this long is left behind with a
+/// warning. An agent that searches long says so every second.
 const STALLED: Duration = Duration::from_secs(10);
 /// A host's queue is filled up to here and then left waiting.
 const LINES_PER_HOST: usize = 512;
+/// Likewise, as lines may have 1 MiB.
+const BYTES_PER_HOST: usize = 1024 * 1024;
 /// Lines in one answer; at a few hundred bytes each, 100 KB.
 const LINES_PER_ANSWER: usize = 256;
 /// Bytes in one answer, as lines may be long.
@@ -34,9 +37,11 @@ struct Host {
     name: String,
     waiting: mpsc::Receiver<pb::ReadLogsResponse>,
     lines: VecDeque<(Instant, pb::LogLine)>,
+    /// Of their texts.
+    bytes: usize,
     ended: bool,
-    /// When it last sent anything.
-    heard: Instant,
+    /// When it last sent anything; before it has, who asks it says when that is hopeless.
+    heard: Option<Instant>,
 }
 
 /// The hosts being read.
@@ -70,9 +75,14 @@ impl Merge {
         Self { hosts: Vec::new(), joining: Some(joining), warnings: VecDeque::new() }
     }
 
+    /// With these to be said first.
+    pub(super) fn with_warnings(mut self, warnings: Vec<String>) -> Self {
+        self.warnings.extend(warnings);
+        self
+    }
+
     fn add(&mut self, Joining { name, waiting }: Joining) {
-        let heard = Instant::now();
-        self.hosts.push(Host { name, waiting, lines: VecDeque::new(), ended: false, heard });
+        self.hosts.push(Host { name, waiting, lines: VecDeque::new(), bytes: 0, ended: false, heard: None });
     }
 
     /// The next lines, as many as are due; nothing at the end of all.
@@ -103,7 +113,7 @@ impl Merge {
         while due.len() < LINES_PER_ANSWER && bytes < BYTES_PER_ANSWER {
             self.receive_ready();
             let Next::Line(index) = self.decide() else { break };
-            let Some((_, line)) = self.hosts[index].lines.pop_front() else { break };
+            let Some(line) = self.hosts[index].take() else { break };
             bytes += line.text.len();
             due.push(line);
         }
@@ -118,15 +128,16 @@ impl Merge {
             .enumerate()
             .filter_map(|(index, host)| host.lines.front().map(|(came, line)| (line.unix_ns, index, *came)))
             .min();
-        let silent = self.hosts.iter().filter(|host| !host.ended && host.lines.is_empty());
-        let Some(stalled_at) = silent.map(|host| host.heard + STALLED).min() else {
+        let mut silent = self.hosts.iter().filter(|host| host.is_silent()).peekable();
+        if silent.peek().is_none() {
             // Every host shows its head, or all have ended.
             return match earliest {
                 Some((_, index, _)) => Next::Line(index),
                 None if self.joining.is_some() => Next::WaitUntil(now + STALLED),
                 None => Next::End,
             };
-        };
+        }
+        let heard = silent.filter_map(|host| host.heard).min();
         match earliest {
             Some((_, index, came)) if self.joining.is_some() => {
                 if now >= came + REORDER {
@@ -137,7 +148,7 @@ impl Merge {
             }
             // A follower waits as long as it takes.
             None if self.joining.is_some() => Next::WaitUntil(now + STALLED),
-            _ => Next::WaitUntil(stalled_at),
+            _ => Next::WaitUntil(heard.unwrap_or(now) + STALLED),
         }
     }
 
@@ -188,7 +199,8 @@ impl Merge {
             self.warnings.push_back(response.warning);
         }
         let host = &mut self.hosts[index];
-        host.heard = now;
+        host.heard = Some(now);
+        host.bytes += response.lines.iter().map(|line| line.text.len()).sum::<usize>();
         host.lines.extend(response.lines.into_iter().map(|line| (now, line)));
     }
 
@@ -196,8 +208,8 @@ impl Merge {
         if self.joining.is_some() {
             return;
         }
-        for host in self.hosts.iter_mut().filter(|host| !host.ended && host.lines.is_empty()) {
-            if host.heard.elapsed() >= STALLED {
+        for host in self.hosts.iter_mut().filter(|host| host.is_silent()) {
+            if host.heard.is_some_and(|heard| heard.elapsed() >= STALLED) {
                 host.ended = true;
                 self.warnings
                     .push_back(format!("host {} stopped answering; its output is not complete", host.name));
@@ -208,7 +220,18 @@ impl Merge {
 
 impl Host {
     fn is_wanted(&self) -> bool {
-        !self.ended && self.lines.len() < LINES_PER_HOST
+        !self.ended && self.lines.len() < LINES_PER_HOST && self.bytes < BYTES_PER_HOST
+    }
+
+    /// It has no line to show, and may have some yet.
+    fn is_silent(&self) -> bool {
+        !self.ended && self.lines.is_empty()
+    }
+
+    fn take(&mut self) -> Option<pb::LogLine> {
+        let (_, line) = self.lines.pop_front()?;
+        self.bytes -= line.text.len();
+        Some(line)
     }
 }
 
@@ -251,12 +274,64 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_host_that_stalls_is_left_behind_with_a_warning() {
         let (good, a) = host("a", &[&[1, 2]]).await;
-        let (_stalled, b) = host("b", &[]).await;
+        let (_stalled, b) = host("b", &[&[]]).await;
         drop(good);
         let (times, warnings) = all(&mut Merge::of(vec![a, b])).await;
         assert_eq!(times, [1, 2]);
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("host b stopped answering"), "{warnings:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_says_that_it_searches_is_waited_for() {
+        let (good, a) = host("a", &[&[1, 9]]).await;
+        let (searching, b) = host("b", &[&[]]).await;
+        drop(good);
+        let mut merge = Merge::of(vec![a, b]);
+        let search = async {
+            for _ in 0..3 {
+                sleep_until(Instant::now() + STALLED - Duration::from_millis(1)).await;
+                searching.send(lines("b", &[])).await.unwrap();
+            }
+            searching.send(lines("b", &[5])).await.unwrap();
+            drop(searching);
+        };
+        let (merged, ()) = tokio::join!(all(&mut merge), search);
+        assert_eq!(merged, (vec![1, 5, 9], Vec::<String>::new()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_waits_for_its_turn_to_be_asked_is_not_called_stalled() {
+        let (waiting, a) = host("a", &[]).await;
+        let mut merge = Merge::of(vec![a]);
+        let turn = async {
+            sleep_until(Instant::now() + 3 * STALLED).await;
+            waiting.send(lines("a", &[1])).await.unwrap();
+            drop(waiting);
+        };
+        let (merged, ()) = tokio::join!(all(&mut merge), turn);
+        assert_eq!(merged, (vec![1], Vec::<String>::new()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn very_long_lines_of_a_host_wait_where_they_are() {
+        let long = |unix_ns| {
+            let line =
+                pb::LogLine { text: vec![b'x'; BYTES_PER_HOST / 2].into(), unix_ns, ..Default::default() };
+            pb::ReadLogsResponse { lines: vec![line], ..Default::default() }
+        };
+        let (sender, waiting) = mpsc::channel(8);
+        for unix_ns in 1..=6 {
+            sender.send(long(unix_ns)).await.unwrap();
+        }
+        drop(sender);
+        let (quiet, b) = host("b", &[&[]]).await;
+        let mut merge = Merge::of(vec![Joining { name: "a".to_owned(), waiting }, b]);
+        merge.receive_ready();
+        assert_eq!(merge.hosts[0].lines.len(), 2);
+        drop(quiet);
+        assert_eq!(all(&mut merge).await.0, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(merge.hosts[0].bytes, 0);
     }
 
     #[tokio::test(start_paused = true)]

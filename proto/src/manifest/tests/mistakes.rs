@@ -166,6 +166,7 @@ fn a_mistake_in_a_job_is_answered_in_place() {
             "f:4:12: schedule: has five fields and perhaps a time zone",
         ),
         ("kind = \"job\"\nschedule = \"0 3 * * * Mars\"", "failed to find timezone Mars"),
+        ("kind = \"job\"\nschedule = \"0 0 30 2 *\"", "f:4:12: schedule: is never due: no year"),
         (
             "kind = \"job\"\n[restart]\npolicy = \"always\"",
             "restart.policy: always would never let a job end",

@@ -4,7 +4,7 @@ use super::*;
 
 fn order(template_version: u64) -> Option<pb::FetchOrder> {
     let artifact = pb::Artifact { name: "tool".to_owned(), ..Default::default() };
-    Some(pb::FetchOrder { template_version, artifacts: vec![artifact] })
+    Some(pb::FetchOrder { template_version, artifacts: vec![artifact], ..Default::default() })
 }
 
 impl Scene {

@@ -171,6 +171,115 @@ fn a_new_agent_gives_the_watchdog_its_whole_time() {
 }
 
 #[test]
+fn time_that_the_process_asked_for_outlives_the_agent() {
+    let mut scene = Scene::running(watched(Some(Duration::ZERO)));
+    say(&mut scene, Notification::ExtendTimeout(seconds(120)));
+    scene.pass(seconds(16));
+    scene.restart_agent();
+    scene.now = scene.now + seconds(3);
+    scene.adopt();
+    scene.pass(seconds(100));
+    assert!(runs(&scene), "120 s were asked for, 119 have passed");
+    scene.pass(seconds(1));
+    assert!(!runs(&scene));
+
+    let mut fed = Scene::running(watched(Some(Duration::ZERO)));
+    say(&mut fed, Notification::ExtendTimeout(seconds(120)));
+    say(&mut fed, Notification::Watchdog);
+    fed.restart_agent();
+    fed.adopt();
+    fed.pass(seconds(3));
+    assert!(!runs(&fed), "it has been fed since, as for the agent before");
+
+    let mut asked = Scene::running(living());
+    say(&mut asked, Notification::ExtendTimeout(seconds(120)));
+    asked.restart_agent();
+    asked.adopt();
+    for _ in 0..119 {
+        asked.pass(seconds(1));
+        asked.probe(ProbeKind::Live, Some("no answer"));
+    }
+    assert!(runs(&asked));
+}
+
+#[test]
+fn words_that_feed_the_watchdog_or_ask_for_a_little_time_are_no_burden_to_the_ledger() {
+    let mut scene = Scene::running(watched(None));
+    let written = |scene: &mut Scene| {
+        scene.orders().iter().filter(|action| matches!(action, Action::Persist(_))).count()
+    };
+    scene.orders();
+    for _ in 0..10 {
+        scene.pass(Duration::from_millis(100));
+        say(&mut scene, Notification::Watchdog);
+        say(&mut scene, Notification::Status("well".to_owned()));
+    }
+    assert_eq!(written(&mut scene), 0);
+    for _ in 0..10 {
+        scene.pass(Duration::from_millis(100));
+        say(&mut scene, Notification::ExtendTimeout(seconds(30)));
+    }
+    assert!((1..=2).contains(&written(&mut scene)));
+}
+
+#[test]
+fn one_that_is_leaving_stays_so_for_the_next_agent() {
+    for manifest in [probed(), manifest()] {
+        let mut scene = Scene::running(manifest);
+        scene.probe(ProbeKind::Ready, None);
+        say(&mut scene, Notification::Stopping);
+        scene.restart_agent();
+        scene.adopt();
+        scene.probe(ProbeKind::Ready, None);
+        assert!(!scene.is_ready());
+        assert_eq!(scene.report().reason, "it says that it is stopping");
+    }
+}
+
+#[test]
+fn one_that_has_said_nothing_yet_is_not_said_to_be_unprobed() {
+    let ready = pb::Probe { check: Some(pb::probe::Check::Notify(true)), ..pb::Probe::default() };
+    let health = pb::Health { ready: Some(ready), ..Default::default() };
+    let said = pb::Manifest { health: Some(health), ..manifest() };
+    for (manifest, why) in
+        [(said, "has not said yet that it is"), (probed(), "not probed yet since the agent started")]
+    {
+        let mut scene = Scene::running(manifest);
+        scene.restart_agent();
+        scene.adopt();
+        assert_eq!(scene.report().reason, why);
+    }
+}
+
+#[test]
+fn one_that_may_not_be_heard_is_not_ended_for_its_silence() {
+    let mut scene = Scene::running(watched(Some(Duration::ZERO)));
+    scene.restart_agent();
+    scene.adopt();
+    let key = scene.supervisor.key();
+    scene.give(Input::Unheard { key });
+    scene.pass(seconds(60));
+    assert!(runs(&scene));
+    assert_eq!(scene.supervisor.next_wake(), None);
+    // Nor by the agent after, which finds a socket and does not know of which age it is.
+    scene.restart_agent();
+    scene.adopt();
+    scene.pass(seconds(60));
+    scene.want(watched(Some(seconds(1))), 1, pb::Desired::Run);
+    scene.pass(seconds(60));
+    assert!(runs(&scene), "nor after a live change");
+    // Some tell their status through a helper that finds the new socket.
+    say(&mut scene, Notification::Status("well".to_owned()));
+    scene.pass(seconds(60));
+    assert!(runs(&scene));
+    say(&mut scene, Notification::Watchdog);
+    scene.pass(Duration::from_millis(2_999));
+    assert!(runs(&scene));
+    scene.pass(Duration::from_millis(1));
+    assert!(!runs(&scene), "it can be heard, and is silent");
+}
+
+#[test]
 fn the_grace_is_the_manifests() {
     let mut health = living().health.unwrap_or_default();
     health.start_grace = seconds(60).try_into().ok();

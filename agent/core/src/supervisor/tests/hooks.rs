@@ -185,6 +185,32 @@ fn pre_stop_has_its_time_and_never_more_than_the_grace() {
 }
 
 #[test]
+fn a_pre_stop_that_takes_too_long_is_told_once() {
+    let mut scene = Scene::hooked();
+    scene.want(hooked(), 1, pb::Desired::Stop);
+    scene.pass(seconds(4));
+    let told = "instance_hook: had its pre_stop hook fail: it took longer than 4s and was killed";
+    assert_eq!(scene.history().last().unwrap(), told);
+    let before = scene.history().len();
+    scene.hook_ends(Hook::PreStop, Err("it was ended"));
+    assert_eq!(scene.history().len(), before, "its own word comes late");
+
+    // What the grace leaves is all that it has.
+    let mut scene = Scene::hooked();
+    let mut hurried = hooked();
+    hurried.stop.as_mut().unwrap().grace = seconds(3).try_into().ok();
+    scene.want(hurried, 1, pb::Desired::Stop);
+    scene.pass(seconds(3));
+    assert!(scene.history().last().unwrap().ends_with("it took longer than 3s and was killed"));
+    // One that says so itself, in time.
+    let mut scene = Scene::hooked();
+    scene.want(hooked(), 1, pb::Desired::Stop);
+    scene.hook_ends(Hook::PreStop, Err("it took longer than 4s and was killed"));
+    scene.pass(seconds(4));
+    assert_eq!(scene.history().iter().filter(|line| *line == told).count(), 1);
+}
+
+#[test]
 fn a_process_that_ends_during_pre_stop_is_not_signalled() {
     let mut scene = Scene::hooked();
     scene.want(hooked(), 1, pb::Desired::Stop);

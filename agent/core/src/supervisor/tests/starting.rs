@@ -76,3 +76,34 @@ fn a_taken_port_is_the_reason_and_ends_in_failed() {
     }
     assert!(matches!(scene.seen(), Seen::Failed(_)));
 }
+
+#[test]
+fn names_without_a_value_are_in_its_history_once_a_start() {
+    use crate::env::UnknownName;
+    let unknown = |count: usize| {
+        let name = |n: usize| UnknownName { place: format!("file {n}"), name: "NOPE".to_owned() };
+        (1..=count).map(name).collect()
+    };
+    let mut scene = Scene::new(manifest());
+    let key = scene.supervisor.key();
+    scene.give(Input::NamesUnknown { key, names: unknown(2) });
+    scene.give(Input::NamesUnknown { key: ProcessKey { attempt: 7, ..key }, names: unknown(1) });
+    scene.spawned();
+    let notes = scene.report().notes;
+    let [note] = notes.as_slice() else { panic!("one note: {notes:?}") };
+    assert_eq!(note.kind, "instance_names_unknown");
+    assert!(note.text.starts_with("has no value for ${NOPE} in file 1, ${NOPE} in file 2 (left as written"));
+    assert!(note.text.contains("write $${NAME}"), "{}", note.text);
+    let logged = scene
+        .orders()
+        .into_iter()
+        .any(|action| matches!(action, Action::Log { level: Level::Warn, message } if message == note.text));
+    assert!(logged);
+
+    scene.pass(seconds(60));
+    scene.exit(1);
+    let key = scene.supervisor.key();
+    scene.give(Input::NamesUnknown { key, names: unknown(9) });
+    let text = scene.report().notes.pop().unwrap().text;
+    assert!(text.contains("in file 5 and 4 more (left"), "{text}");
+}

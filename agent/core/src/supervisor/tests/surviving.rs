@@ -115,6 +115,26 @@ fn a_process_the_keeper_does_not_know_is_looked_up() {
 }
 
 #[test]
+fn what_no_keeper_knows_in_its_cgroup_is_ended_so_that_it_can_start() {
+    let mut scene = Scene::new(manifest());
+    scene.orders();
+    let key = scene.supervisor.key();
+    scene.spawn_failed(SpawnErrorKind::Busy, 0, "the cgroup holds 1 process that no keeper noted");
+    let orders = scene.orders();
+    assert!(orders.contains(&Action::ListProcesses) && !orders.contains(&Action::SweepCgroup { key }));
+    let mut known = Scene { supervisor: scene.supervisor.clone(), ..Scene::new(manifest()) };
+    scene.give(Input::Absent { fresh: false });
+    assert!(scene.orders().contains(&Action::SweepCgroup { key }));
+    scene.swept();
+    scene.pass(seconds(100));
+    assert_eq!(scene.spawns(), 1, "and then it starts");
+    // When the keeper knows it after all, nothing is swept.
+    known.adopt();
+    assert!(!known.orders().contains(&Action::SweepCgroup { key }));
+    assert!(known.is_ready());
+}
+
+#[test]
 fn an_unanswered_spawn_waits_for_the_keepers_list() {
     for started in [true, false] {
         let mut scene = Scene::new(manifest());
