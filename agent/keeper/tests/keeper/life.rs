@@ -344,9 +344,8 @@ fn an_end_is_not_laid_to_a_child_that_had_run_out_of_memory() {
     let Some(memory) = host.cgroup("memory", 1) else { return };
     let gate = host.gate("go");
     let mut agent = host.agent();
-    let script = format!("tail /dev/zero; echo outlived; {} exec tail /dev/zero", gate.wait());
-    let mut spawn = limited(&memory, 16 << 20, host.script(1, &script));
-    let pid = agent.spawn(&spawn);
+    let script = "tail /dev/zero; echo outlived; exec sleep 1000";
+    let pid = agent.spawn(&limited(&memory, 16 << 20, host.script(1, script)));
     host.line(1, "outlived");
     assert_eq!(outlived(&mut agent), (1, 1, 16 << 20));
     let again = agent.ask(Request::LookForOomKills(pb::LookForOomKills {})).unwrap();
@@ -356,8 +355,9 @@ fn an_end_is_not_laid_to_a_child_that_had_run_out_of_memory() {
     assert_eq!((exit.cause(), exit.message.as_str()), (ExitCause::Signal, ""), "somebody killed it");
 
     agent.acknowledge(exit.sequence);
-    spawn.attempt = 2;
-    agent.spawn(&spawn);
+    let script = format!("tail /dev/zero; {} exec tail /dev/zero", gate.wait());
+    let next = pb::Spawn { attempt: 2, ..host.script(1, &script) };
+    agent.spawn(&limited(&memory, 16 << 20, next));
     assert_eq!(outlived(&mut agent).0, 2);
     gate.open();
     let exit = agent.exit(1);
