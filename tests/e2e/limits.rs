@@ -112,7 +112,7 @@ fn who_is_killed_by_a_person_after_its_child_ran_out_of_memory_did_not_itself() 
     tells("was killed by SIGKILL after");
     let history = history(&cluster, "parent");
     assert!(!history.contains("ran out of memory"), "{history}");
-    assert_eq!(history.matches("was killed by SIGKILL").count(), 1, "{history}");
+    assert_eq!(history.matches("was killed by SIGKILL after").count(), 1, "{history}");
 }
 
 /// As the kernel has it, in whichever hierarchy.

@@ -60,6 +60,13 @@ pub(crate) fn id(spawn: &pb::Spawn) -> Option<u64> {
     fs::metadata(&spawn.cgroup2).ok().map(|directory| directory.ino())
 }
 
+/// Whether the directory that tells who belongs to the instance is named after it and its placement, as the agent names
+/// those of instances.
+pub(crate) fn is_own(spawn: &pb::Spawn) -> bool {
+    let name = format!("i-{}-{}", spawn.instance_id, spawn.epoch);
+    membership(spawn).and_then(Path::file_name).is_some_and(|last| last == name.as_str())
+}
+
 /// The directory that tells who belongs to the instance, if it has any.
 pub(crate) fn membership(spawn: &pb::Spawn) -> Option<&Path> {
     let dir = if spawn.cgroup2.is_empty() { spawn.cgroup1.first()? } else { &spawn.cgroup2 };

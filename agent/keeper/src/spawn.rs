@@ -162,6 +162,13 @@ impl Keeper {
                         "{count} processes of the last attempt are still there; they are being killed, try again"
                     )
                 }
+                // Their record is lost. Nobody but this instance has a cgroup of this name.
+                None if cgroup::is_own(spawn) => {
+                    cgroup::signal(spawn, libc::SIGKILL);
+                    format!(
+                        "{count} processes that no keeper noted are in its cgroup; they are being killed, try again"
+                    )
+                }
                 None => format!("cgroup {} holds {count} processes that no keeper noted", spawn.cgroup2),
             });
         }
