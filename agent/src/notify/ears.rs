@@ -84,7 +84,10 @@ impl Ears {
 
     /// Closes those, and returns their names for the keeper to do the same.
     pub(crate) fn close(&self, goes: impl Fn(&EarName) -> bool) -> Vec<EarName> {
-        self.open.lock().extract_if(.., |name, _| goes(name)).map(|(name, _)| name).collect()
+        let mut open = self.open.lock();
+        let gone: Vec<EarName> = open.keys().copied().filter(|name| goes(name)).collect();
+        open.retain(|name, _| !gone.contains(name));
+        gone
     }
 
     /// From the keeper, which stops listening and says what it has heard. `false`: it has no such thing, and neither has

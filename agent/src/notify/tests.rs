@@ -130,7 +130,7 @@ async fn a_process_that_connects_once_is_heard_by_every_agent_and_nothing_is_los
     assert_eq!(agent.hears().await, [Notification::Ready]);
     process.send(b"STATUS=second").unwrap();
     assert_eq!(agent.hears().await, status("second"));
-    assert!(agent.inputs.try_recv().is_err(), "it was never out of hearing");
+    agent.inputs.try_recv().expect_err("it was never out of hearing");
 
     // Another keeper, which has nothing, gets it from the agent that goes on.
     let other = Scene { shelf: Shelf::default(), ..scene };
@@ -225,7 +225,7 @@ async fn a_stranger_is_not_heard_whatever_it_sends_and_a_barrier_is_opened_when_
         }
     };
     tokio::time::timeout(SOON, closed).await.unwrap();
-    assert!(agent.said.try_recv().is_err());
+    agent.said.try_recv().unwrap_err();
     agent.ends().await;
 
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
