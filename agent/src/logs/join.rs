@@ -148,7 +148,7 @@ mod tests {
     fn pushed(joiner: &mut Joiner, from: u64, limit: usize, records: &[&str]) -> Vec<String> {
         let mut lines = Vec::new();
         for (at, record) in (from..).zip(records) {
-            let (stream, tag, text) = (&record[..3], &record[4..5], record[6..].as_bytes());
+            let (stream, tag, text) = (&record[..3], &record[4..5], &record.as_bytes()[6..]);
             let unix_ns = i64::try_from(at).unwrap();
             let (stderr, partial, dropped) = (stream == "err", tag == "P", tag == "D");
             let line = Line { unix_ns, stderr, partial, dropped, text };

@@ -70,7 +70,7 @@ impl Source {
             filter.since_unix_ns = 0;
             Walk::new(folder, filter).resume_at(*read)?
         } else if is_new {
-            Walk::new(folder, filter).from_first()
+            Walk::new(folder, filter).begin_at_first()
         } else if lines > 0 {
             let floor = if is_timed { folder.place_of_time(filter.since_unix_ns)? } else { None };
             search = Some(TailSearch::new(&folder, &filter, lines, floor)?);

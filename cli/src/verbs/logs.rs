@@ -302,7 +302,7 @@ mod tests {
         args.grep = Some("needle".into());
         let mut printer = Printer::new(&args);
         assert_eq!(printer.nothing(), "web has written nothing with that text");
-        assert!(printer.end().is_ok());
+        printer.end().unwrap();
         let warning = "host a stopped answering; its output is not complete".to_owned();
         printer.print(&pb::ReadLogsResponse { warning, ..Default::default() });
         let failure = printer.end().unwrap_err();

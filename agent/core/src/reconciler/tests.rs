@@ -216,7 +216,7 @@ fn whoever_was_never_told_what_is_wanted_takes_nobody_for_a_stranger() {
     let list = [kept(1, 1, 1, false), kept(7, 1, 1, false), kept(8, 1, 1, true)];
     assert_eq!(reconciler.keeper_processes(NOW, &mut rng(), &list), []);
     assert!(!reconciler.is_keeper_known());
-    assert!(reconciler.apply_delta(NOW, &mut rng(), delta(0, 1, vec![run(1)], vec![])).is_err());
+    reconciler.apply_delta(NOW, &mut rng(), delta(0, 1, vec![run(1)], vec![])).unwrap_err();
     let orders = reconciler.apply_wanted(NOW, &mut rng(), set(5, vec![run(1)])).unwrap();
     assert_eq!(orders.last().unwrap().action, Action::ListProcesses);
     let orders = reconciler.keeper_processes(NOW, &mut rng(), &list);
