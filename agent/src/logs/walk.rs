@@ -76,7 +76,7 @@ impl Walk {
     }
 
     /// From the first line that was written.
-    pub(super) fn from_first(self) -> Self {
+    pub(super) fn begin_at_first(self) -> Self {
         Self { from_first: true, ..self }
     }
 
@@ -108,6 +108,11 @@ impl Walk {
     /// The segment that is being read.
     pub(super) fn segment(&self) -> Option<Segment> {
         self.at.map(|(segment, _)| segment)
+    }
+
+    /// Where it goes on.
+    pub(super) fn place(&self) -> Option<Place> {
+        self.at
     }
 
     pub(super) fn is_through(&self) -> bool {
@@ -433,7 +438,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), 1, 2, "stdout F two");
         assert_eq!(lines(&mut walk(dir.path())), ["two"]);
-        assert_eq!(lines(&mut walk(dir.path()).from_first()), [CERTAINLY, "two"]);
+        assert_eq!(lines(&mut walk(dir.path()).begin_at_first()), [CERTAINLY, "two"]);
     }
 
     #[test]
