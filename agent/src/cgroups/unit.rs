@@ -56,34 +56,50 @@ impl Cgroups {
 /// Of the unit's group `own`, which services of an earlier agent may still live below.
 fn free(own: &Path, folder: &str) -> Option<String> {
     let unit = unit_name(own).unwrap_or_default();
-    let folder = own.join(folder);
-    let left: Vec<String> = super::tidy::services(&folder)
-        .into_iter()
-        .filter(|service| is_populated(&folder.join(service)))
-        .collect();
-    if !left.is_empty() {
-        let named = left.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
-        let more = left.len().saturating_sub(NAMED_MAX);
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        return Some(format!(
-            "systemd cannot start {unit} again, it would fail with 219/CGROUP: {named}{more} still run in its own control \
-             group, as earlier versions had it; `nave restart` each of them"
-        ));
-    }
-    super::tidy::remove_all(&folder);
     let control = own.join("cgroup.subtree_control");
     let active = fs::read_to_string(&control).unwrap_or_default();
+    let folder = own.join(folder);
+    let left = populated(&folder);
+    if !left.is_empty() {
+        return Some(still_there(unit, &left, !active.trim().is_empty()));
+    }
+    super::tidy::remove_all(&folder);
     let request: Vec<String> = active.split_whitespace().map(|name| format!("-{name}")).collect();
     if request.is_empty() {
         return None;
     }
     let written = fs::write(&control, request.join(" "));
-    written.err().map(|error| {
-        format!(
-            "systemd cannot start {unit} again, it would fail with 219/CGROUP: writing {} failed: {error}",
-            control.display()
-        )
-    })
+    written
+        .err()
+        .map(|error| format!("{}: writing {} failed: {error}", cannot_start(unit), control.display()))
+}
+
+/// The services of which somebody lives.
+fn populated(folder: &Path) -> Vec<String> {
+    super::tidy::services(folder).into_iter().filter(|service| is_populated(&folder.join(service))).collect()
+}
+
+fn still_there(unit: &str, services: &[String], are_limited: bool) -> String {
+    let named = services.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let named = match services.len().saturating_sub(NAMED_MAX) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    };
+    match are_limited {
+        true => format!(
+            "{}: {named} still run in its own control group, as earlier versions had it; `nave restart` each of them",
+            cannot_start(unit)
+        ),
+        // Whoever has taken them their limits could have the unit started, which is why we run.
+        false => format!(
+            "limits of {named} are not enforced: they still run in the control group of {unit}, as earlier versions had \
+             it; `nave restart` each of them"
+        ),
+    }
+}
+
+fn cannot_start(unit: &str) -> String {
+    format!("systemd cannot start {unit} again, it would fail with 219/CGROUP")
 }
 
 /// Of a unit whose own group services live below, controllers and all.
@@ -92,8 +108,9 @@ fn crowded(own: &Path, places: &[(Controller, Place)]) -> Option<String> {
     let in_v2 = places.iter().any(|(_, place)| *place == Place::V2);
     (in_v2 && own.join("cgroup.type").exists()).then(|| {
         format!(
-            "systemd cannot start {unit} again while services run, it would fail with 219/CGROUP: they live in its own \
-             control group; `nave agent install` writes a unit for them and says how to go on"
+            "{} while services run: they live in its own control group; `nave agent install` writes a unit for them and \
+             says how to go on",
+            cannot_start(unit)
         )
     })
 }
@@ -157,6 +174,10 @@ mod tests {
         let lack = cgroups.unit_lack().unwrap();
         assert!(lack.contains("nave-agent.service again") && lack.contains("web still run"), "{lack}");
         assert_eq!(control(), "cpu memory pids\n");
+        fs::write(own.join("cgroup.subtree_control"), "\n").unwrap();
+        let lack = cgroups.unit_lack().unwrap();
+        assert!(lack.contains("limits of web are not enforced"), "by hand, so that it could start: {lack}");
+        fs::write(own.join("cgroup.subtree_control"), "cpu memory pids\n").unwrap();
         fs::remove_file(web.join("cgroup.events")).unwrap();
         assert_eq!(cgroups.unit_lack(), None);
         assert_eq!(control(), "-cpu -memory -pids");

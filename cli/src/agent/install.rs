@@ -37,16 +37,19 @@ pub(super) fn run(args: &args::AgentInstall) -> Result<(), Failure> {
     let were_there = units.iter().map(Unit::is_there).collect::<Result<Vec<_>, _>>()?;
     units.iter().try_for_each(Unit::write)?;
     units.iter().for_each(|unit| out::line(format_args!("{} is written", unit.path.display())));
-    let [agent, services] = &units;
+    tell_how_to_go_on(&units, were_there == [true, false]);
+    Ok(())
+}
+
+fn tell_how_to_go_on([agent, services]: &[Unit; 2], is_changed_over: bool) {
     out::hint(format_args!("systemctl daemon-reload && systemctl enable --now {}", agent.name));
-    if were_there == [true, false] {
+    if is_changed_over {
         out::note(format_args!(
             "with cgroup v2, services that run already stay below {}, which systemd cannot start again meanwhile: \
              `systemctl start {}`, then `nave agent upgrade`, then `nave restart` each of them",
             agent.name, services.name
         ));
     }
-    Ok(())
 }
 
 /// One unit file.
@@ -112,9 +115,10 @@ fn services_text(agent: &str) -> String {
     format!(
         "{MARK} It is replaced when that is run again.
 [Unit]
-Description=Services that Nave runs on this host (stopping this unit ends them all, and the agent)
-# The agent ({agent}) starts and ends them in the control group of this unit. Its own has to stay free of them: systemd
-# cannot start a unit again that hands out limits to others below it.
+Description=Nave's services on this host (stopping this ends them all)
+# {agent}, which is stopped first, starts them in the control group of this unit and ends
+# them there. Its own has to stay free of them: systemd cannot start a unit again whose
+# control group hands out limits to others below it.
 StartLimitIntervalSec=0
 
 [Service]
@@ -244,7 +248,7 @@ mod tests {
             let line = format!("{line}edge-services.service");
             assert!(agent.text.lines().any(|other| other == line), "{line}: {}", agent.text);
         }
-        assert!(services.text.contains("(edge-agent.service)"), "{}", services.text);
+        assert!(services.text.contains("edge-agent.service, which"), "{}", services.text);
         for strange in ["/etc/systemd/system/nave-agent", "nave-agent@.service"] {
             assert!(units(&["/n".to_owned()], Path::new(strange)).is_err(), "{strange}");
         }

@@ -45,7 +45,10 @@ pub(super) fn run(args: &args::AgentUpgrade) -> Result<(), Failure> {
     let mut client = connect(&data_dir)?;
     let before = client.status().map_err(|error| match error {
         ClientError::Unsupported => Failure::refused("the keeper that runs is too old to be upgraded in place")
-            .next("put the new program in its place and restart it as docs/operating.md says under \"Units of earlier versions\": services go on"),
+            .next(
+                "put the new program in its place and restart the agent's unit, with cgroup v2 as docs/operating.md \
+                 says under \"Units of earlier versions\": services go on",
+            ),
         error => unreachable(&error),
     })?;
     if last_state(&before) == State::Trying {
