@@ -9,6 +9,7 @@
 
 mod needed;
 mod restore;
+mod supervisors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use rand::Rng;
 
 use crate::monotonic::{Monotonic, WallOffset};
 use crate::supervisor::{Action, Input, ProcessKey, SpawnErrorKind, Supervisor, unwanted};
+use supervisors::Supervisors;
 
 /// Between two looks of one that waits until few enough others are down.
 const TURN_AGAIN: Duration = Duration::from_secs(1);
@@ -52,7 +54,7 @@ pub struct Reconciler {
     boot_id: String,
     incarnation: u64,
     generation: u64,
-    supervisors: BTreeMap<InstanceId, Supervisor>,
+    supervisors: Supervisors,
     /// The keeper has listed what it runs, on the connection in use.
     keeper_known: bool,
     /// What is wanted is known only in part, or not at all: see the module's description.
@@ -81,7 +83,7 @@ impl Reconciler {
             boot_id: boot_id.to_owned(),
             incarnation: 0,
             generation: 0,
-            supervisors: BTreeMap::new(),
+            supervisors: Supervisors::default(),
             keeper_known: false,
             doubtful: true,
             exits_taken: 0,
@@ -207,7 +209,7 @@ impl Reconciler {
                 if let Some(until) = self.lease {
                     supervisor.note_lease(until);
                 }
-                self.supervisors.insert(instance, supervisor);
+                self.supervisors.insert(supervisor);
                 // It is new here, so a keeper that has listed what it runs does not run it.
                 let input = if self.keeper_known { Input::Absent { fresh: true } } else { Input::Tick };
                 self.step(now, rng, instance, input, orders);
@@ -220,12 +222,10 @@ impl Reconciler {
     pub fn lease<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R, until: Monotonic) -> Vec<Order> {
         self.lease = self.lease.max(Some(until));
         let mut needing = Vec::new();
-        for (id, supervisor) in &mut self.supervisors {
-            match supervisor.needs_lease() {
-                true => needing.push(*id),
-                false => supervisor.note_lease(until),
-            }
-        }
+        self.supervisors.change_all(|supervisor| match supervisor.needs_lease() {
+            true => needing.push(supervisor.instance()),
+            false => supervisor.note_lease(until),
+        });
         let mut orders = Vec::new();
         for instance in needing {
             self.step(now, rng, instance, Input::Lease { until }, &mut orders);
@@ -257,7 +257,7 @@ impl Reconciler {
 
     /// Instances whose stop waits for calls to end.
     pub fn draining(&self) -> impl Iterator<Item = InstanceId> + '_ {
-        self.supervisors.values().filter(|one| one.is_draining()).map(Supervisor::instance)
+        self.supervisors.draining()
     }
 
     /// The hub has given this host up, and what it runs to others: all of it is stopped and forgotten. Returns the set
@@ -274,7 +274,7 @@ impl Reconciler {
     pub fn rest<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R) -> Vec<Order> {
         self.rests = true;
         self.stirred = true;
-        self.supervisors.values_mut().for_each(Supervisor::rest);
+        self.supervisors.change_all(Supervisor::rest);
         let all: BTreeSet<InstanceId> = self.supervisors.keys().copied().collect();
         self.hold_needed(now, &all);
         let mut orders = Vec::new();
@@ -329,7 +329,7 @@ impl Reconciler {
     pub fn keeper_lost(&mut self) {
         self.keeper_known = false;
         self.stirred = true;
-        self.supervisors.values_mut().for_each(Supervisor::keeper_lost);
+        self.supervisors.change_all(Supervisor::keeper_lost);
     }
 
     /// Whether it waits for the hub to say what is wanted before it starts or ends anything.
@@ -364,10 +364,9 @@ impl Reconciler {
         }
         for (&instance, processes) in &kept {
             let epoch = processes.iter().map(|process| process.epoch).max().unwrap_or_default();
-            let boot_id = &self.boot_id;
-            self.supervisors
-                .entry(instance)
-                .or_insert_with(|| Supervisor::stray(unwanted(instance, epoch), boot_id, now));
+            if !self.supervisors.contains_key(&instance) {
+                self.supervisors.insert(Supervisor::stray(unwanted(instance, epoch), &self.boot_id, now));
+            }
         }
         if fresh {
             let going = self.going();
@@ -410,11 +409,8 @@ impl Reconciler {
 
     /// Everything that is due.
     pub fn tick<R: Rng + ?Sized>(&mut self, now: Monotonic, rng: &mut R) -> Vec<Order> {
-        let due = |supervisor: &Supervisor| supervisor.next_wake().is_some_and(|at| at <= now);
-        let instances: Vec<_> =
-            self.supervisors.iter().filter(|(_, supervisor)| due(supervisor)).map(|(&id, _)| id).collect();
         let mut orders = Vec::new();
-        for instance in instances {
+        for instance in self.supervisors.due(now) {
             self.step(now, rng, instance, Input::Tick, &mut orders);
         }
         self.release_needed(now, rng, &mut orders);
@@ -424,7 +420,7 @@ impl Reconciler {
     /// When [`Reconciler::tick`] is to be called next; `None`: not until something happens.
     #[must_use]
     pub fn next_wake(&self) -> Option<Monotonic> {
-        self.supervisors.values().filter_map(Supervisor::next_wake).min()
+        self.supervisors.next_wake()
     }
 
     /// Without the hub nobody knows of the other hosts; of its own a service keeps to `update.max_parallel` all the same:
@@ -439,9 +435,7 @@ impl Reconciler {
         let others = self.supervisors.values().filter(|other| other.instance() != instance);
         let down = others.filter(of_service).filter(|other| other.is_down()).count();
         let until = (down >= most as usize).then_some(now + TURN_AGAIN);
-        if let Some(one) = self.supervisors.get_mut(&instance) {
-            one.lets_others_go_first(until);
-        }
+        self.supervisors.change(instance, |one| one.lets_others_go_first(until));
     }
 
     fn step<R: Rng + ?Sized>(
@@ -453,8 +447,8 @@ impl Reconciler {
         orders: &mut Vec<Order>,
     ) {
         self.take_turns(now, instance);
-        let Some(supervisor) = self.supervisors.get_mut(&instance) else { return };
-        for action in supervisor.step(now, rng, input) {
+        let actions = self.supervisors.change(instance, |supervisor| supervisor.step(now, rng, input));
+        for action in actions.unwrap_or_default() {
             self.stirred |= !matches!(action, Action::WakeAt(_));
             match action {
                 Action::Report | Action::Gone => {
@@ -529,7 +523,7 @@ impl Reconciler {
     /// Instances stopped and cleaned up, for `Report.gone`; until acknowledged, each time.
     #[must_use]
     pub fn gone(&self) -> Vec<InstanceId> {
-        self.supervisors.values().filter(|one| one.is_gone()).map(Supervisor::instance).collect()
+        self.supervisors.gone().collect()
     }
 
     /// The hub has committed a report with these in `gone`.
@@ -537,7 +531,7 @@ impl Reconciler {
         let mut orders = Vec::new();
         for &instance in gone {
             if self.supervisors.get(&instance).is_some_and(Supervisor::is_gone) {
-                self.supervisors.remove(&instance);
+                self.supervisors.remove(instance);
                 self.changed.remove(&instance);
                 self.stirred = true;
                 orders.push(Order { instance, action: Action::ForgetLedger });
@@ -549,9 +543,7 @@ impl Reconciler {
     /// The hub has committed a report that told of each of these instances the ends up to that number.
     pub fn acknowledge_ends(&mut self, told: &[(InstanceId, u64)]) {
         for (instance, up_to) in told {
-            if let Some(supervisor) = self.supervisors.get_mut(instance) {
-                supervisor.ends_told(*up_to);
-            }
+            self.supervisors.change(*instance, |supervisor| supervisor.ends_told(*up_to));
         }
     }
 

@@ -17,9 +17,9 @@ impl Reconciler {
     pub(super) fn hold_needed(&mut self, now: Monotonic, going: &BTreeSet<InstanceId>) {
         let needed = self.needed_by(going);
         for id in going {
-            let Some(supervisor) = self.supervisors.get_mut(id) else { continue };
-            if supervisor.service().is_some_and(|name| needed.contains(name)) {
-                supervisor.stay_for_others(now);
+            let service = self.supervisors.get(id).and_then(Supervisor::service);
+            if service.is_some_and(|name| needed.contains(name)) {
+                self.supervisors.change(*id, |supervisor| supervisor.stay_for_others(now));
                 self.held.insert(*id);
             }
         }
@@ -53,9 +53,7 @@ impl Reconciler {
             }
             for id in released {
                 self.held.remove(&id);
-                if let Some(supervisor) = self.supervisors.get_mut(&id) {
-                    supervisor.go_at_last();
-                }
+                self.supervisors.change(id, Supervisor::go_at_last);
                 self.step(now, rng, id, Input::Tick, orders);
             }
         }

@@ -52,13 +52,13 @@ impl Reconciler {
         for (instance, wanted) in wanted {
             let ledger = ledgers.remove(&instance);
             let supervisor = Supervisor::restore(wanted, ledger.as_ref(), boot_id, now);
-            reconciler.supervisors.insert(instance, supervisor);
+            reconciler.supervisors.insert(supervisor);
         }
         // In the ledger but not wanted: its stop was under way.
         for (instance, ledger) in ledgers {
             let wanted = forgotten(instance, &ledger, before.remove(&instance));
             let supervisor = Supervisor::restore(wanted, Some(&ledger), boot_id, now);
-            reconciler.supervisors.insert(instance, supervisor.forgotten());
+            reconciler.supervisors.insert(supervisor.forgotten());
         }
         reconciler
     }

@@ -2,6 +2,7 @@
 //! instance, no signal to what has ended, budget and back-off kept, an agent that dies at any moment repeats and
 //! forgets nothing, and once the faults stop every wish comes true. A failing case is shrunk, and replays.
 
+mod hub;
 mod keeper;
 mod oracle;
 mod world;
@@ -35,6 +36,8 @@ enum Event {
     /// Something is to be fetched for its successor, or nothing any more.
     Fetch(u64, Option<u64>),
     HubCommits,
+    /// Whether the agent hears that it is committed.
+    Report(bool),
     AgentDies,
     ConnectionLost,
     Reboot,
@@ -97,6 +100,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
         Event::Turns(turns) => (0..turns).for_each(|_| {
             world.turn();
             world.check_stirred();
+            world.check_marks();
         }),
         Event::Pass(ms) => world.pass(Duration::from_millis(ms)),
         Event::Exit(instance, code) => world.exit(instance, code),
@@ -142,6 +146,7 @@ fn happen(world: &mut World, event: &Event, epochs: &mut u64) {
             wish.map(|wish| pb::WantedInstance { fetch, ..wish })
         }),
         Event::HubCommits => world.acknowledge_gone(),
+        Event::Report(is_heard) => world.report(is_heard),
         Event::AgentDies => world.crash_agent(),
         Event::ConnectionLost => world.lose_connection(),
         Event::Reboot => world.reboot(),
@@ -189,13 +194,14 @@ fn anything() -> impl Strategy<Value = Event> {
         1 => instance().prop_map(Event::Change),
         2 => (instance(), prop::option::weighted(0.7, 1..4_u64)).prop_map(|(id, template)| Event::Fetch(id, template)),
         2 => Just(Event::HubCommits),
+        2 => any::<bool>().prop_map(Event::Report),
         4 => Just(Event::AgentDies),
         3 => Just(Event::ConnectionLost),
         1 => Just(Event::Reboot),
     ]
 }
 
-/// Only exits, time and the agent's death: then every number can be predicted from outside.
+/// Only exits, time, reports and the agent's death: then every number can be predicted from outside.
 fn exits_and_deaths() -> impl Strategy<Value = Event> {
     prop_oneof![
         6 => (0..12_usize).prop_map(Event::Turns),
@@ -203,6 +209,7 @@ fn exits_and_deaths() -> impl Strategy<Value = Event> {
         4 => Just(Event::Exit(1, 1)),
         2 => Just(Event::AgentDies),
         1 => Just(Event::ConnectionLost),
+        2 => any::<bool>().prop_map(Event::Report),
     ]
 }
 
@@ -230,6 +237,7 @@ proptest! {
         for event in &events {
             happen(&mut world, event, &mut epochs);
             world.check_stirred();
+            world.check_marks();
         }
         world.keeper.behave();
         world.settle();
@@ -260,9 +268,11 @@ proptest! {
         for event in &events {
             happen(&mut world, event, &mut epochs);
             world.check_stirred();
+            world.check_marks();
         }
         world.settle();
         world.check_converged();
+        world.check_ends();
         let report = world.agent.full_report(nave_agent_core::WallOffset::default()).unwrap().remove(0);
         let ran = world.keeper.ran[&(1, 1)];
         let given_up = world.key(1).is_none();

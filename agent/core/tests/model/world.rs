@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nave_agent_core::supervisor::{
     Action, Hook, HookResult, NEEDED_WAIT, ProbeKind, ProbeOutcome, ProcessKey, SignalError, SpawnError,
-    SpawnErrorKind, State, StopStep,
+    SpawnErrorKind, State, StopStep, Supervisor,
 };
 use nave_agent_core::{Input, Monotonic, Order, Reconciler, WallOffset};
 use nave_proto::ids::InstanceId;
@@ -15,6 +15,7 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::INSTANCES;
+use crate::hub::Hub;
 use crate::keeper::FakeKeeper;
 use crate::oracle::Oracle;
 
@@ -65,6 +66,7 @@ pub(crate) struct World {
     /// Which are to stop: with which generation and since when, and whether a stop was under way then.
     to_stop: BTreeMap<u64, (u64, Monotonic, bool)>,
     pub(crate) oracle: Oracle,
+    hub: Hub,
     /// At the last look.
     seen: BTreeMap<InstanceId, Seen>,
 }
@@ -96,6 +98,7 @@ impl World {
             agents: 0,
             to_stop: BTreeMap::new(),
             oracle: Oracle::default(),
+            hub: Hub::default(),
             seen: BTreeMap::new(),
         };
         world.connect();
@@ -342,6 +345,37 @@ impl World {
             assert_eq!(self.seen, seen, "it changed, and the agent has not said so");
         }
         self.seen = seen;
+    }
+
+    /// What is kept beside the instances is what they say themselves.
+    pub(crate) fn check_marks(&self) {
+        let all = || self.agent.supervisors();
+        assert_eq!(self.agent.next_wake(), all().filter_map(Supervisor::next_wake).min());
+        assert!(self.agent.draining().eq(all().filter(|one| one.is_draining()).map(Supervisor::instance)));
+        assert!(
+            self.agent.gone().into_iter().eq(all().filter(|one| one.is_gone()).map(Supervisor::instance))
+        );
+    }
+
+    /// The hub commits what is reported; its word of that may be lost.
+    pub(crate) fn report(&mut self, is_heard: bool) {
+        self.finish_orders();
+        let reports = self.agent.take_reports(WallOffset::default());
+        self.commit(&reports, is_heard);
+    }
+
+    fn commit(&mut self, reports: &[pb::InstanceReport], is_heard: bool) {
+        let told: Vec<_> = reports.iter().filter_map(|report| self.hub.commit(report)).collect();
+        if is_heard {
+            self.agent.acknowledge_ends(&told);
+        }
+    }
+
+    /// Once settled: of each process that has ended the hub knows how.
+    pub(crate) fn check_ends(&mut self) {
+        let reports = self.agent.full_report(WallOffset::default()).expect("the keeper's list is known");
+        self.commit(&reports, true);
+        self.hub.check_all_told(&self.keeper.ended.keys().copied().collect());
     }
 
     /// The hub commits what is gone, as far as it wants it gone, and forgets it.
