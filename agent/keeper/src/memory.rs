@@ -3,7 +3,8 @@
 //!
 //! The keeper is one binary with a database and a TLS stack; without this it would hold some 11 MiB of pages that it
 //! never looks at again. Called by the keeper when it has started and some seconds after there was something to do
-//! (never while idle), and by the other roles some seconds after they are up. Mappings that hold anything of this process's own (relocated tables, data) are left alone.
+//! (never while idle), and by the other roles some seconds after they are up. Mappings that hold anything of this
+//! process's own (relocated tables, data) are left alone.
 
 use std::io;
 
@@ -61,10 +62,12 @@ fn header(line: &str) -> Option<Option<Mapping>> {
     Some((readable_only && of_a_file).then_some(mapping))
 }
 
-/// Whether a detail line says that the mapping holds pages of this process's own, in memory or swapped out.
+/// Whether a detail line says that the mapping holds pages of this process's own, in memory or swapped out. Not
+/// `Private_Dirty`: in what cannot be written to it counts pages of a program that has just been put there, which wait in
+/// the kernel's cache for the disk and stay there.
 fn own_pages(line: &str) -> bool {
     let Some((name, amount)) = line.split_once(':') else { return false };
-    matches!(name, "Private_Dirty" | "Anonymous" | "Swap" | "Locked") && amount.trim() != "0 kB"
+    matches!(name, "Anonymous" | "Swap" | "Locked") && amount.trim() != "0 kB"
 }
 
 #[cfg(test)]
@@ -75,7 +78,7 @@ mod tests {
 55d000000000-55d000001000 r--p 00000000 fe:00 42                         /usr/bin/nave\n\
 Rss:                   4 kB\nPrivate_Dirty:         0 kB\nAnonymous:             0 kB\nSwap:                  0 kB\n\
 55d000001000-55d000003000 r-xp 00001000 fe:00 42                         /usr/bin/nave\n\
-Private_Dirty:         0 kB\nAnonymous:             0 kB\n\
+Private_Dirty:         4 kB\nAnonymous:             0 kB\n\
 55d000003000-55d000004000 r--p 00003000 fe:00 42                         /usr/bin/nave\n\
 Private_Dirty:         4 kB\nAnonymous:             4 kB\n\
 55d000004000-55d000005000 rw-p 00004000 fe:00 42                         /usr/bin/nave\n\
