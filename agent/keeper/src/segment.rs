@@ -212,7 +212,8 @@ impl Segments {
         }
     }
 
-    /// Removes the files whose last line is too old, that of a silent process included.
+    /// Removes the files whose last line is too old, that of a silent process included. An empty one stays, so that also
+    /// a keeper that starts later counts on from it.
     fn drop_old(&mut self, now_unix_ns: i64) {
         let Some(age) = self.place.limits.age else {
             self.look_at = None;
@@ -222,14 +223,20 @@ impl Segments {
             && self.written_unix_ns(*oldest).is_none_or(|at| is_over(age, at, now_unix_ns))
         {
             if self.numbers.len() == 1 {
-                // The one that is written to, if any is: the next line makes another.
+                if self.size(*oldest) == 0 {
+                    break;
+                }
+                // The one that is written to, if any is.
                 (self.file, self.length) = (None, 0);
+                // Failing, only this keeper counts on.
+                let _ = self.add_file();
             }
             self.drop_oldest();
         }
         let pause = (age / AGE_PARTS).clamp(LOOK[0], LOOK[1]);
         let next = clock::boottime_ns() + i64::try_from(pause.as_nanos()).unwrap_or(i64::MAX / 2);
-        self.look_at = (!self.numbers.is_empty()).then_some(next);
+        let is_used = self.file.is_some() || self.numbers.iter().any(|number| self.size(*number) > 0);
+        self.look_at = is_used.then_some(next);
     }
 
     fn stat(&self, number: u64) -> Option<FileStat> {
@@ -357,24 +364,32 @@ impl Segments {
             let file = self.open_file(*newest)?;
             let length = file.metadata()?.len();
             if length < self.place.limits.segment_bytes && ends_whole(&file, length) {
-                (self.file, self.length) = (Some(file), length);
-                self.begun_unix_ns = clock::unix_ns();
+                self.write_to(file, length);
                 return Ok(());
             }
         }
         while self.numbers.len() >= self.place.limits.segments.max(1) {
             self.drop_oldest();
         }
+        let file = self.add_file()?;
+        self.write_to(file, 0);
+        Ok(())
+    }
+
+    fn add_file(&mut self) -> io::Result<File> {
         let number = self.last_number + 1;
         let file = self.open_file(number)?;
         self.last_number = number;
         self.numbers.push_back(number);
-        (self.file, self.length) = (Some(file), 0);
+        Ok(file)
+    }
+
+    fn write_to(&mut self, file: File, length: u64) {
+        (self.file, self.length) = (Some(file), length);
         self.begun_unix_ns = clock::unix_ns();
         if self.look_at.is_none() && self.place.limits.age.is_some() {
             self.look_at = Some(clock::boottime_ns());
         }
-        Ok(())
     }
 
     fn open_file(&self, number: u64) -> io::Result<File> {
@@ -521,10 +536,17 @@ mod tests {
         log.drop_old(written + hour - SECOND);
         assert_eq!(files(dir.path()).len(), 3);
         log.drop_old(written + hour + SECOND);
-        assert_eq!(files(dir.path()), Vec::<String>::new(), "that of a silent process goes too");
-        assert_eq!(log.look_at, None);
+        assert_eq!(files(dir.path()), ["0000000004.log"], "that of a silent process goes too");
+        assert_eq!((log.size(4), log.look_at), (0, None));
+        log.drop_old(written + 9 * hour);
+        let mut log = segments(dir.path(), 2 * size, 9);
+        log.limit(Limits { age: Some(age), ..log.place.limits });
+        assert_eq!((files(dir.path()).len(), log.look_at), (1, None), "an empty one is not replaced");
         assert!(log.write(line(5).as_bytes(), [0; 2]));
         assert_eq!(files(dir.path()), ["0000000004.log"]);
+        assert!(log.look_at.is_some());
+        log.drop_old(log.written_unix_ns(4).unwrap() + hour + SECOND);
+        assert_eq!(files(dir.path()), ["0000000005.log"], "also for a keeper that was started meanwhile");
     }
 
     #[test]
