@@ -197,7 +197,10 @@ impl Host {
         segments
             .iter()
             .flat_map(|path| {
-                let text = String::from_utf8(fs::read(path).unwrap()).unwrap();
+                // The last one may be half written yet.
+                let text = fs::read(path).unwrap();
+                let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+                let text = String::from_utf8(text[..whole].to_vec()).unwrap();
                 text.lines().map(|line| line[31..].to_owned()).collect::<Vec<_>>()
             })
             .collect()
