@@ -100,7 +100,7 @@ impl Rollout<'_> {
         }
         let ready = self.current.iter().filter(|instance| self.healthy(instance)).count();
         let mut parts = vec![format!(
-            "no instance became ready within {} s, {ready} of {} are",
+            "no progress in {} s, {ready} of {} instances are ready",
             self.manifest.progress_deadline_ns() / SECOND_NS,
             self.slots
         )];

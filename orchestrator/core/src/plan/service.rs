@@ -386,11 +386,12 @@ impl<'a> Planner<'_, 'a> {
     /// Anew, under its own version: one of the version before, which has to leave its host and is not replaced yet.
     fn place_moved(&mut self, moves: usize, placer: &mut Placer<'a>) -> Result<(), Rc<Refusals>> {
         let rollout = self.rollout;
+        // Data does not leave with an instance, of whichever version.
+        let has_data = |version| rollout.entry.manifest(version).is_some_and(|manifest| manifest.data);
         if rollout.manifest.data {
-            // Its data does not leave with it.
             return Ok(());
         }
-        let leaving = rollout.old.iter().filter(|instance| rollout.leaves(instance));
+        let leaving = rollout.old.iter().filter(|one| rollout.leaves(one) && !has_data(one.version));
         let mut taken: BTreeSet<(u64, u32)> = BTreeSet::new();
         for (placed, instance) in leaving.take(moves).enumerate() {
             let (version, template) = (instance.version, instance.template_version);

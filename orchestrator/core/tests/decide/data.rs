@@ -3,7 +3,7 @@
 use nave_orchestrator_core::plan;
 use nave_proto::pb;
 
-use crate::world::{World, changed, manifest, running, scale, with_update};
+use crate::world::{World, changed, manifest, pause, running, scale, with_update};
 
 fn with_data(count: u32) -> pb::Manifest {
     pb::Manifest { data: true, ..manifest("db", count) }
@@ -128,6 +128,21 @@ fn what_the_others_are_replaced_with_does_not_wait_for_a_drained_host() {
     }
     assert_eq!((places(&world), world.ready("db")), (before, 2));
     assert!(world.wanted("db").iter().all(|one| one.template_version == 3), "both are of the new version");
+}
+
+#[test]
+fn a_paused_version_without_data_moves_nobody_away_from_its_data() {
+    let mut world = all_on_alpha(2, &["beta"]);
+    let before = places(&world);
+    world.deploy(changed(&manifest("db", 2), "without"));
+    world.accept(pause("db", true));
+    world.set_draining("alpha", true);
+    world.settle();
+    assert_eq!((places(&world), world.ready("db")), (before, 2));
+    world.accept(pause("db", false));
+    world.settle();
+    assert!(is_drained(&world, "alpha"));
+    assert_eq!(world.ready("db"), 2);
 }
 
 #[test]

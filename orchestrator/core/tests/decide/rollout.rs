@@ -188,9 +188,7 @@ fn no_progress_goes_back_to_the_stable_version() {
     let deployment = service.deployment.as_ref().unwrap();
     assert_eq!((deployment.from_version, deployment.reverted_to), (2, 3));
     assert!(
-        deployment
-            .reason
-            .starts_with("version 2 failed, back to version 1: no instance became ready within 120 s"),
+        deployment.reason.starts_with("version 2 failed, back to version 1: no progress in 120 s"),
         "{}",
         deployment.reason
     );
@@ -239,7 +237,7 @@ fn a_first_version_that_fails_says_why_and_is_left_alone() {
     assert_eq!(world.status("web"), DeploymentStatus::Failed);
     let reason = world.reason("web").to_owned();
     for part in [
-        "0 of 5 are",
+        "0 of 5 instances are ready",
         "the only host lacks cpu",
         "web.0 (i-1) on alpha runs and is not ready",
         "no other version",
@@ -628,7 +626,7 @@ fn one_that_comes_and_goes_fails_its_version() {
         world.plan_all();
         world.now += SECOND;
     }
-    assert!(world.last_event("deployment_failed").contains("no instance became ready within 12 s"));
+    assert!(world.last_event("deployment_failed").contains("no progress in 12 s"));
 }
 
 #[test]
