@@ -132,6 +132,13 @@ words!(
         pb::OnDisconnect::Stop => "stop",
     }
 );
+words!(
+    /// Whom the stop signal goes to.
+    stop_scope, parse_stop_scope, pb::StopScope, {
+        pb::StopScope::Process => "process",
+        pb::StopScope::Group => "group",
+    }
+);
 
 /// What was last seen of an instance. One that nobody has reported on yet is pending.
 pub fn observed(observed: Option<&pb::Observed>) -> &'static str {

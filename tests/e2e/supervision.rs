@@ -63,6 +63,11 @@ fn health_comes_in_every_form_and_each_end_has_its_reason() {
             "trap '' TERM; (setsid sleep 1000 &); while :; do sleep 1; done",
             "stop.grace = \"300ms\"",
         ),
+        script(
+            "pack",
+            "trap : TERM; sh -c 'trap \"exit 0\" TERM; echo up; while :; do sleep 0.05; done' & wait; wait",
+            "health.log = \"up\"\n[stop]\nscope = \"group\"\ngrace = \"30s\"",
+        ),
     ];
     for manifest in others.iter().chain(&ready) {
         cluster.apply(manifest, &[]).expect(0);
@@ -90,6 +95,10 @@ fn health_comes_in_every_form_and_each_end_has_its_reason() {
     told(&cluster, "stubborn", "was sent SIGTERM, had not ended after 300ms, was sent SIGKILL");
     // Those it left are counted.
     told(&cluster, "stubborn", "behind, which w");
+
+    cluster.wait_ready("pack", 1);
+    cluster.nave(&["delete", "pack"]).expect(0);
+    told(&cluster, "pack", "was sent SIGTERM with its process group and ended after");
 }
 
 #[test]

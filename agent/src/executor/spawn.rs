@@ -95,6 +95,7 @@ pub(super) fn deadline(instance: InstanceId, key: ProcessKey, deadline: Deadline
         boottime_ns: deadline.at.as_nanos(),
         grace_ms: u64::try_from(deadline.grace.as_millis()).unwrap_or(u64::MAX),
         signal: deadline.signal,
+        scope: pb::SignalScope::from(deadline.scope).into(),
     }
 }
 

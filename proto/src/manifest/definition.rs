@@ -74,7 +74,7 @@ pub(super) const RESTART: Keys = &["policy", "budget", "success_codes", "fatal_c
 pub(super) const RESOURCES: Keys =
     &["cpu", "cpu_max", "memory", "memory_soft", "pids", "nice", "oom_score_adj"];
 pub(super) const UPDATE: Keys = &["max_parallel", "min_ready", "progress_deadline", "auto_revert", "canary"];
-pub(super) const STOP: Keys = &["signal", "grace", "drain_timeout"];
+pub(super) const STOP: Keys = &["signal", "scope", "grace", "drain_timeout"];
 pub(super) const JOB: Keys = &["overlap", "missed"];
 pub(super) const PLACEMENT: Keys = &["constraints", "spread", "on_disconnect", "priority"];
 pub(super) const ARTIFACT: Keys = &["name", "url", "sha256", "archive"];
@@ -118,7 +118,7 @@ pub(super) const TABLES: [(&str, Keys); 18] = [
 ];
 
 /// Other systems' words for ours.
-const SYNONYMS: [(&str, &str); 50] = [
+const SYNONYMS: [(&str, &str); 51] = [
     ("cmd", "command"),
     ("args", "command"),
     ("exec_start", "command"),
@@ -169,6 +169,7 @@ const SYNONYMS: [(&str, &str); 50] = [
     ("exec_start_pre", "pre_start"),
     ("exec_start_post", "post_start"),
     ("exec_stop_post", "post_stop"),
+    ("kill_mode", "scope"),
 ];
 
 const CHECKS: Keys = &["http", "tcp", "grpc", "exec", "notify", "notify_fd", "log"];
@@ -497,8 +498,12 @@ fn stop(field: &Field<'_>, problems: &mut Problems) -> Option<pb::Stop> {
             })
         })
     });
+    let scope = table
+        .field("scope")
+        .and_then(|field| field.word(problems, &["process", "group"], words::parse_stop_scope));
     Some(pb::Stop {
         signal: signal.unwrap_or(0),
+        scope: scope.unwrap_or_default().into(),
         grace: table.field("grace").and_then(|field| field.duration(problems)).map(to_proto),
         drain_timeout: table.field("drain_timeout").and_then(|field| field.duration(problems)).map(to_proto),
     })

@@ -211,6 +211,7 @@ word!(KindWord, ["service", "job"]);
 word!(OverlapWord, ["skip", "queue", "replace"]);
 word!(MissedWord, ["skip", "run"]);
 word!(OnDisconnectWord, ["keep", "stop"]);
+word!(ScopeWord, ["process", "group"]);
 word!(SeccompWord, ["standard", "offline"]);
 
 /// A duration: `500ms`, `10s`, `2m`, `1h30m`.
@@ -378,6 +379,9 @@ struct StopDocument {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^(SIG)?[A-Z0-9]+$"))]
     signal: Option<String>,
+    /// Whom the signal goes to: the process (by default) or its process group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scope: Option<ScopeWord>,
     /// Time it has before SIGKILL; 10s by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     grace: Option<DurationText>,

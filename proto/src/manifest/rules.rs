@@ -412,6 +412,9 @@ impl Rules {
                 self.at(&["stop", "signal"], format!("{signal} is not the number of a signal, 1 to 31"))
             }
         }
+        if pb::StopScope::try_from(stop.scope).is_err() {
+            self.at(&["stop", "scope"], "must be one of process, group");
+        }
         self.duration(&["stop", "grace"], stop.grace.as_ref(), Duration::ZERO, HOUR);
         self.duration(&["stop", "drain_timeout"], stop.drain_timeout.as_ref(), Duration::ZERO, HOUR);
     }

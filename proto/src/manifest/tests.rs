@@ -112,7 +112,7 @@ fn defaults_are_those_of_the_design() {
             canary: 0
         })
     );
-    assert_eq!(manifest.stop, Some(pb::Stop { signal: 15, grace: seconds(10), drain_timeout: None }));
+    assert_eq!(manifest.stop, Some(pb::Stop { signal: 15, grace: seconds(10), ..Default::default() }));
     let placement = manifest.placement.unwrap();
     assert_eq!(placement.spread, "host");
     assert_eq!(placement.on_disconnect(), pb::OnDisconnect::Keep);

@@ -86,6 +86,8 @@ pub struct SpawnOrder {
 pub struct Deadline {
     pub at: Monotonic,
     pub signal: i32,
+    /// Whom it goes to.
+    pub scope: SignalScope,
     pub grace: std::time::Duration,
 }
 

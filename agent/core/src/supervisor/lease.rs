@@ -9,7 +9,7 @@ use nave_proto::pb;
 use super::Supervisor;
 use super::action::{Action, Deadline};
 use super::state::State;
-use super::stop::rules;
+use super::stop::{Rules, rules};
 use crate::monotonic::Monotonic;
 
 /// Why a process was stopped, and stays so until the hub is heard.
@@ -44,8 +44,8 @@ impl Supervisor {
 
     pub(super) fn deadline(&self) -> Option<Deadline> {
         let at = self.lease.filter(|_| self.needs_lease())?;
-        let (signal, grace) = rules(self.wanted.manifest.as_ref());
-        Some(Deadline { at, signal, grace })
+        let Rules { signal, scope, grace } = rules(self.wanted.manifest.as_ref());
+        Some(Deadline { at, signal, scope, grace })
     }
 
     /// No lease, or none that is worth beginning under.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use nave_proto::ids::InstanceId;
 use nave_proto::pb::{self, InstanceLedgerPhase as Phase};
 
+use super::action::SignalScope;
 use super::health::{Health, WATCHDOG_SILENT};
 use super::hooks::PostStop;
 use super::lease::LEASE_OVER;
@@ -159,6 +160,10 @@ fn write_running(running: &Running, ledger: &mut pb::InstanceLedger) {
 fn write_stopping(stopping: &Stopping, ledger: &mut pb::InstanceLedger) {
     ledger.stop_kill_boottime_ns = stopping.kill_at.as_nanos();
     ledger.stop_signal = stopping.signal;
+    ledger.set_stop_scope(match stopping.scope {
+        SignalScope::Process | SignalScope::Cgroup => pb::StopScope::Process,
+        SignalScope::Group => pb::StopScope::Group,
+    });
     ledger.stop_began_boottime_ns = stopping.began.as_nanos();
     ledger.stop_asked_boottime_ns = stopping.asked.as_nanos();
     match &stopping.cause {
@@ -256,6 +261,7 @@ fn recall_stopping(ledger: &pb::InstanceLedger, now: Monotonic) -> Stopping {
         running: recall_running(ledger),
         cause,
         signal: if ledger.stop_signal > 0 { ledger.stop_signal } else { super::stop::SIGTERM },
+        scope: super::stop::scope(ledger.stop_scope()),
         step,
         kill_at: Monotonic(ledger.stop_kill_boottime_ns),
         began: noted(ledger.stop_began_boottime_ns).unwrap_or(now),

@@ -8,6 +8,7 @@
 
 use nave_proto::pb;
 
+use super::action::SignalScope;
 use super::health::Health;
 use crate::monotonic::Monotonic;
 
@@ -95,6 +96,8 @@ pub struct Stopping {
     pub cause: StopCause,
     /// The manifest's stop signal at the moment the stop began.
     pub signal: i32,
+    /// Whom it goes to.
+    pub scope: SignalScope,
     pub step: StopStep,
     /// When grace ends and SIGKILL begins. Fixed when the stop begins; a restart of the agent does not extend it.
     pub kill_at: Monotonic,

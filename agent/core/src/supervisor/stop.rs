@@ -47,13 +47,30 @@ fn retry_after(tries: u32) -> Duration {
     (KILL_RETRY_FIRST * 4_u32.pow(quadruplings)).min(KILL_RETRY_MAX)
 }
 
-/// The manifest's stop signal and grace, or the defaults.
-pub(super) fn rules(manifest: Option<&pb::Manifest>) -> (i32, Duration) {
+/// What the manifest says of a stop, or the defaults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rules {
+    pub(super) signal: i32,
+    pub(super) scope: SignalScope,
+    pub(super) grace: Duration,
+}
+
+pub(super) fn rules(manifest: Option<&pb::Manifest>) -> Rules {
     let stop = manifest.and_then(|manifest| manifest.stop.as_ref());
     let signal = stop.map_or(0, |stop| stop.signal);
     let grace = stop.and_then(|stop| stop.grace.as_ref());
-    let grace = grace.map_or(GRACE, |grace| Duration::try_from(*grace).unwrap_or_default());
-    (if signal > 0 { signal } else { SIGTERM }, grace)
+    Rules {
+        signal: if signal > 0 { signal } else { SIGTERM },
+        scope: scope(stop.map_or(pb::StopScope::Process, pb::Stop::scope)),
+        grace: grace.map_or(GRACE, |grace| Duration::try_from(*grace).unwrap_or_default()),
+    }
+}
+
+pub(super) const fn scope(scope: pb::StopScope) -> SignalScope {
+    match scope {
+        pb::StopScope::Process => SignalScope::Process,
+        pb::StopScope::Group => SignalScope::Group,
+    }
 }
 
 /// The manifest's `stop.drain_timeout`, or the default.
@@ -132,13 +149,23 @@ impl Supervisor {
         cause: StopCause,
         out: &mut Vec<Action>,
     ) {
-        let (signal, grace) = rules(self.wanted.manifest.as_ref());
-        // So that there is a core to read.
-        let signal = if matches!(cause, StopCause::Watchdog(_)) { SIGABRT } else { signal };
+        let Rules { signal, scope, grace } = rules(self.wanted.manifest.as_ref());
+        let (signal, scope) = match cause {
+            // So that there is a core to read, and one.
+            StopCause::Watchdog(_) => (SIGABRT, SignalScope::Process),
+            StopCause::Told | StopCause::Lease | StopCause::Probe(_) => (signal, scope),
+        };
         let drain = self.drain(now, &running, &cause);
-        let (step, kill_at) = (StopStep::Draining(drain), drain.until + grace);
-        self.state =
-            State::Stopping(Stopping { running, cause, signal, step, kill_at, began: now, asked: now });
+        self.state = State::Stopping(Stopping {
+            running,
+            cause,
+            signal,
+            scope,
+            step: StopStep::Draining(drain),
+            kill_at: drain.until + grace,
+            began: now,
+            asked: now,
+        });
         out.push(Action::StopProbes);
         self.end_post_start(out);
         self.publish_report(out);
@@ -152,7 +179,7 @@ impl Supervisor {
             let hub = self.signal_cause();
             // One that must not run twice is not kept for its callers.
             let hurries = self.has_lost_lease(now);
-            let (_, grace) = rules(self.wanted.manifest.as_ref());
+            let Rules { grace, .. } = rules(self.wanted.manifest.as_ref());
             let State::Stopping(stopping) = &mut self.state else { return };
             match stopping.step {
                 StopStep::Draining(drain) if drain.holds(now) && !hurries => return,
@@ -189,9 +216,9 @@ impl Supervisor {
         let (key, cause) = (self.key(), self.signal_cause());
         let State::Stopping(stopping) = &mut self.state else { return };
         stopping.step = StopStep::Terminating { delivered: true };
-        out.push(signal_process(key, stopping.signal, SignalScope::Process, cause));
+        out.push(signal_process(key, stopping.signal, stopping.scope, cause));
         // A stopped process would not see the signal.
-        out.push(signal_process(key, SIGCONT, SignalScope::Process, pb::ExitCause::Unspecified));
+        out.push(signal_process(key, SIGCONT, stopping.scope, pb::ExitCause::Unspecified));
     }
 
     fn signal_cause(&self) -> pb::ExitCause {
@@ -282,7 +309,10 @@ impl Supervisor {
 
 /// What was done to end a process that has ended, rung by rung, after its name.
 pub(super) fn ladder(stopping: &Stopping, now: Monotonic) -> String {
-    let signal = signal_name(stopping.signal);
+    let signal = match stopping.scope {
+        SignalScope::Process | SignalScope::Cgroup => signal_name(stopping.signal),
+        SignalScope::Group => format!("{} with its process group", signal_name(stopping.signal)),
+    };
     let took = |since: Monotonic| human_ms(now.since(since));
     match stopping.step {
         StopStep::Draining(_) | StopStep::PreStop { .. } => {

@@ -68,7 +68,8 @@ impl Keeper {
             let signal = if deadline.signal == 0 { libc::SIGTERM } else { deadline.signal };
             let message = "its deadline passed without contact to the hub";
             let cause = Cause { cause: pb::ExitCause::Hub, message };
-            begin_ladder(kept, signal, deadline.boottime_ns.saturating_add(grace_ns), cause);
+            let kill_at = deadline.boottime_ns.saturating_add(grace_ns);
+            begin_ladder(kept, (deadline.scope(), signal), kill_at, cause);
         }
         climb(kept, now);
         match &kept.phase {

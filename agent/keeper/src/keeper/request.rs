@@ -239,7 +239,7 @@ impl Keeper {
         }
         for kept in self.table.values_mut() {
             let cause = Cause { cause: pb::ExitCause::Operator, message: "stopped with its keeper" };
-            begin_ladder(kept, libc::SIGTERM, kill_at, cause);
+            begin_ladder(kept, (pb::SignalScope::Process, libc::SIGTERM), kill_at, cause);
             // One that has been asked for longer gets no more time than the others.
             if let Some(ladder) = kept.ladder.as_mut().filter(|ladder| ladder.kills == 0) {
                 ladder.kill_at = ladder.kill_at.min(kill_at);
@@ -249,12 +249,17 @@ impl Keeper {
 }
 
 /// Asks a process to end, and has all of its cgroup killed from `kill_at` on.
-pub(super) fn begin_ladder(kept: &mut Kept, signal: i32, kill_at: i64, cause: Cause) {
+pub(super) fn begin_ladder(
+    kept: &mut Kept,
+    (scope, signal): (pb::SignalScope, i32),
+    kill_at: i64,
+    cause: Cause,
+) {
     if let Some(process) = kept.process_mut() {
         // One that its agent has asked already is not asked twice: some programs take that for an order to hurry.
         if process.cause.is_none() {
             process.cause = Some(cause);
-            let _ = signal::send(kept, pb::SignalScope::Process, signal);
+            let _ = signal::send(kept, scope, signal);
         }
     } else if !kept.is_leftover() {
         return;

@@ -6,7 +6,7 @@ use super::{
     ArtifactDocument, CallsDocument, Document, DurationText, FileDocument, HealthDocument, HookDocument,
     HooksDocument, IsolationDocument, JobDocument, KindWord, LogsDocument, MissedWord, OnDisconnectWord,
     OverlapWord, PlacementDocument, PolicyWord, PortDocument, ProbeDocument, ProtocolWord, ResourcesDocument,
-    RestartDocument, RlimitValue, SeccompWord, StopDocument, UpdateDocument,
+    RestartDocument, RlimitValue, ScopeWord, SeccompWord, StopDocument, UpdateDocument,
 };
 use crate::manifest::values::{format_budget, format_size};
 use crate::pb;
@@ -205,6 +205,8 @@ impl From<&pb::Stop> for StopDocument {
     fn from(stop: &pb::Stop) -> Self {
         Self {
             signal: (stop.signal != 0).then(|| signals::name(stop.signal)),
+            scope: (stop.scope() != pb::StopScope::Process)
+                .then(|| ScopeWord(words::stop_scope(stop.scope()))),
             grace: DurationText::of(stop.grace.as_ref()),
             drain_timeout: DurationText::of(stop.drain_timeout.as_ref()),
         }

@@ -156,6 +156,7 @@ prop_compose! {
         success_codes in btree_set(0u32..=99, 0..3).prop_map(Vec::from_iter),
         fatal_codes in btree_set(100u32..=255, 0..3).prop_map(Vec::from_iter),
         signal in prop_oneof![1i32..=17, 23i32..=31],
+        scope in 0i32..=1,
         grace in duration(0..3_600_000),
         drain_timeout in option::of(duration(0..3_600_000)),
         constraints in vec(prop_oneof![
@@ -168,7 +169,7 @@ prop_compose! {
     ) -> (pb::Restart, pb::Stop, pb::Placement) {
         (
             pb::Restart { policy, budget_restarts, budget_window, success_codes, fatal_codes },
-            pb::Stop { signal, grace, drain_timeout: drain_timeout.flatten() },
+            pb::Stop { signal, scope, grace, drain_timeout: drain_timeout.flatten() },
             pb::Placement { constraints, spread, on_disconnect, priority },
         )
     }

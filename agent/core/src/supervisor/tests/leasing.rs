@@ -50,7 +50,12 @@ fn the_keepers_deadline_moves_with_each_lease_and_never_back() {
             (of == key).then_some(deadline)
         }));
     }
-    let at = |s: u64| Deadline { at: Monotonic::BOOT + seconds(s), signal: 15, grace: seconds(10) };
+    let at = |s: u64| Deadline {
+        at: Monotonic::BOOT + seconds(s),
+        signal: 15,
+        scope: SignalScope::Process,
+        grace: seconds(10),
+    };
     assert_eq!(deadlines, [at(1_010), at(1_011), at(1_011)]);
 }
 
