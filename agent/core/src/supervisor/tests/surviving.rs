@@ -104,8 +104,9 @@ fn a_stop_signal_the_keeper_never_got_goes_out_once_it_is_back() {
 #[test]
 fn a_signal_for_the_group_stays_so_over_a_restart_of_the_agent() {
     let stop = manifest().stop.map(|stop| pb::Stop { scope: pb::StopScope::Group.into(), ..stop });
-    let mut scene = Scene::running(pb::Manifest { stop, ..manifest() });
-    scene.stop();
+    let manifest = pb::Manifest { stop, ..manifest() };
+    let mut scene = Scene::running(manifest.clone());
+    scene.want(manifest, 1, pb::Desired::Stop);
     assert_eq!(scene.signals(), [(15, SignalScope::Group), (18, SignalScope::Group)]);
     // Nobody wants it any more, and nobody knows its manifest.
     scene.supervisor.wanted.manifest = None;
