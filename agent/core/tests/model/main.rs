@@ -36,7 +36,7 @@ enum Event {
     /// Something is to be fetched for its successor, or nothing any more.
     Fetch(u64, Option<u64>),
     HubCommits,
-    /// Whether the agent hears that it is committed.
+    /// Whether the agent hears that the one before is committed.
     Report(bool),
     AgentDies,
     ConnectionLost,

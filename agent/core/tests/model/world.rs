@@ -67,6 +67,8 @@ pub(crate) struct World {
     to_stop: BTreeMap<u64, (u64, Monotonic, bool)>,
     pub(crate) oracle: Oracle,
     hub: Hub,
+    /// What it has committed of the last report, on its way to the agent.
+    word: Vec<(InstanceId, u64)>,
     /// At the last look.
     seen: BTreeMap<InstanceId, Seen>,
 }
@@ -99,6 +101,7 @@ impl World {
             to_stop: BTreeMap::new(),
             oracle: Oracle::default(),
             hub: Hub::default(),
+            word: Vec::new(),
             seen: BTreeMap::new(),
         };
         world.connect();
@@ -138,6 +141,7 @@ impl World {
         self.agent = Reconciler::restore(&self.keeper.boot_id, self.disk.clone(), self.now);
         self.outbox.clear();
         self.told.clear();
+        self.word.clear();
         self.oracle.agent_restarted();
         self.connect();
     }
@@ -357,24 +361,25 @@ impl World {
         );
     }
 
-    /// The hub commits what is reported; its word of that may be lost.
+    /// The hub commits what is reported. What it said of the report before comes now, unless it is lost.
     pub(crate) fn report(&mut self, is_heard: bool) {
         self.finish_orders();
+        let word = std::mem::take(&mut self.word);
+        if is_heard {
+            self.agent.acknowledge_ends(&word);
+        }
         let reports = self.agent.take_reports(WallOffset::default());
-        self.commit(&reports, is_heard);
+        self.commit(&reports);
     }
 
-    fn commit(&mut self, reports: &[pb::InstanceReport], is_heard: bool) {
-        let told: Vec<_> = reports.iter().filter_map(|report| self.hub.commit(report)).collect();
-        if is_heard {
-            self.agent.acknowledge_ends(&told);
-        }
+    fn commit(&mut self, reports: &[pb::InstanceReport]) {
+        self.word = reports.iter().filter_map(|report| self.hub.commit(report)).collect();
     }
 
     /// Once settled: of each process that has ended the hub knows how.
     pub(crate) fn check_ends(&mut self) {
         let reports = self.agent.full_report(WallOffset::default()).expect("the keeper's list is known");
-        self.commit(&reports, true);
+        self.commit(&reports);
         self.hub.check_all_told(&self.keeper.ended.keys().copied().collect());
     }
 
