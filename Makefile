@@ -38,8 +38,9 @@ e2e: everything ## only the tests that start real clusters
 bench: everything ## measurements for docs/performance.md (about 10 minutes)
 	target/release/nave-bench all
 
-model: everything ## 100,000 histories of deployments; `RUNS=1000 make model` for fewer
+model: everything ## 100,000 histories each of deployments and of a host; `RUNS=1000 make model` for fewer
 	NAVE_MODEL_RUNS=$${RUNS:-100000} $(CARGO) test $(RELEASE) --locked --workspace --test decide any_deployment
+	PROPTEST_CASES=$${RUNS:-100000} $(CARGO) test $(RELEASE) --locked --workspace --test model
 
 sim: ## 100,000 seeded worlds through hub and agent; `SEEDS=1000 make sim` for fewer
 	$(CARGO) run $(RELEASE) --locked -p nave-sim -- --seeds $${SEEDS:-100000}
