@@ -98,14 +98,31 @@ pub(crate) fn under_load(cluster: &mut Cluster, fault: impl FnOnce(&mut Cluster)
     })
 }
 
-/// Version of each service.
+/// Version of each service, read linearizably: `nave services` may ask a member that is a moment behind.
 pub(crate) fn versions(cluster: &Cluster) -> BTreeMap<String, u64> {
-    let services = cluster.json(&["services"]);
-    let rows = services.as_array().expect("an array").iter();
-    rows.map(|row| {
-        (row["name"].as_str().expect("a name").to_owned(), row["version"].as_u64().expect("a version"))
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let context = all_addresses(cluster);
+    let api = {
+        let _inside = runtime.enter();
+        Api::open(&context).expect("a client")
+    };
+    eventually_some("a member that knows all", SOON, || {
+        (0..api.members()).find_map(|member| runtime.block_on(api.service_versions(member)).ok())
     })
-    .collect()
+}
+
+/// Of these services, none is lost and none was written twice.
+pub(crate) fn assert_kept<'a>(cluster: &Cluster, names: impl IntoIterator<Item = &'a String>) {
+    let versions = versions(cluster);
+    let names: Vec<_> = names.into_iter().collect();
+    let wrong: Vec<_> = names.iter().map(|name| (name, versions.get(*name))).collect();
+    let wrong: Vec<_> = wrong.into_iter().filter(|(_, version)| *version != Some(&1)).collect();
+    assert!(
+        wrong.is_empty(),
+        "acknowledged, and not there once, {} of {}: {wrong:?}",
+        wrong.len(),
+        names.len()
+    );
 }
 
 fn add(cluster: &mut Cluster, words: &[&str], count: usize) {
@@ -152,10 +169,7 @@ fn ten_changes_under_load_lose_nothing_and_fail_no_write() {
     eprintln!("{} writes, at most {} retries", written.acknowledged.len(), written.retries_max);
     assert_eq!(written.refused, Vec::<String>::new());
     assert!(written.acknowledged.len() > 100, "the writers wrote: {}", written.acknowledged.len());
-    let versions = versions(&cluster);
-    for name in &written.acknowledged {
-        assert_eq!(versions.get(name), Some(&1), "{name} was acknowledged");
-    }
+    assert_kept(&cluster, &written.acknowledged);
     let after: Vec<u32> = cluster.wait_ready("sleeper", 2).iter().map(pid).collect();
     assert_eq!(before, after, "no process noticed");
     cluster.wait_for_agents(1);

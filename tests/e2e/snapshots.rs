@@ -10,7 +10,7 @@ use nave_tests::{Cluster, Setup, eventually};
 
 use crate::deploy_and_serve::pid;
 use crate::manifests::sleeper;
-use crate::members::{under_load, versions};
+use crate::members::{assert_kept, under_load, versions};
 
 fn path(path: &Path) -> &str {
     path.to_str().expect("test folders have plain names")
@@ -76,9 +76,7 @@ fn a_restored_hub_has_all_that_was_in_the_snapshot_and_stops_no_process() {
     assert!(number(&status, "incarnation") > number(&old, "incarnation"), "{status}");
     assert!(number(&status, "revision") > number(&old, "revision"), "{status}");
     let versions_now = versions(&cluster);
-    for name in written.acknowledged.iter().map(String::as_str).chain(["sleeper"]) {
-        assert_eq!(versions_now.get(name), Some(&1), "{name} was in the snapshot");
-    }
+    assert_kept(&cluster, written.acknowledged.iter().chain([&"sleeper".to_owned()]));
     assert!(!versions_now.contains_key("later"), "written after the snapshot");
     assert_eq!(pids(&cluster), before, "no process noticed");
 
@@ -206,10 +204,7 @@ fn a_member_far_behind_catches_up_by_snapshot_while_writes_go_on() {
     });
     assert!(cluster.members[away].log().contains("snapshot installed"), "{}", cluster.members[away].log());
     assert_eq!(written.refused, Vec::<String>::new());
-    let versions = versions(&cluster);
-    for name in &written.acknowledged {
-        assert_eq!(versions.get(name), Some(&1), "{name} was acknowledged");
-    }
+    assert_kept(&cluster, &written.acknowledged);
 }
 
 #[test]
@@ -225,10 +220,7 @@ fn members_restarted_in_turn_under_load_fail_no_write() {
         }
     });
     assert_eq!(written.refused, Vec::<String>::new());
-    let versions = versions(&cluster);
-    for name in &written.acknowledged {
-        assert_eq!(versions.get(name), Some(&1), "{name} was acknowledged");
-    }
+    assert_kept(&cluster, &written.acknowledged);
     assert_eq!(pids(&cluster), before, "no process noticed");
 }
 

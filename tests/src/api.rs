@@ -12,6 +12,9 @@ use nave_tls::{ChannelOptions, Credentials, Dialer, Expect};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
+/// All services of the largest test.
+const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
 #[derive(Debug, Deserialize)]
 struct ClientFile {
     addresses: Vec<String>,
@@ -91,7 +94,8 @@ impl Api {
     /// The version of each service, read linearizably.
     pub async fn service_versions(&self, member: usize) -> Result<BTreeMap<String, u64>, tonic::Status> {
         let request = pb::ListServicesRequest { linearizable: true };
-        let answer = self.services(member).list_services(request).await?.into_inner();
+        let mut client = self.services(member).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let answer = client.list_services(request).await?.into_inner();
         Ok(answer.services.into_iter().map(|service| (service.name, service.version)).collect())
     }
 }
