@@ -33,6 +33,6 @@ pub use leases::{Beat, BeatAnswer, Leases};
 pub use liveness::{Judge, Verdict};
 pub use plan::{
     About, Leaving, Plan, PlanCursor, Unplaced, desired_count, explain, explained, fetches_ahead, leaving,
-    plan, plan_dirty, ready_count, running_count, waits_for,
+    plan, plan_dirty, ready_count, replaces_for_both, running_count, waits_for,
 };
 pub use state::{ClusterState, Reserved, RowError};

@@ -44,6 +44,7 @@ pub use explain::{About, explain, explained, waits_for};
 pub use leaving::{Leaving, leaving};
 pub(crate) use needing::may_run;
 pub(crate) use placement::Room;
+pub use recheck::replaces as replaces_for_both;
 pub(crate) use recheck::{RECHECKS, checks_differ};
 pub(crate) use restarts::may_restart;
 pub(crate) use standing::Standing;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use nave_orchestrator_core::EventFilter;
+use nave_orchestrator_core::{EventFilter, replaces_for_both};
 use nave_proto::ids::HostId;
 use nave_proto::manifest::{self, MANIFEST_BYTES_MAX};
 use nave_proto::pb;
@@ -139,7 +139,7 @@ impl Services {
             revision: state.revision(),
             outcome: outcome.into(),
             changes: manifest::diff(manifest, after),
-            replaces_instances: manifest.is_some_and(|manifest| !manifest::same_template(manifest, after)),
+            replaces_instances: manifest.is_some_and(|manifest| replaces(manifest, after)),
         })
     }
 
@@ -160,7 +160,7 @@ impl Services {
             && let Some(after) = version(Some(answer.version))
         {
             answer.changes = manifest::diff(Some(before), after);
-            answer.replaces_instances = !manifest::same_template(before, after);
+            answer.replaces_instances = replaces(before, after);
         }
     }
 }
@@ -335,4 +335,9 @@ impl ServiceService for Services {
     ) -> Result<Response<pb::GetServiceTrafficResponse>, Status> {
         traffic::get(&self.hub, &request.into_inner().service).await.map(Response::new)
     }
+}
+
+/// Whether going from one to the other has instances replaced.
+fn replaces(before: &pb::Manifest, after: &pb::Manifest) -> bool {
+    !manifest::same_template(before, after) || replaces_for_both(before, after)
 }

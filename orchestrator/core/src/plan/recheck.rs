@@ -25,6 +25,14 @@ pub(crate) fn checks_differ(old: &pb::Manifest, new: &pb::Manifest) -> bool {
     check(new).is_some_and(|new| check(old).as_ref() != Some(&new))
 }
 
+/// Whether a change that starts no process anew has instances replaced all the same: a new check needs its turns, more
+/// room needs it at once, so both together come with a new instance, a few at a time and each proven before an old one
+/// goes.
+#[must_use]
+pub fn replaces(old: &pb::Manifest, new: &pb::Manifest) -> bool {
+    checks_differ(old, new) && !Reservation::of(new).is_within(&Reservation::of(old))
+}
+
 /// For how long one that goes over to this check, and was ready, may still be called ready by mistake.
 pub(crate) fn proof_ns(manifest: &pb::Manifest) -> i64 {
     let Some(check) = manifest.health.as_ref().and_then(|health| health.ready.as_ref()) else { return 0 };

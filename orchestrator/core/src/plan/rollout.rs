@@ -12,10 +12,12 @@ use nave_proto::pb::DeploymentStatus;
 use super::data;
 use super::meant::{Kind, Meant};
 use super::needing::Needing;
+use super::placement::Room;
+use super::recheck;
 use super::rules::Rules;
 use super::standing::missing_needs;
 use super::times::Times;
-use crate::state::{ClusterState, ServiceEntry};
+use crate::state::{ClusterState, Reservation, ServiceEntry};
 use crate::wants::{InstanceExt as _, ManifestExt as _};
 
 type Instance = Arc<pb::InstanceRecord>;
@@ -188,6 +190,26 @@ impl<'a> Rollout<'a> {
         self.meant.has_outgrown(instance) && self.meant.may_stay(self.state, instance)
     }
 
+    /// It is to have more and another check at once, see [`recheck::replaces`].
+    pub(crate) fn is_replaced_for_both(&self, instance: &Instance) -> bool {
+        self.has_outgrown(instance)
+            && self.entry.manifest(instance.version).is_some_and(|old| recheck::replaces(old, self.manifest))
+    }
+
+    /// Such a one is replaced, but for one that has to go first for room that is perhaps nowhere.
+    pub(crate) fn gives_way(&self, instance: &Instance) -> bool {
+        self.is_replaced_for_both(instance)
+            && (!self.manifest.stop_first() || self.has_room_without(instance))
+    }
+
+    /// Its host has what a successor needs, once that comes in its place.
+    fn has_room_without(&self, instance: &Instance) -> bool {
+        let held = self.state.instances.get(&instance.id()).map(|entry| entry.taken.clone());
+        let room = self.state.hosts.get(instance.host()).and_then(Room::of);
+        let wanted = Reservation::of(self.manifest);
+        room.zip(held).is_some_and(|(room, held)| room.lacks_without(&wanted, &held).is_none())
+    }
+
     /// The canaries are healthy, and the rest waits for a promotion.
     pub(crate) fn waits_for_promotion(&self) -> bool {
         self.rules.canarying() && self.rules.current.healthy >= self.rules.wanted_current()
@@ -241,7 +263,8 @@ impl<'a> Rollout<'a> {
             self.current.iter().filter(|i| self.healthy(i)).map(|i| i.ordinal).collect();
         let mut candidates = self.old.clone();
         // One that has to go first, for room that is perhaps nowhere, stays as it is until there is room where it is.
-        candidates.retain(|instance| !(self.manifest.stop_first() && self.has_outgrown(instance)));
+        let stays = |instance: &Instance| self.has_outgrown(instance) && !self.gives_way(instance);
+        candidates.retain(|instance| !(self.manifest.stop_first() && stays(instance)));
         candidates.retain(|instance| self.needing.holds(instance).is_none());
         candidates.sort_by_cached_key(|i| {
             let turn = std::cmp::Reverse((i.ordinal, i.id));

@@ -193,6 +193,9 @@ impl<'a> Planner<'_, 'a> {
         let mut resized = false;
         for instance in rollout.old.iter().filter(|instance| rollout.has_outgrown(instance)) {
             let Some(entry) = rollout.state.instances.get(&instance.id()) else { continue };
+            if rollout.gives_way(instance) {
+                continue;
+            }
             match self.fleet.grow(instance.host(), &wanted, &entry.taken) {
                 Ok(()) => {
                     let (instance_id, epoch) = (instance.id, instance.epoch);
@@ -631,6 +634,9 @@ impl<'a> Planner<'_, 'a> {
         let host = rollout.state.host(instance.host());
         match host {
             Some(host) if host.draining => format!("{} is being drained", host.shown()),
+            Some(_) if rollout.is_replaced_for_both(instance) => {
+                format!("version {} has another health check and needs more", record.version)
+            }
             Some(host) if rollout.has_outgrown(instance) => {
                 format!("{} has no room for the limits of version {}", host.shown(), record.version)
             }

@@ -152,3 +152,41 @@ fn a_command_of_an_older_build_means_what_it_meant() {
     world.apply(pb::Command { written_by: 4, ..command });
     assert_eq!(world.service("web").template_version, 2, "its processes were replaced then");
 }
+
+/// One that is asked for `path`, and may be unready for a second each.
+fn asked(manifest: pb::Manifest, path: &str) -> pb::Manifest {
+    let check = Some(pb::probe::Check::Http(path.to_owned()));
+    let health = pb::Health { ready: Some(pb::Probe { check, ..Default::default() }), ..Default::default() };
+    pb::Manifest { health: Some(health), ..manifest }
+}
+
+#[test]
+fn more_room_and_another_check_at_once_come_with_new_instances_a_few_at_a_time() {
+    let mut world = World::with_hosts(4);
+    world.deploy(with_cpu(manifest("web", 3), 100));
+    world.settle_for(60);
+    let before: Vec<u64> = world.wanted("web").iter().map(|i| i.id).collect();
+    world.deploy(asked(with_cpu(manifest("web", 4), 1000), "/new"));
+    for _ in 0..200 {
+        world.plan_all();
+        assert!(world.ready("web") >= 3, "never fewer than were there");
+        world.agents();
+    }
+    world.settle_for(60);
+    assert_eq!(world.status("web"), DeploymentStatus::Successful);
+    assert!(world.wanted("web").iter().all(|i| i.version == 2 && !before.contains(&i.id)));
+    assert_eq!(world.ready("web"), 4);
+}
+
+#[test]
+fn one_that_has_to_stop_first_gives_way_where_there_is_room_and_stays_where_there_is_none() {
+    for (cpu, version) in [(2000, 2), (9000, 1)] {
+        let mut world = World::with_hosts(1);
+        world.deploy(with_port(with_cpu(manifest("web", 1), 100), 8080));
+        world.settle_for(60);
+        world.deploy(asked(with_port(with_cpu(manifest("web", 1), cpu), 8080), "/new"));
+        world.settle_for(60);
+        let standing: Vec<u64> = standing(&world, "web").into_iter().map(|(version, ..)| version).collect();
+        assert_eq!((standing, world.ready("web")), (vec![version], 1), "{cpu}");
+    }
+}
