@@ -51,7 +51,7 @@ impl Process {
     /// SIGTERM, and waits for the end.
     ///
     /// # Panics
-    /// When it has not ended after [`ENDS_WITHIN`]; it is killed when it goes out of scope.
+    /// When it has not ended after 60 s; it is killed when it goes out of scope.
     #[track_caller]
     pub fn terminate(&mut self) -> Option<i32> {
         self.signal(Signal::SIGTERM);
