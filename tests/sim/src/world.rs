@@ -397,9 +397,19 @@ impl World {
         running.retain(|(id, _, _)| {
             let instance = state.instance(InstanceId(*id));
             let service = instance.and_then(|instance| state.service(&instance.service));
-            service.is_none_or(|service| is_sound(service))
+            service.is_none_or(|service| is_sound(service) && self.needs_are_sound(service))
         });
         running
+    }
+
+    /// One that needs a service which crashes again and again may fail for it, and succeed late, whenever that is ready.
+    fn needs_are_sound(&self, service: &pb::ServiceRecord) -> bool {
+        let Some(leader) = self.hub.able(&self.cx) else { return false };
+        let state = &self.hub.members[leader].state;
+        let needs = service.manifest.iter().flat_map(|manifest| &manifest.needs);
+        needs
+            .map(|name| state.service(name))
+            .all(|need| need.is_some_and(|need| is_sound(need) && self.needs_are_sound(need)))
     }
 
     /// About half of the draining hosts are opened again; the rest has to become empty.
