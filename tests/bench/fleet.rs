@@ -146,7 +146,7 @@ async fn seen_ready(api: &Api, leader: usize, instances: u64) -> anyhow::Result<
     let end = Instant::now() + PATIENCE;
     loop {
         let request = pb::ListServicesRequest { linearizable: true };
-        let mut client = api.services(leader).max_decoding_message_size(64 << 20);
+        let mut client = api.services(leader);
         let services =
             client.list_services(request).await.context("list the services")?.into_inner().services;
         let ready: u64 = services.iter().map(|service| u64::from(service.ready)).sum();

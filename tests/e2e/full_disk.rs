@@ -9,7 +9,7 @@ use nave_tests::{Cluster, Setup, eventually};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::manifests::sleeper;
-use crate::members::{assert_kept, under_load};
+use crate::members::{assert_kept, under_load, versions};
 
 /// A small file system of its own below a member's data folder; unmounted when it goes out of scope.
 pub(crate) struct Small(PathBuf);
@@ -112,7 +112,7 @@ fn a_follower_whose_disk_is_full_holds_nobody_up_and_comes_back_with_room() {
     });
     cluster.members[0].kill();
     eventually("it is needed, and it is there", SOON, || cluster.apply(&sleeper("later", 0), &[]).code == 0);
-    assert_kept(&cluster, written.acknowledged.iter().chain([&"kept".to_owned()]));
+    assert_kept(&versions(&cluster), written.acknowledged.iter().chain([&"kept".to_owned()]));
     cluster.members.iter_mut().for_each(Role::kill);
     drop(small);
 }

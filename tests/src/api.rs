@@ -12,7 +12,7 @@ use nave_tls::{ChannelOptions, Credentials, Dialer, Expect};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
-/// All services of the largest test.
+/// All services of the largest test or measurement.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 #[derive(Debug, Deserialize)]
@@ -57,7 +57,7 @@ impl Api {
     }
 
     pub fn services(&self, member: usize) -> ServiceServiceClient<Channel> {
-        ServiceServiceClient::new(self.channels[member % self.channels.len()].clone())
+        ServiceServiceClient::new(self.channel(member)).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// For connections to a member that are not tonic channels.
@@ -94,8 +94,7 @@ impl Api {
     /// The version of each service, read linearizably.
     pub async fn service_versions(&self, member: usize) -> Result<BTreeMap<String, u64>, tonic::Status> {
         let request = pb::ListServicesRequest { linearizable: true };
-        let mut client = self.services(member).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let answer = client.list_services(request).await?.into_inner();
+        let answer = self.services(member).list_services(request).await?.into_inner();
         Ok(answer.services.into_iter().map(|service| (service.name, service.version)).collect())
     }
 }

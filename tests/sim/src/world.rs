@@ -397,19 +397,9 @@ impl World {
         running.retain(|(id, _, _)| {
             let instance = state.instance(InstanceId(*id));
             let service = instance.and_then(|instance| state.service(&instance.service));
-            service.is_none_or(|service| is_sound(service) && self.needs_are_sound(service))
+            service.is_none_or(|service| is_sound_with_needs(state, service))
         });
         running
-    }
-
-    /// One that needs a service which crashes again and again may fail for it, and succeed late, whenever that is ready.
-    fn needs_are_sound(&self, service: &pb::ServiceRecord) -> bool {
-        let Some(leader) = self.hub.able(&self.cx) else { return false };
-        let state = &self.hub.members[leader].state;
-        let needs = service.manifest.iter().flat_map(|manifest| &manifest.needs);
-        needs
-            .map(|name| state.service(name))
-            .all(|need| need.is_some_and(|need| is_sound(need) && self.needs_are_sound(need)))
     }
 
     /// About half of the draining hosts are opened again; the rest has to become empty.
@@ -542,6 +532,13 @@ fn is_sound(service: &pb::ServiceRecord) -> bool {
     let status = service.deployment.as_ref().map(pb::Deployment::status);
     let good = service.manifest.as_ref().is_some_and(|manifest| Kind::of(manifest) == Kind::Good);
     good && status == Some(pb::DeploymentStatus::Successful)
+}
+
+/// One that needs a service which crashes again and again may fail for it, and succeed late, whenever that is ready.
+fn is_sound_with_needs(state: &ClusterState, service: &pb::ServiceRecord) -> bool {
+    let mut needs = service.manifest.iter().flat_map(|manifest| &manifest.needs);
+    let is_met = |name: &String| state.service(name).is_some_and(|need| is_sound_with_needs(state, need));
+    is_sound(service) && needs.all(is_met)
 }
 
 fn first_commands(hosts: usize) -> Vec<Body> {

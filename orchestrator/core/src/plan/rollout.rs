@@ -204,10 +204,10 @@ impl<'a> Rollout<'a> {
 
     /// Its host has what a successor needs, once that comes in its place.
     fn has_room_without(&self, instance: &Instance) -> bool {
-        let held = self.state.instances.get(&instance.id()).map(|entry| entry.taken.clone());
         let room = self.state.hosts.get(instance.host()).and_then(Room::of);
+        let entry = self.state.instances.get(&instance.id());
         let wanted = Reservation::of(self.manifest);
-        room.zip(held).is_some_and(|(room, held)| room.lacks_without(&wanted, &held).is_none())
+        room.zip(entry).is_some_and(|(room, entry)| room.lacks_without(&wanted, &entry.taken).is_none())
     }
 
     /// The canaries are healthy, and the rest waits for a promotion.

@@ -5,6 +5,7 @@ use nave_proto::pb;
 use nave_proto::pb::DeploymentStatus;
 use nave_proto::pb::plan_step::Step;
 
+use crate::recheck::checked;
 use crate::world::{World, apply, facts, manifest, pause, with_cpu, with_port};
 
 /// Version and epoch of each wanted instance, with its host.
@@ -153,20 +154,13 @@ fn a_command_of_an_older_build_means_what_it_meant() {
     assert_eq!(world.service("web").template_version, 2, "its processes were replaced then");
 }
 
-/// One that is asked for `path`, and may be unready for a second each.
-fn asked(manifest: pb::Manifest, path: &str) -> pb::Manifest {
-    let check = Some(pb::probe::Check::Http(path.to_owned()));
-    let health = pb::Health { ready: Some(pb::Probe { check, ..Default::default() }), ..Default::default() };
-    pb::Manifest { health: Some(health), ..manifest }
-}
-
 #[test]
 fn more_room_and_another_check_at_once_come_with_new_instances_a_few_at_a_time() {
     let mut world = World::with_hosts(4);
     world.deploy(with_cpu(manifest("web", 3), 100));
     world.settle_for(60);
     let before: Vec<u64> = world.wanted("web").iter().map(|i| i.id).collect();
-    world.deploy(asked(with_cpu(manifest("web", 4), 1000), "/new"));
+    world.deploy(checked(&with_cpu(manifest("web", 4), 1000), "/new"));
     for _ in 0..200 {
         world.plan_all();
         assert!(world.ready("web") >= 3, "never fewer than were there");
@@ -184,7 +178,7 @@ fn one_that_has_to_stop_first_gives_way_where_there_is_room_and_stays_where_ther
         let mut world = World::with_hosts(1);
         world.deploy(with_port(with_cpu(manifest("web", 1), 100), 8080));
         world.settle_for(60);
-        world.deploy(asked(with_port(with_cpu(manifest("web", 1), cpu), 8080), "/new"));
+        world.deploy(checked(&with_port(with_cpu(manifest("web", 1), cpu), 8080), "/new"));
         world.settle_for(60);
         let standing: Vec<u64> = standing(&world, "web").into_iter().map(|(version, ..)| version).collect();
         assert_eq!((standing, world.ready("web")), (vec![version], 1), "{cpu}");

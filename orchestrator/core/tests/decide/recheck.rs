@@ -5,7 +5,7 @@ use nave_proto::pb::DeploymentStatus;
 
 use crate::world::{SECOND, World, manifest, pause, rollback, with_update};
 
-fn checked(first: &pb::Manifest, path: &str) -> pb::Manifest {
+pub(crate) fn checked(first: &pb::Manifest, path: &str) -> pb::Manifest {
     let check = Some(pb::probe::Check::Http(path.into()));
     let ready = Some(pb::Probe { check, ..Default::default() });
     pb::Manifest { health: Some(pb::Health { ready, ..Default::default() }), ..first.clone() }
